@@ -1,0 +1,53 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-results
+export PIP_CONSTRAINT ?= $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+
+.PHONY: demo test test-slow lint docs wheel-check clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/kronlaplace demo --out $(OUT)
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -n auto --durations=10
+
+test-slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow --durations=10
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test-installed
+	$(PIP_INSTALL) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+# The built wheel, installed where no checkout is in sight, runs the main job.
+wheel-check: $(VENV)/.test-installed
+	rm -rf build/wheel-check && mkdir -p build/wheel-check
+	$(BIN)/python -m build --wheel --outdir build/wheel-check . >/dev/null
+	$(PIP_INSTALL) --no-deps --target build/wheel-check/site build/wheel-check/*.whl
+	cd build/wheel-check && PYTHONPATH=$(CURDIR)/build/wheel-check/site $(abspath $(BIN))/python -m kronlaplace demo --dataset diabetes --out results
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
+
+$(VENV)/.demo-installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing kronlaplace into $(VENV): once, a few minutes (PyTorch is the large part)."
+	$(PIP_INSTALL) -e '.[experiments]'
+	touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing kronlaplace and its test tools into $(VENV): once, a few minutes."
+	$(PIP_INSTALL) -e '.[experiments,test,dev]'
+	touch $@ $(VENV)/.demo-installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(OUT)

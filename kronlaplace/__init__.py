@@ -1,0 +1,38 @@
+"""One Kronecker-factored Fisher of a trained network, used three ways.
+
+    >>> import kronlaplace as kl
+    >>> posterior = kl.KronLaplace(model, "classification").fit(train_loader).tune()  # doctest: +SKIP
+    >>> probabilities = posterior.predict(x)                                          # doctest: +SKIP
+
+The public names are those below; DESIGN in the docs explains the conventions.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from kronlaplace import damping, metrics
+from kronlaplace.estimators import KFAC
+from kronlaplace.fisher import estimate_fisher
+from kronlaplace.kronecker import KroneckerBlock, KroneckerFisher
+from kronlaplace.laplace import KronLaplace
+from kronlaplace.likelihoods import Bernoulli, Categorical, Gaussian, Link, Prediction, Sampling
+
+__all__ = [
+    "estimate_fisher",
+    "KroneckerFisher",
+    "KroneckerBlock",
+    "KFAC",
+    "Categorical",
+    "Bernoulli",
+    "Gaussian",
+    "Sampling",
+    "KronLaplace",
+    "Prediction",
+    "Link",
+    "damping",
+    "metrics",
+]
+
+try:
+    __version__ = version("kronlaplace")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "unknown"

@@ -1,0 +1,457 @@
+"""`KronLaplace`: a Gaussian over a trained network's weights, from its Kronecker-factored Fisher."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kronlaplace.batches import device_of
+from kronlaplace.collect import check_model
+from kronlaplace.damping import Tikhonov
+from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.fisher import estimate_fisher
+from kronlaplace.inversion import DampedInverse
+from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.laplace.evidence import Evidence, PriorStructure, maximise, noise_rescaling
+from kronlaplace.laplace.predictive import functional_covariance
+from kronlaplace.layers import Layer, find_layers
+from kronlaplace.likelihoods import Gaussian, Likelihood, Link, Prediction, Sampling, resolve_likelihood
+from kronlaplace.serialization import load_tensors, save_tensors
+
+__all__ = ["KronLaplace"]
+
+_Choice = TypeVar("_Choice", Link, PriorStructure)
+
+
+class KronLaplace:
+    """Laplace posterior of a trained network with a Kronecker-factored Fisher.
+
+    The posterior is ``N(θ, H⁻¹)`` around the trained weights ``θ``, with one block per layer,
+    ``H = N · F / temperature + δ I``: ``F`` is the Fisher as a mean over the ``N`` examples, ``δ`` the prior precision.
+    Parameters without a block (see ``layers``) stay at their trained values.
+
+    The model is held by reference and never changed; keep its weights as they were at `fit`.
+
+    Args:
+        model: The trained network, in the mode in which it predicts (``model.eval()``).
+        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, or ``"classification"``, ``"binary"``, ``"regression"``.
+        estimator: How the Fisher's blocks are made, such as `KFAC`, or its shorthand.
+        prior_precision: ``δ``: one number, or one per block, in the order of the blocks.
+        temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
+        layers: Names of the modules that get a posterior; None means all with trainable parameters.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        estimator: Estimator | str = "kfac",
+        *,
+        prior_precision: float | Sequence[float] | Tensor = 1.0,
+        temperature: float = 1.0,
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        check_model(model)
+        self.model = model
+        self.likelihood = resolve_likelihood(likelihood)
+        self.estimator = resolve_estimator(estimator)
+        self._layers = find_layers(model, layers)
+        self.prior_precision = _as_precision(prior_precision, len(self._layers), device_of(model))
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a positive finite number, got {temperature!r}.")
+        self.temperature = float(temperature)
+        self._fisher: KroneckerFisher | None = None
+        self._mean: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        state = f"fitted to {self._fisher.n_examples} examples" if self._fisher else "not fitted"
+        names = [layer.name for layer in self._layers]
+        return f"KronLaplace({self.likelihood}, {self.estimator}, layers={names}, {state})"
+
+    def fit(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        fisher: KroneckerFisher | None = None,
+        sampling: Sampling | str = Sampling.EXACT,
+        mc_samples: int = 1,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> KronLaplace:
+        """Fit the posterior: estimate the Fisher in one pass over ``data``, or take a ready-made one.
+
+        The posterior changes only when all has gone well.
+
+        Args:
+            data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
+            fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood.
+            sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
+                matrix; ``"mc"`` is cheaper where there are many outputs.
+            mc_samples: As in `estimate_fisher`.
+            seed: As in `estimate_fisher`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            TypeError: If not exactly one of ``data`` and ``fisher`` is given.
+            ValueError, NotImplementedError: As `estimate_fisher`; or if ``fisher`` is of another model or likelihood.
+        """
+        if (data is None) == (fisher is None):
+            raise TypeError("fit takes either data or fisher=, exactly one of them.")
+        likelihood = self.likelihood
+        if fisher is None:
+            assert data is not None
+            fisher = estimate_fisher(
+                self.model,
+                data,
+                likelihood,
+                self.estimator,
+                sampling=sampling,
+                mc_samples=mc_samples,
+                layers=[layer.name for layer in self._layers],
+                seed=seed,
+                progress=progress,
+            )
+        else:
+            check_model(self.model)
+            _check_blocks(fisher, self._layers, "the fisher")
+            if type(fisher.metadata.likelihood) is not type(likelihood):
+                raise ValueError(
+                    f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
+                )
+        fisher.decompose()
+        self._mean = {layer.name: layer.matrix() for layer in self._layers}
+        self._fisher = fisher
+        return self
+
+    @property
+    def fisher(self) -> KroneckerFisher:
+        """The Fisher that the posterior was fitted with.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
+        if self._fisher is None:
+            raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
+        return self._fisher
+
+    def posterior_precision(self) -> dict[str, DampedInverse]:
+        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + δ I``."""
+        fisher = self.fisher
+        fitted = fisher.metadata.likelihood
+        noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
+        scale = fisher.n_examples / self.temperature * noise_rescaling(fitted, noise, self._noise_exponent)
+        precisions = self.prior_precision.expand(len(fisher))
+        return {
+            name: Tikhonov(precision).invert(block.scaled(scale))
+            for (name, block), precision in zip(fisher.items(), precisions, strict=True)
+        }
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Sequence[float] | Tensor | None = None,
+        noise_std: float | Tensor | None = None,
+    ) -> Tensor:
+        """The Laplace evidence ``log p(D)``, see `kronlaplace.laplace.evidence`.
+
+        Args:
+            prior_precision: ``δ``, one number or one per block; None is the posterior's own. A tensor may carry a
+                gradient.
+            noise_std: ``σ``, Gaussian likelihood only; None is the posterior's own. A tensor may carry a gradient.
+
+        Returns:
+            0-dim tensor, float64, in nats, differentiable in its arguments.
+
+        Raises:
+            ValueError: If the fit saw no targets, or ``noise_std`` is given without a Gaussian likelihood.
+        """
+        evidence = self._evidence()
+        if isinstance(self.likelihood, Gaussian):
+            noise_std = self.likelihood.noise_std if noise_std is None else noise_std
+        elif noise_std is not None:
+            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
+        precision = (
+            self.prior_precision
+            if prior_precision is None
+            else _as_precision(prior_precision, len(self._layers), self.prior_precision.device)
+        )
+        return evidence(precision, noise_std)
+
+    def tune(self, *, method: str = "evidence", structure: PriorStructure | str = PriorStructure.SCALAR) -> KronLaplace:
+        """Set the prior precision, and in regression the noise with it, where the evidence is largest.
+
+        Costs milliseconds after the fit: only sums over cached eigenvalues.
+
+        Args:
+            method: ``"evidence"``, the log marginal likelihood.
+            structure: ``"scalar"``, one prior precision for all weights, or ``"layerwise"``, one per block.
+
+        Returns:
+            The posterior itself, with new `prior_precision` and `likelihood`.
+
+        Raises:
+            ValueError: For an unknown method or structure, or if the fit saw no targets.
+
+        Warns:
+            UserWarning: If the evidence has no maximum inside the bounds.
+        """
+        if method != "evidence":
+            raise ValueError(f"unknown method {method!r}; allowed is 'evidence'.")
+        structure = _choice(PriorStructure, structure, "structure")
+        result = maximise(self._evidence(), structure, self.prior_precision)
+        self.prior_precision = result.prior_precision
+        if result.noise_std is not None:
+            assert isinstance(self.likelihood, Gaussian)
+            self.likelihood = replace(self.likelihood, noise_std=result.noise_std)
+        return self
+
+    def functional_variance(self, x: Tensor, diagonal: bool = False) -> Tensor:
+        """Covariance of the network's outputs under the linearised model; the noise is not in it.
+
+        Args:
+            x: Inputs, first axis examples.
+            diagonal: Whether only the variances are wanted.
+
+        Returns:
+            Shape ``(N, C, C)``, or ``(N, C)`` with ``diagonal=True``.
+        """
+        return self._linearised(x, diagonal)[1]
+
+    def predict(
+        self,
+        x: Tensor,
+        *,
+        method: str = "glm",
+        link: Link | str = Link.PROBIT,
+        n_samples: int = 100,
+        seed: int = 0,
+    ) -> Tensor | Prediction:
+        """Posterior predictive distribution.
+
+        Args:
+            x: Inputs, first axis examples; any number, they are worked off in chunks.
+            method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
+                ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
+            link: Classification with ``"glm"``: ``"probit"``, ``"mc"`` (``n_samples`` draws of the outputs) or
+                ``"bridge"`` (Laplace bridge; several classes only).
+            n_samples: Number of draws, where there are any.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            Classification: probabilities, shape ``(N, C)`` (``Bernoulli``: of a one; ``(N,)`` if the network returns
+            that). Regression: a `Prediction`; its ``variance`` is of the function, without the noise.
+
+        Raises:
+            ValueError: For an unknown method or link, or inputs that are empty or not finite.
+        """
+        if method not in ("glm", "sample"):
+            raise ValueError(f"unknown method {method!r}; allowed are 'glm', 'sample'.")
+        link = _choice(Link, link, "link")
+        if self.likelihood.links and link not in self.likelihood.links:
+            raise ValueError(
+                f"link {link.value!r} is not for {self.likelihood}; allowed are {[k.value for k in self.likelihood.links]}."
+            )
+        n_samples = _at_least(1, "n_samples", n_samples)
+        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
+        if method == "sample":
+            return self._predict_by_sampling(x, n_samples, generator)
+        needs_covariance = link is not Link.PROBIT and bool(self.likelihood.links)
+        f, covariance = self._linearised(x, diagonal=not needs_covariance)
+        mean = f.unsqueeze(1) if f.ndim == 1 else f
+        prediction = self.likelihood.predictive(mean, covariance.to(mean.dtype), link, n_samples, generator)
+        if isinstance(prediction, Prediction):
+            return replace(
+                prediction,
+                mean=prediction.mean.reshape(f.shape),
+                variance=prediction.variance.reshape(f.shape),
+            )
+        return prediction.reshape(f.shape)
+
+    def sample(self, n: int, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw parameters from the posterior.
+
+        Args:
+            n: Number of draws.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
+            takes them one by one.
+        """
+        n = _at_least(1, "n", n)
+        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
+        return self._draw(n, generator)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file: factors, trained weights, hyperparameters, and how they came about."""
+        fisher = self.fisher
+        tensors = {f"fisher/{name}": tensor for name, tensor in fisher.to_tensors().items()}
+        tensors |= {f"mean/{name}": tensor for name, tensor in self._mean.items()}
+        tensors["prior_precision"] = self.prior_precision
+        values = {
+            "fisher": fisher.to_json(),
+            "likelihood": self.likelihood.to_metadata(),
+            "temperature": self.temperature,
+        }
+        save_tensors(path, "posterior", tensors, values)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module) -> KronLaplace:
+        """Read a file that `save` wrote, for the same trained network; nothing is unpickled.
+
+        Args:
+            path: The file.
+            model: The network with its trained weights, on any device.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or something else, or if it is of another network: the first layer that
+                differs is named, be it in shape or in its trained weights.
+        """
+        check_model(model)
+        device = device_of(model)
+        tensors, values = load_tensors(path, "posterior", device)
+        fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
+        mean = _with_prefix(tensors, "mean/")
+        known = dict(model.named_modules())
+        for name in fisher:
+            if name not in known:
+                raise ValueError(
+                    f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
+                    f"layers are {[layer.name for layer in find_layers(model)]}."
+                )
+        layers = find_layers(model, list(fisher))
+        _check_blocks(fisher, layers, str(path))
+        for layer in layers:
+            if not torch.equal(mean[layer.name], layer.matrix()):
+                raise ValueError(
+                    f"{path} was fitted at other weights: those of layer {layer.name!r} differ. Load the trained network "
+                    "first (model.load_state_dict(...)), in the dtype that it was fitted in."
+                )
+        posterior = cls(
+            model,
+            Likelihood.from_metadata(values["likelihood"]),
+            fisher.metadata.estimator,
+            prior_precision=tensors["prior_precision"],
+            temperature=values["temperature"],
+            layers=list(fisher),
+        )
+        return posterior.fit(fisher=fisher)
+
+    @property
+    def _noise_exponent(self) -> int:
+        """The Fisher is ``∝ σ⁻²``; the empirical one, made of residuals over ``σ²``, is ``∝ σ⁻⁴``."""
+        return -4 if self.fisher.metadata.sampling is Sampling.EMPIRICAL else -2
+
+    def _evidence(self) -> Evidence:
+        fisher = self.fisher
+        if fisher.statistics is None:
+            raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
+        scale = fisher.n_examples / self.temperature
+        return Evidence(
+            blocks=[block.scaled(scale) for block in fisher.values()],
+            squared_norms=torch.stack([self._mean[name].double().square().sum() for name in fisher]),
+            likelihood=fisher.metadata.likelihood,
+            statistics=fisher.statistics,
+            temperature=self.temperature,
+            noise_exponent=self._noise_exponent,
+        )
+
+    def _linearised(self, x: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+        x = self._checked(x)
+        return functional_covariance(self.model, self._layers, self.posterior_precision(), x, diagonal=diagonal)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        check_model(self.model)
+        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs must be a tensor with at least one example on its first axis, got {got}.")
+        x = x.to(device_of(self.model))
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError("the inputs contain NaN or infinite values.")
+        return x
+
+    def _draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        draws: dict[str, Tensor] = {}
+        inverses = self.posterior_precision()
+        for layer in self._layers:
+            noise = torch.randn(
+                n, *layer.shape, generator=generator, device=generator.device, dtype=self.fisher[layer.name].scale.dtype
+            )
+            matrices = self._mean[layer.name] + inverses[layer.name].sqrt_solve(noise)
+            draws |= layer.split(matrices.to(self._mean[layer.name].dtype))
+        return draws
+
+    def _predict_by_sampling(self, x: Tensor, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
+        x = self._checked(x)
+        total = square = torch.zeros(())
+        with torch.no_grad():
+            for i in range(n_samples):
+                parameters = {name: draw[0] for name, draw in self._draw(1, generator).items()}
+                outputs = functional_call(self.model, parameters, (x,))
+                mean = self.likelihood.sample_mean(outputs)
+                total = mean if i == 0 else total + mean
+                square = mean.square() if i == 0 else square + mean.square()
+        average = total / n_samples
+        if not isinstance(self.likelihood, Gaussian):
+            return average
+        variance = (square / n_samples - average.square()).clamp_min(0) * n_samples / max(n_samples - 1, 1)
+        return Prediction(average, variance, average.new_tensor(self.likelihood.noise_std**2))
+
+
+def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device: torch.device) -> Tensor:
+    precision = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if precision.shape not in ((), (n_layers,)):
+        raise ValueError(
+            f"prior_precision must be one number or {n_layers} (one per block), got shape {tuple(precision.shape)}."
+        )
+    if not ((precision > 0) & torch.isfinite(precision)).all():
+        raise ValueError(f"prior_precision must be positive and finite, got {precision.detach().tolist()}.")
+    return precision
+
+
+def _check_blocks(fisher: KroneckerFisher, layers: Sequence[Layer], what: str) -> None:
+    """Refuse a Fisher whose blocks are not those of ``layers``, naming the first mismatch."""
+    names = [layer.name for layer in layers]
+    if list(fisher) != names:
+        raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
+    for layer in layers:
+        if fisher.metadata.parameters[layer.name] != layer.parameter_names or fisher[layer.name].shape != layer.shape:
+            raise ValueError(
+                f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
+                f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
+            )
+
+
+def _choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
+    try:
+        return enum(value)
+    except ValueError:
+        raise ValueError(f"unknown {name} {value!r}; allowed are {[member.value for member in enum]}.") from None
+
+
+def _at_least(minimum: int, name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    return number
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
