@@ -71,10 +71,10 @@ def device_of(model: nn.Module) -> torch.device:
     """Device of the model's parameters.
 
     Raises:
-        ValueError: If the model has no parameters, or has them on several devices.
+        ValueError: If the model has no parameters, has them on several devices, or has them nowhere (``meta``).
     """
     devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
+    if len(devices) != 1 or devices == {torch.device("meta")}:
         found = "no parameters" if not devices else f"parameters on {', '.join(sorted(map(str, devices)))}"
         raise ValueError(f"the model must have its parameters on one device, but it has {found}.")
     return devices.pop()

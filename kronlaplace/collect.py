@@ -19,6 +19,7 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kronlaplace.batches import device_of
 from kronlaplace.layers import Layer
 
 __all__ = ["Receiver", "Recorder", "check_model", "recording"]
@@ -186,10 +187,11 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: If it is not a module.
-        ValueError: Otherwise, with what to do.
+        ValueError: Otherwise, with what to do; or if its parameters are not on one device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    device_of(model)
     for name, module in model.named_modules():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):

@@ -28,7 +28,7 @@ class DampedInverse:
         gradient, activation = block.eigen()
         self.gradient_basis = gradient.vectors
         self.activation_basis = activation.vectors
-        damping = torch.as_tensor(damping, device=block.scale.device)
+        damping = torch.as_tensor(damping, dtype=torch.float64, device=block.scale.device)
         value = float(damping.detach())
         if damping.ndim or not 0 <= value < float("inf"):
             raise ValueError(f"damping must be one finite number that is not negative, got {damping!r}.")

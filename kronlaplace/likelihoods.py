@@ -474,7 +474,9 @@ def _laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     covariance = torch.diag_embed(covariance) if covariance.ndim == 2 else covariance
     n_classes = mean.shape[1]
     row = covariance.sum(2)
-    total = row.sum(1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+    # The floor is for a covariance that lies on Σ_c f_c = 0 already, up to rounding.
+    floor = torch.finfo(mean.dtype).eps * _variance(covariance).sum(1, keepdim=True)
+    total = torch.maximum(row.sum(1, keepdim=True), floor)
     mean = mean - row * (mean.sum(1, keepdim=True) / total)
     variance = (_variance(covariance) - row.square() / total).clamp_min(torch.finfo(mean.dtype).eps)
     # α_k = (1 − 2/C + e^{f_k} / C² · Σ_l e^{−f_l}) / v_k, normalised; the log keeps e^{f_k − f_l} finite.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -29,6 +29,9 @@ __all__ = ["Evidence", "PriorStructure", "TuningResult", "maximise"]
 
 PRECISION_BOUNDS = (1e-10, 1e10)
 """Prior precisions that tuning considers."""
+
+_NEGLIGIBLE = 1e-3
+"""Differences of the evidence, in nats, that mean nothing."""
 
 
 class PriorStructure(str, Enum):
@@ -132,17 +135,29 @@ def maximise(evidence: Evidence, structure: PriorStructure, start: Tensor) -> Tu
 
     best = min(starts, key=lambda u: objective(u)[0])
     result = minimize(objective, best, jac=True, method="L-BFGS-B", bounds=bounds)
-    at_bound = [i for i, (u, (low, high)) in enumerate(zip(result.x, bounds, strict=True)) if not low < u < high]
-    if at_bound:
-        names = ["noise" if i == n_precisions else "prior precision" for i in at_bound]
-        warnings.warn(
-            f"the evidence is largest at the edge of the range searched for: {', '.join(sorted(set(names)))}. It has no "
-            "maximum inside; check that the network is trained and that the prior suits its weights.",
-            stacklevel=3,
-        )
+    _warn_at_the_edge(lambda u: objective(u)[0], result.x, bounds, ["prior precision"] * n_precisions + ["noise"])
     tuned = torch.tensor(np.exp(result.x[:n_precisions]), dtype=torch.float64, device=device)
     return TuningResult(
         prior_precision=tuned if structure is PriorStructure.LAYERWISE else tuned[0],
         noise_std=float(np.exp(result.x[-1])) if noise else None,
         log_marginal_likelihood=-float(result.fun),
     )
+
+
+def _warn_at_the_edge(
+    loss: Callable[[np.ndarray], float], u: np.ndarray, bounds: Sequence[tuple[float, float]], names: Sequence[str]
+) -> None:
+    """Warn about every hyperparameter that could as well be at one of its bounds: it has no optimum inside."""
+    edges = set()
+    for i, name in enumerate(names[: len(u)]):
+        for bound in bounds[i]:
+            moved = u.copy()
+            moved[i] = bound
+            if loss(moved) <= loss(u) + _NEGLIGIBLE:
+                edges.add(name)
+    if edges:
+        warnings.warn(
+            f"the evidence is largest at the edge of the range searched for: {', '.join(sorted(edges))}. It has no maximum "
+            "inside; check that the network is trained and that the prior suits its weights.",
+            stacklevel=4,
+        )

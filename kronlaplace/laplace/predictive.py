@@ -87,7 +87,10 @@ def _one_chunk(
             direction = torch.zeros(n, n_outputs, dtype=f.dtype, device=f.device)
             direction[:, c] = 1
             recorder.backward(f, direction, retain_graph=c < n_outputs - 1)
-    covariance = torch.stack([term.result() for term in terms.values()]).sum(0)
+    results = (term.result() for term in terms.values())
+    covariance = next(results)
+    for result in results:
+        covariance += result
     kept = sum(term.kept_per_example(n_outputs) for term in terms.values())
     return f.detach(), covariance, kept
 

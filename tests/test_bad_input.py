@@ -1,0 +1,371 @@
+"""Bad input gets one clear error, before or in the middle of a fit, and nothing half-changed stays behind."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kronlaplace as kl
+from tests.networks import cnn, mlp
+
+NAN = float("nan")
+
+
+def mlp32():
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def poisoned(index):
+    x = X.clone()
+    x[index] = NAN
+    return x
+
+
+def iterator():
+    yield from ()
+
+
+BAD_DATA = {
+    "empty list": ([], ValueError, "the data is empty: no batch came out of the loader"),
+    "empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), ValueError, "the data is empty"),
+    "spent iterator": (iterator(), ValueError, "An iterator can be read only once"),
+    "not iterable": (7, TypeError, "data must be an iterable of .* batches, .* got int"),
+    "a bare pair": ((X, Y), TypeError, r"Wrap a single batch in a list: \[\(inputs, targets\)\]"),
+    "a bare tensor": (X, TypeError, "got Tensor. Wrap a single batch"),
+    "NaN inputs": ([(poisoned(0), Y)], ValueError, "batch 0: the inputs contain NaN or infinite values"),
+    "infinite inputs": ([(X / 0, Y)], ValueError, "batch 0: the inputs contain NaN or infinite values"),
+    "dead batch later": ([(X, Y), (X, Y), (poisoned(3), Y)], ValueError, "batch 2: the inputs contain NaN"),
+    "batch of none": ([(X, Y), None], TypeError, r"batch 1: expected a pair .* got NoneType"),
+    "batch of three": ([(X, Y, Y)], TypeError, "got tuple of 3: Tensor, Tensor, Tensor"),
+    "batch without examples": ([(X, Y), (X[:0], Y[:0])], ValueError, r"batch 1: has no examples .*\(0, 4\)"),
+    "label too large": (
+        [(X, Y), (X, Y + 1)],
+        ValueError,
+        r"batch 1: class labels must lie in 0 … 2 for a network with 3",
+    ),
+    "label negative": ([(X, Y - 1)], ValueError, "batch 0: class labels must lie in 0 … 2"),
+    "float labels": (
+        [(X, Y.float())],
+        ValueError,
+        r"batch 0: .*integer class indices of shape \(6,\).*dtype torch.float32",
+    ),
+    "one-hot labels": ([(X, nn.functional.one_hot(Y))], ValueError, r"got shape \(6, 3\).*targets.argmax\(1\)"),
+    "too few labels": ([(X, Y[:4])], ValueError, r"shape \(6,\) for outputs of shape \(6, 3\); got shape \(4,\)"),
+    "targets come and go": ([(X, Y), X], ValueError, "batch 1: targets must come with every batch or with none"),
+}
+
+
+@pytest.mark.parametrize("data", BAD_DATA)
+def test_bad_data(data):
+    batches, error, message = BAD_DATA[data]
+    model = mlp32()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    posterior = kl.KronLaplace(model, "classification")
+    with pytest.raises(error, match=message):
+        posterior.fit(batches)
+    with pytest.raises(RuntimeError, match="not fitted yet: call fit"):
+        posterior.predict(X)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_failed_fit_keeps_the_last_good_one():
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
+    before = posterior.predict(X)
+    with pytest.raises(ValueError, match="batch 1"):
+        posterior.fit([(X, Y), (poisoned(0), Y)])
+    assert torch.equal(posterior.predict(X), before)
+
+
+REGRESSION_TARGETS = {
+    "no column": (torch.zeros(6), r"outputs, \(6, 1\); got \(6,\)\. Use targets\.unsqueeze\(1\)"),
+    "other columns": (torch.zeros(6, 2), r"outputs, \(6, 1\); got \(6, 2\)\. Check the number of columns"),
+    "NaN": (torch.full((6, 1), NAN), "targets contain NaN or infinite values"),
+}
+
+
+@pytest.mark.parametrize("name", REGRESSION_TARGETS)
+def test_bad_regression_targets(name):
+    targets, message = REGRESSION_TARGETS[name]
+    with pytest.raises(ValueError, match=message):
+        kl.estimate_fisher(nn.Linear(4, 1), [(X, targets)], "regression")
+
+
+def test_bad_binary_targets():
+    with pytest.raises(ValueError, match="Bernoulli targets must lie between 0 and 1"):
+        kl.estimate_fisher(nn.Linear(4, 1), [(X, 2 * torch.ones(6, 1))], "binary")
+
+
+def test_one_logit_is_not_categorical():
+    with pytest.raises(ValueError, match=r"Categorical needs one logit per class.*returned \(6, 1\).*use Bernoulli"):
+        kl.estimate_fisher(nn.Linear(4, 1), [X], "classification")
+
+
+def test_parameters_that_are_not_finite():
+    model = mlp32()
+    with torch.no_grad():
+        model[2].bias[1] = NAN
+    with pytest.raises(ValueError, match=r"these parameters have NaN or infinite values: \['2.bias'\]"):
+        kl.KronLaplace(model, "classification")
+    with pytest.raises(ValueError, match=r"2\.bias"):
+        kl.estimate_fisher(model, [X], "classification")
+
+
+def test_outputs_that_are_not_finite():
+    class Overflow(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_forward_hook(lambda m, a, out: out * 1e38 * 10)
+    with pytest.raises(ValueError, match="batch 0: the network's outputs are NaN or infinite on finite inputs"):
+        kl.estimate_fisher(model, [X], "classification")
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.gate * x
+
+
+class MyLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+UNSUPPORTED = {
+    "a module of the user's": (Gate(), r"1 \(Gate\): this layer type is not supported yet"),
+    "a norm": (nn.LayerNorm(4), r"1 \(LayerNorm\): this layer type is not supported yet"),
+    "an overridden forward": (MyLinear(4, 4), r"1 \(MyLinear\): it overrides Linear.forward"),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "1.parametrizations.weight"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_layers_are_named_with_the_ways_out(name):
+    module, message = UNSUPPORTED[name]
+    model = nn.Sequential(nn.Linear(4, 4), module, nn.Linear(4, 3)).eval()
+    with pytest.raises(NotImplementedError, match=message) as error:
+        kl.KronLaplace(model, "classification")
+    assert "leave the module out with layers=[...]" in str(error.value)
+    assert "freeze it" in str(error.value)
+    kl.KronLaplace(model, "classification", layers=["0", "2"]).fit([(X, Y)]).predict(X)
+    module.requires_grad_(False)
+    kl.KronLaplace(model, "classification").fit([(X, Y)]).predict(X)
+
+
+def test_grouped_convolutions_and_tied_weights_are_refused():
+    with pytest.raises(NotImplementedError, match=r"grouped convolutions are not supported yet \(groups=2\)"):
+        kl.KronLaplace(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), "regression")
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(NotImplementedError, match="1: shares a parameter with 0; tied weights are not supported yet"):
+        kl.KronLaplace(tied, "regression")
+
+
+def test_bias_alone_is_refused():
+    model = mlp32()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(NotImplementedError, match=r"must be the weight, with or without the bias; they are \['bias'\]"):
+        kl.KronLaplace(model, "classification")
+
+
+def test_nothing_trainable():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        kl.KronLaplace(mlp32().requires_grad_(False), "classification")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["4"], r"no module '4'; with trainable parameters are \['0', '2'\]"),
+        (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
+        (["0", "0"], "a name stands there twice"),
+        ("0", r"must be a list of module names, got the string '0'; use \['0'\]"),
+        ([], "no trainable parameters|no layer"),
+    ],
+)
+def test_bad_layer_names(layers, message):
+    with pytest.raises(ValueError, match=message):
+        kl.KronLaplace(mlp32(), "classification", layers=layers)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False).eval()])
+def test_batch_norm_with_batch_statistics_is_refused(norm):
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 3))
+    with pytest.raises(
+        ValueError, match=r"module '1' \(BatchNorm1d\) normalises with the statistics of the batch.*eval\(\)"
+    ):
+        kl.estimate_fisher(model, [X], "classification", layers=["0"])
+
+
+def test_dropout_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"module '1' \(Dropout\) is in training mode.*Call model.eval\(\) first"):
+        kl.KronLaplace(model, "classification")
+    kl.KronLaplace(model.eval(), "classification").fit([(X, Y)])
+
+
+class Wrapped(nn.Module):
+    """A network whose forward pass is given."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(4, 4), nn.Linear(4, 3), run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def under_no_grad(self, x):
+    with torch.no_grad():
+        x = self.a(x)
+    return self.b(x)
+
+
+STRANGE_FORWARDS = {
+    "used twice": (lambda s, x: s.b(s.a(s.a(x))), NotImplementedError, "layer 'a' is used more than once"),
+    "never called": (lambda s, x: s.b(x), RuntimeError, r"not called as modules in the forward pass: \['a'\]"),
+    "as a function": (
+        lambda s, x: s.b(nn.functional.linear(x, s.a.weight)),
+        RuntimeError,
+        r"not called as modules in the forward pass: \['a'\]",
+    ),
+    "cut off": (
+        lambda s, x: s.b(x) + 0 * s.a(x).detach().sum(),
+        RuntimeError,
+        r"do not depend on these layers: \['a'\]",
+    ),
+    "no grad": (under_no_grad, RuntimeError, r"layer 'a' ran without gradients \(inside torch.no_grad\(\)\?\)"),
+    "examples reshaped": (
+        lambda s, x: s.b(s.a(x.repeat(2, 1)))[:6],
+        NotImplementedError,
+        r"layer 'a' \(Linear\) got an input of shape \(12, 4\) in a batch of 6 examples; it must be \(examples, \.\.\., 4\)",
+    ),
+    "a tuple": (lambda s, x: (s.b(s.a(x)),), TypeError, "must return a tensor of outputs, it returned tuple"),
+    "three axes": (lambda s, x: s.b(s.a(x))[:, None], NotImplementedError, r"it returned \(6, 1, 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE_FORWARDS)
+def test_what_a_forward_pass_may_not_do(name):
+    run, error, message = STRANGE_FORWARDS[name]
+    with pytest.raises(error, match=message):
+        kl.estimate_fisher(Wrapped(run), [(X, Y)], "classification")
+
+
+OPTIONS = {
+    "estimator": ({"estimator": "kfax"}, ValueError, "unknown estimator 'kfax'; the shorthands are 'kfac', 'kfc'"),
+    "estimator class": ({"estimator": kl.KFAC}, TypeError, r"estimator must be an instance such as KFAC\(\)"),
+    "likelihood": ({"likelihood": "softmax"}, ValueError, "unknown likelihood 'softmax'"),
+    "sampling": ({"sampling": "all"}, ValueError, "unknown sampling 'all'; allowed are 'exact', 'mc', 'empirical'"),
+    "no samples": ({"mc_samples": 0}, ValueError, "mc_samples must be at least 1, got 0"),
+    "half a sample": ({"mc_samples": 0.5}, TypeError, "mc_samples must be an integer, got 0.5"),
+    "not a model": ({"model": len}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options_of_the_fisher(name):
+    options, error, message = OPTIONS[name]
+    call = {"model": mlp32(), "data": [(X, Y)], "likelihood": "classification"} | options
+    with pytest.raises(error, match=message):
+        kl.estimate_fisher(**call)
+
+
+POSTERIOR_OPTIONS = {
+    "negative prior": ({"prior_precision": -1.0}, "prior_precision must be positive and finite, got -1.0"),
+    "NaN prior": ({"prior_precision": [1.0, NAN]}, "prior_precision must be positive and finite"),
+    "wrong number": ({"prior_precision": [1.0, 1.0, 1.0]}, r"one number or 2 \(one per block\), got shape \(3,\)"),
+    "temperature": ({"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("name", POSTERIOR_OPTIONS)
+def test_bad_options_of_the_posterior(name):
+    options, message = POSTERIOR_OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        kl.KronLaplace(mlp32(), "classification", **options)
+
+
+CALLS = {
+    "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
+    "link": (lambda p: p.predict(X, link="logit"), r"unknown link 'logit'; allowed are \['probit', 'mc', 'bridge'\]"),
+    "no samples": (lambda p: p.predict(X, link="mc", n_samples=0), "n_samples must be at least 1, got 0"),
+    "no inputs": (lambda p: p.predict(X[:0]), r"at least one example on its first axis, got shape \(0, 4\)"),
+    "not a tensor": (lambda p: p.predict(X.numpy()), "at least one example on its first axis, got ndarray"),
+    "NaN inputs": (lambda p: p.predict(poisoned(0)), "the inputs contain NaN or infinite values"),
+    "sample none": (lambda p: p.sample(0), "n must be at least 1, got 0"),
+    "tune method": (lambda p: p.tune(method="magic"), "unknown method 'magic'; allowed is 'evidence'"),
+    "tune structure": (lambda p: p.tune(structure="full"), "unknown structure 'full'; allowed are"),
+    "noise": (lambda p: p.log_marginal_likelihood(noise_std=1.0), "noise_std belongs to the Gaussian likelihood"),
+    "prior": (lambda p: p.log_marginal_likelihood(prior_precision=0.0), "prior_precision must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_calls_of_a_fitted_posterior(name):
+    call, message = CALLS[name]
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
+    with pytest.raises(ValueError, match=message):
+        call(posterior)
+
+
+def test_bridge_needs_classes():
+    posterior = kl.KronLaplace(nn.Linear(4, 1), "binary").fit([X])
+    with pytest.raises(ValueError, match=r"link 'bridge' is not for Bernoulli\(\); allowed are \['probit', 'mc'\]"):
+        posterior.predict(X, link="bridge")
+
+
+def test_evidence_needs_targets():
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([X])
+    with pytest.raises(ValueError, match="the evidence needs targets"):
+        posterior.tune()
+
+
+def test_fit_takes_data_or_a_fisher():
+    posterior = kl.KronLaplace(mlp32(), "classification")
+    with pytest.raises(TypeError, match="either data or fisher=, exactly one"):
+        posterior.fit()
+    other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
+    fisher = kl.estimate_fisher(other, [X], "classification")
+    with pytest.raises(ValueError, match=r"the fisher is of another network: layer '0' has .* \(7, 5\) matrix there"):
+        posterior.fit(fisher=fisher)
+    fisher = kl.estimate_fisher(posterior.model, [X], "regression")
+    with pytest.raises(ValueError, match=r"estimated with Gaussian.*the posterior has Categorical"):
+        posterior.fit(fisher=fisher)
+
+
+def test_posterior_file_of_another_architecture(tmp_path):
+    path = tmp_path / "p.safetensors"
+    case = mlp()
+    kl.KronLaplace(case.model, "classification").fit(case.batches()).save(path)
+    wider = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    with pytest.raises(
+        ValueError, match=r"another network: layer '0' has .* \(6, 5\) matrix there.*\(9, 5\) in the model"
+    ):
+        kl.KronLaplace.load(path, wider)
+    with pytest.raises(ValueError, match="it has a layer '2', the model has not; the model's layers are"):
+        kl.KronLaplace.load(path, nn.Sequential(nn.Linear(4, 6)).double())
+    with pytest.raises(ValueError, match=r"layer '0' has .* \(6, 5\) matrix there, .* \(3, 19\) in the model"):
+        kl.KronLaplace.load(path, cnn().model)
+    with torch.no_grad():
+        case.model[2].weight[0, 0] += 1
+    with pytest.raises(ValueError, match="fitted at other weights: those of layer '2' differ"):
+        kl.KronLaplace.load(path, case.model)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        kl.KronLaplace.load(path, case.model)
+
+
+def test_parameters_must_be_on_one_real_device():
+    with pytest.raises(ValueError, match="on one device, but it has parameters on cpu, meta"):
+        kl.estimate_fisher(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, device="meta")), [X], "classification")
+    with pytest.raises(ValueError, match="on one device, but it has parameters on meta"):
+        kl.estimate_fisher(nn.Linear(4, 3, device="meta"), [X], "classification")
+    with pytest.raises(ValueError, match="it has no parameters"):
+        kl.KronLaplace(nn.Flatten(), "classification")

@@ -1,0 +1,168 @@
+"""The user's model and random state are as before, whatever happened."""
+
+import copy
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import kronlaplace as kl
+from tests.networks import CASES, cnn, residual
+
+
+def everything(model):
+    """All that could have been changed, as comparable values."""
+    return {
+        "pickle": pickle.dumps(model),
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "modules": [
+            (
+                name,
+                m.training,
+                sorted(vars(m)),
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                len(m._backward_hooks),
+            )
+            for name, m in model.named_modules()
+        ],
+        "flags": [
+            (name, p.requires_grad, p.grad is None, len(p._backward_hooks or ()))
+            for name, p in model.named_parameters()
+        ],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+    }
+
+
+def assert_unchanged(model, before):
+    after = everything(model)
+    assert after["pickle"] == before["pickle"]
+    assert after["modules"] == before["modules"]
+    assert after["flags"] == before["flags"]
+    for a, b in zip(after["grads"], before["grads"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert all(torch.equal(after["state"][k], v) for k, v in before["state"].items())
+
+
+@pytest.mark.parametrize("network", CASES)
+def test_a_whole_life_changes_nothing(network):
+    case = CASES[network]()
+    frozen = next(iter(case.model.parameters()))
+    frozen.grad = torch.ones_like(frozen)
+    before = everything(case.model)
+    posterior = kl.KronLaplace(case.model, "classification", layers=case.layers).fit(case.batches()).tune()
+    for options in ({}, {"link": "mc"}, {"method": "sample", "n_samples": 3}):
+        posterior.predict(case.inputs, **options)
+    posterior.functional_variance(case.inputs)
+    posterior.sample(2)
+    assert_unchanged(case.model, before)
+    copied = copy.deepcopy(case.model)
+    assert torch.equal(copied(case.inputs), case.model(case.inputs))
+    buffer = io.BytesIO()
+    torch.save(case.model, buffer)
+
+
+class LoaderDiedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("network", CASES)
+@pytest.mark.parametrize("when", [0, 1])
+def test_an_exception_in_the_loader_changes_nothing(network, when):
+    case = CASES[network]()
+    before = everything(case.model)
+
+    def loader():
+        for i, batch in enumerate(case.batches()):
+            if i == when:
+                raise LoaderDiedError
+            yield batch
+
+    with pytest.raises(LoaderDiedError):
+        kl.KronLaplace(case.model, "classification", layers=case.layers).fit(loader())
+    assert_unchanged(case.model, before)
+
+
+def test_an_exception_in_the_forward_or_backward_pass_changes_nothing():
+    case = cnn()
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise LoaderDiedError
+
+    class Model(torch.nn.Module):
+        broken = False
+
+        def __init__(self):
+            super().__init__()
+            self.inner = case.model
+
+        def forward(self, x):
+            f = self.inner[3:](Broken.apply(self.inner[:3](x)))
+            if self.broken:
+                raise LoaderDiedError
+            return f
+
+    model = Model()
+    for broken in (False, True):
+        model.broken = broken
+        before = [sorted(vars(m)) for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]
+        with pytest.raises(LoaderDiedError):
+            kl.estimate_fisher(model, case.batches(), "classification")
+        assert ([sorted(vars(m)) for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]) == before
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_hooks_and_flags_of_the_user_stay():
+    case = residual()
+    calls = []
+    case.model.first.register_forward_hook(lambda m, a, out: calls.append(out.shape))
+    case.model.norm.weight.requires_grad_(False)
+    kl.estimate_fisher(case.model, case.batches(5), "classification", layers=case.layers)
+    assert len(case.model.first._forward_hooks) == 1
+    assert len(calls) == 1
+    flags = {name: p.requires_grad for name, p in case.model.named_parameters()}
+    assert flags.pop("norm.weight") is False
+    assert all(flags.values())
+
+
+def test_random_states_stay():
+    """Iterating over a DataLoader draws from torch's global generator; labels are drawn from our own."""
+    case = cnn()
+    loader = DataLoader(TensorDataset(case.inputs, case.targets), batch_size=2, shuffle=True)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    posterior = kl.KronLaplace(case.model, "classification").fit(loader, sampling="mc")
+    posterior.predict(case.inputs, link="mc")
+    posterior.predict(case.inputs, method="sample")
+    posterior.sample(3)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert random.getstate() == states[2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_gradient_mode_of_the_caller_does_not_matter(mode):
+    case = cnn()
+    with mode():
+        grad_mode = torch.is_grad_enabled()
+        posterior = kl.KronLaplace(case.model, "classification").fit(case.batches())
+        variance = posterior.functional_variance(case.inputs)
+        assert torch.is_grad_enabled() is grad_mode
+    torch.testing.assert_close(variance, posterior.functional_variance(case.inputs))
+    assert not variance.requires_grad
+
+
+def test_importing_prints_nothing_and_extends_nothing(capsys):
+    case = cnn()
+    kl.estimate_fisher(case.model, case.batches(), "classification", progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""  # not a terminal: no bar
