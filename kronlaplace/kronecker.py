@@ -221,7 +221,7 @@ class KroneckerFisher(Mapping[str, KroneckerBlock]):
         return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
 
     def decompose(self) -> None:
-        """Compute the eigendecompositions of all blocks now, together, and keep them."""
+        """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
         decompose(list(self.values()))
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -40,14 +40,14 @@ class LayerKind(ABC):
         """Whether the input ``x`` of a call has a leading axis of ``n_examples`` and a shape that is handled."""
 
     @abstractmethod
-    def activation_moment(self, module: Any, x: Tensor, bias: bool, dtype: torch.dtype) -> Tensor:
-        """``Σ_n Σ_t a_nt a_ntᵀ`` of one batch, shape ``(p, p)``.
+    def add_activation_moment(self, module: Any, x: Tensor, bias: bool, out: Tensor) -> None:
+        """Add ``Σ_n Σ_t a_nt a_ntᵀ`` of one batch to ``out``, in place and in its dtype.
 
         Args:
             module: The layer.
             x: Its input, as the module got it.
             bias: Whether ``a`` ends with the homogeneous 1.
-            dtype: Dtype of the sum.
+            out: The sum, shape ``(p, p)``.
         """
 
     @abstractmethod
@@ -61,10 +61,9 @@ class LayerKind(ABC):
         Needs no patches: it is the layer itself with ``Qᵀ`` for its weights.
         """
 
-    def gradient_moment(self, module: nn.Module, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """``Σ_n Σ_t g_nt g_ntᵀ`` of one batch, shape ``(q, q)``."""
-        g = self.gradients(module, grad).to(dtype)
-        return torch.einsum("nti,ntj->ij", g, g)
+    @abstractmethod
+    def add_gradient_moment(self, module: Any, grad: Tensor, out: Tensor) -> None:
+        """Add ``1/T · Σ_n Σ_t g_nt g_ntᵀ`` of one batch to ``out`` of shape ``(q, q)``, in place and in its dtype."""
 
 
 class _LinearKind(LayerKind):
@@ -79,12 +78,19 @@ class _LinearKind(LayerKind):
     def accepts(self, module: Any, x: Tensor, n_examples: int) -> bool:
         return x.ndim >= 2 and x.shape[0] == n_examples
 
-    def activation_moment(self, module: Any, x: Tensor, bias: bool, dtype: torch.dtype) -> Tensor:
-        a = x.flatten(0, -2).to(dtype)
-        weights = a.T @ a
-        if not bias:
-            return weights
-        return _bordered(weights, a.sum(0), float(len(a)))
+    def add_activation_moment(self, module: Any, x: Tensor, bias: bool, out: Tensor) -> None:
+        a = x.flatten(0, -2).to(out.dtype)
+        p = a.shape[1]
+        out[:p, :p].addmm_(a.T, a)
+        if bias:
+            total = a.sum(0)
+            out[:p, p] += total
+            out[p, :p] += total
+            out[p, p] += len(a)
+
+    def add_gradient_moment(self, module: Any, grad: Tensor, out: Tensor) -> None:
+        g = grad.flatten(0, -2).to(out.dtype)
+        out.addmm_(g.T, g, alpha=len(grad) / len(g))
 
     def gradients(self, module: nn.Module, grad: Tensor) -> Tensor:
         return grad.reshape(len(grad), -1, grad.shape[-1])
@@ -109,12 +115,17 @@ class _ConvKind(LayerKind):
     def accepts(self, module: Any, x: Tensor, n_examples: int) -> bool:
         return x.ndim == _n_dims(module) + 2 and x.shape[0] == n_examples
 
-    def activation_moment(self, module: Any, x: Tensor, bias: bool, dtype: torch.dtype) -> Tensor:
-        moment: Tensor | None = None
-        for patches in self._patches(module, x, bias, dtype):
-            moment = patches @ patches.T if moment is None else moment.addmm_(patches, patches.T)
-        assert moment is not None
-        return moment
+    def add_activation_moment(self, module: Any, x: Tensor, bias: bool, out: Tensor) -> None:
+        for patches in self._patches(module, x, bias, out.dtype):
+            out.addmm_(patches, patches.T)
+
+    def add_gradient_moment(self, module: Any, grad: Tensor, out: Tensor) -> None:
+        n, q = grad.shape[:2]
+        positions = grad[0, 0].numel()
+        # As (q, n·T), one matrix product for many examples; an eighth of the batch at a time keeps the copy small.
+        for part in grad.flatten(2).split(max(1, n // 8)):
+            g = part.transpose(0, 1).reshape(q, -1).to(out.dtype)
+            out.addmm_(g, g.T, alpha=1 / positions)
 
     def gradients(self, module: nn.Module, grad: Tensor) -> Tensor:
         return grad.flatten(2).transpose(1, 2)
@@ -221,13 +232,13 @@ class Layer:
         weight_name, bias_name = self.parameter_names
         return {weight_name: matrices[..., :-1].unflatten(-1, shape[1:]), bias_name: matrices[..., -1]}
 
-    def activation_moment(self, x: Tensor) -> Tensor:
-        """``Σ_n Σ_t a aᵀ`` for the input ``x`` of a call, shape ``(p, p)``."""
-        return self.kind.activation_moment(self.module, x, self.bias, self.dtype)
+    def add_activation_moment(self, x: Tensor, out: Tensor) -> None:
+        """Add ``Σ_n Σ_t a aᵀ`` for the input ``x`` of a call to ``out`` of shape ``(p, p)``."""
+        self.kind.add_activation_moment(self.module, x, self.bias, out)
 
-    def gradient_moment(self, grad: Tensor) -> Tensor:
-        """``Σ_n Σ_t g gᵀ`` for the gradient at the output of a call, shape ``(q, q)``."""
-        return self.kind.gradient_moment(self.module, grad, self.dtype)
+    def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
+        """Add ``1/T · Σ_n Σ_t g gᵀ`` for the gradient at the output of a call to ``out`` of shape ``(q, q)``."""
+        self.kind.add_gradient_moment(self.module, grad, out)
 
     def gradients(self, grad: Tensor) -> Tensor:
         """``g`` of shape ``(N, T, q)`` for the gradient at the output of a call."""
@@ -321,17 +332,6 @@ def _tied(layers: Iterable[Layer]) -> list[str]:
             if other != layer.name:
                 refusals.append(f"  {layer.name}: shares a parameter with {other}; tied weights are not supported yet")
     return refusals
-
-
-def _bordered(moment: Tensor, row: Tensor, corner: float) -> Tensor:
-    """``[[moment, row], [rowᵀ, corner]]``: the second moment of vectors with a 1 appended."""
-    p = len(row)
-    out = moment.new_empty(p + 1, p + 1)
-    out[:p, :p] = moment
-    out[:p, p] = row
-    out[p, :p] = row
-    out[p, p] = corner
-    return out
 
 
 def _split_basis(basis: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:

@@ -51,4 +51,4 @@ class Estimator(ABC):
 
     @abstractmethod
     def finish(self, state: State, layer: Layer, n_examples: int) -> KroneckerBlock:
-        """The block: the mean over ``n_examples``."""
+        """The block: the mean over ``n_examples``. The state is used up; its tensors may become the block's."""

@@ -34,13 +34,13 @@ class KFAC(Estimator):
         }
 
     def add_inputs(self, state: State, layer: Layer, x: Tensor) -> None:
-        state["activation"] += layer.activation_moment(x)
+        layer.add_activation_moment(x, state["activation"])
 
     def add_gradients(self, state: State, layer: Layer, x: Tensor, grad: Tensor) -> None:
-        positions = layer.gradients(grad).shape[1]
-        state["gradient"].add_(layer.gradient_moment(grad), alpha=1 / positions)
+        layer.add_gradient_moment(grad, state["gradient"])
 
     def finish(self, state: State, layer: Layer, n_examples: int) -> KroneckerBlock:
+        # In place: the factors of a wide layer are larger than all else in a pass.
         return KroneckerBlock(
-            state["gradient"] / n_examples, state["activation"] / n_examples, scale=1.0, name=layer.name
+            state["gradient"].div_(n_examples), state["activation"].div_(n_examples), scale=1.0, name=layer.name
         )

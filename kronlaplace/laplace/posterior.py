@@ -132,7 +132,6 @@ class KronLaplace:
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-        fisher.decompose()
         self._mean = {layer.name: layer.matrix() for layer in self._layers}
         self._fisher = fisher
         return self
@@ -151,6 +150,7 @@ class KronLaplace:
     def posterior_precision(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + δ I``."""
         fisher = self.fisher
+        fisher.decompose()
         fitted = fisher.metadata.likelihood
         noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
         scale = fisher.n_examples / self.temperature * noise_rescaling(fitted, noise, self._noise_exponent)
@@ -360,6 +360,7 @@ class KronLaplace:
         fisher = self.fisher
         if fisher.statistics is None:
             raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
+        fisher.decompose()
         scale = fisher.n_examples / self.temperature
         return Evidence(
             blocks=[block.scaled(scale) for block in fisher.values()],

@@ -1,0 +1,192 @@
+"""What a fit costs beside training: time and peak memory against plain forward and backward passes.
+
+    python -m experiments.fit_cost --out experiment-results/fit_cost
+
+Side by side in one process over the same batches: a forward and backward pass of the mean cross-entropy (parameter
+gradients, no optimizer step), and `KronLaplace.fit` with each sampling. Times are medians over repeats taken in turn.
+Peak memory is what torch allocates above what was there before, as the profiler records it (CPU) or as CUDA counts it.
+The images are noise of the right shape, since the cost hardly depends on them; `--data-dir` takes MNIST instead for
+LeNet-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import kronlaplace as kl
+from kronlaplace.demo.networks import lenet5
+from kronlaplace.demo.report import Column, Table
+
+COLUMNS = (
+    Column("seconds", "seconds", 3),
+    Column("time_ratio", "time ratio", 2),
+    Column("peak_mib", "peak MiB", 1),
+    Column("memory_ratio", "memory ratio", 2),
+)
+PLAIN = "forward + backward"
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+def residual_network():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(inplace=True),
+        ResidualBlock(32),
+        nn.MaxPool2d(2),
+        ResidualBlock(32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
+
+
+NETWORKS = {
+    "lenet5": (lenet5, (1, 28, 28), 10_000, 250),
+    "mlp": (mlp, (784,), 10_000, 250),
+    "residual": (residual_network, (3, 32, 32), 200, 50),
+}
+
+
+def forward_backward(model, data):
+    for x, y in data:
+        F.cross_entropy(model(x), y).backward()
+    model.zero_grad()
+
+
+def fit(sampling):
+    return lambda model, data: kl.KronLaplace(model, "classification").fit(data, sampling=sampling)
+
+
+METHODS = {
+    PLAIN: forward_backward,
+    "K-FAC, 1 MC sample": fit("mc"),
+    "K-FAC, empirical": fit("empirical"),
+    "K-FAC, exact": fit("exact"),
+}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(method, model, data, device):
+    synchronize(device)
+    start = time.perf_counter()
+    method(model, data)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes(method, model, data, device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        method(model, data)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        method(model, data)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return int(np.cumsum([size for _, size in allocations]).max())
+
+
+def measure(name, device, repeats, data_dir):
+    build, shape, n, batch_size = NETWORKS[name]
+    torch.manual_seed(0)
+    model = build().to(device).eval()
+    x, y = torch.randn(n, *shape), torch.randint(10, (n,))
+    if data_dir is not None and name == "lenet5":
+        from kronlaplace.demo.datasets import load
+
+        train = load("mnist", data_dir, seed=0).train
+        x, y = train.inputs[:n], train.targets[:n]
+    data = [(a.to(device), b.to(device)) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+    for method in METHODS.values():  # warm-up
+        method(model, data[:2])
+    times = {key: [] for key in METHODS}
+    for _ in range(repeats):
+        for key, method in METHODS.items():
+            times[key].append(seconds(method, model, data, device))
+    peaks = {key: peak_bytes(method, model, data[:3], device) for key, method in METHODS.items()}
+    scores = {}
+    for key in METHODS:
+        # Ratios run by run, so that a machine that drifts does not matter.
+        ratio = statistics.median(t / plain for t, plain in zip(times[key], times[PLAIN], strict=True))
+        row = statistics.median(times[key]), ratio, peaks[key] / 2**20, peaks[key] / peaks[PLAIN]
+        scores[key] = np.array([row])
+    return Table(COLUMNS, scores)
+
+
+def draw(tables, path):
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (i, title) in zip(figure.subplots(1, 2), ((1, "time"), (3, "peak memory")), strict=True):
+        for j, (name, table) in enumerate(tables.items()):
+            values = [scores[0, i] for scores in table.scores.values()]
+            axes.bar(np.arange(len(values)) + (j - 1) * 0.25, values, width=0.25, label=name)
+        axes.set_xticks(
+            range(len(METHODS)), [key.replace(", ", ",\n").replace(" + ", "\n+ ") for key in METHODS], fontsize=7
+        )
+        axes.set_ylabel("multiple of forward + backward")
+        axes.set_title(title)
+        axes.axhline(1, color="0.6", linewidth=0.8)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--out", type=Path, default=Path("experiment-results/fit_cost"))
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message="sampling=.empirical.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    tables = {}
+    for name in args.networks:
+        tables[name] = table = measure(name, device, args.repeats, args.data_dir)
+        _, shape, n, batch_size = NETWORKS[name]
+        title = f"{name}: {n} inputs {shape}, batches of {batch_size}, {device.type}, {torch.get_num_threads()} threads"
+        print(f"{title}\n\n{table.to_text()}\n")
+        table.write_csv(args.out / f"{name}.csv")
+        note = f"torch {torch.__version__}; medians of {args.repeats} repeats in turn; ratios to {PLAIN}"
+        (args.out / f"{name}.md").write_text(table.to_markdown(title, [note]), encoding="utf-8")
+    draw(tables, args.out / "fit_cost.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
