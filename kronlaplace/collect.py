@@ -81,7 +81,7 @@ class Recorder:
         self.inputs.clear()
         self._sources.clear()
         self._n_examples = len(inputs)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # gradients on, wherever the caller is
             outputs = self._model(inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"the model must return a tensor of outputs, it returned {type(outputs).__name__}.")

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 __all__ = ["Layer", "LayerKind", "find_layers"]
 
 
+_SMALL = 2**16
+"""Numbers that a temporary may always hold, however small the layer."""
+
+
 class LayerKind(ABC):
     """What a family of modules computes, in terms of ``a``, ``g`` and ``W̄``."""
 
@@ -154,7 +158,7 @@ class _ConvKind(LayerKind):
         ]
         positions = math.prod(out)
         p = channels * math.prod(kernel) + bias
-        budget = max(n * (channels * math.prod(size) + module.out_channels * positions), 2**16)
+        budget = max(n * (channels * math.prod(size) + module.out_channels * positions), _SMALL)
         chunk = max(1, min(n, budget // (p * positions)))
         n_stride, c_stride, *strides = padded.stride()
         for start in range(0, n, chunk):

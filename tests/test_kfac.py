@@ -3,7 +3,7 @@
 import curvlinops
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -56,6 +56,7 @@ def convolutions(draw):
     return layer, size, draw(st.integers(1, 3))
 
 
+@settings(max_examples=150)
 @given(convolutions())
 def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
     layer, size, n = drawn
@@ -65,6 +66,27 @@ def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
     fisher = kl.estimate_fisher(model, [x], "regression", sampling="exact")
     A, G = oracles.kfac_factors(model, layer, x, "regression")
     assert_factors_are(fisher, "0", A, G)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("kernel", "dilation"), [((2, 4), 1), ((2, 3), (3, 1))])
+def test_same_padding_that_is_not_symmetric(kernel, dilation):
+    """An even total of padding cannot be halved: torch puts the larger half at the end."""
+    layer = nn.Conv2d(1, 2, kernel, padding="same", dilation=dilation)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(2 * 5 * 6, 2)).double()
+    x = torch.randn(3, 1, 5, 6).double()
+    fisher = kl.estimate_fisher(model, [x], "regression", sampling="exact")
+    A, G = oracles.kfac_factors(model, layer, x, "regression")
+    assert_factors_are(fisher, "0", A, G)
+
+
+def test_patches_may_be_unfolded_a_few_examples_at_a_time(monkeypatch):
+    case = cnn()
+    whole = kl.estimate_fisher(case.model, case.batches(5), "classification", sampling="exact")
+    monkeypatch.setattr("kronlaplace.layers._SMALL", 1)
+    parts = kl.estimate_fisher(case.model, case.batches(5), "classification", sampling="exact")
+    for name in whole:
+        torch.testing.assert_close(parts[name].activation_factor, whole[name].activation_factor, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
@@ -133,6 +155,9 @@ def test_draws_depend_on_seed_and_batch_only():
 
     assert torch.equal(run(0, 1), run(0, 2))
     assert not torch.equal(run(0, 1), run(1, 1))
+    once = kl.estimate_fisher(case.model, [case.inputs], "classification")["0"].gradient_factor
+    twice = kl.estimate_fisher(case.model, [case.inputs] * 2, "classification")["0"].gradient_factor
+    assert not torch.allclose(once, twice)  # another batch, other draws
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "binary", "regression"])

@@ -70,6 +70,17 @@ def test_equal_shapes_are_decomposed_in_one_call(monkeypatch):
         torch.testing.assert_close(vectors * values @ vectors.T, matrices[name])
 
 
+def test_rounding_is_taken_out_before_and_after_a_decomposition():
+    """The symmetric part is decomposed, not one triangle; eigenvalues below zero by rounding are zero."""
+    matrix = random_block(4, 4).gradient_factor
+    skew = torch.triu(torch.full((4, 4), 1e-3).double(), 1)
+    values, vectors = eigendecompose({"m": matrix + skew})["m"]
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix + (skew + skew.T) / 2)
+    rank_one = torch.outer(*2 * [torch.randn(40).double()])
+    assert torch.linalg.eigvalsh(rank_one).min() < 0
+    assert eigendecompose({"m": rank_one})["m"].values.min() == 0
+
+
 def test_logdet_is_differentiable_in_the_damping():
     block, gamma = random_block(3, 2), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda g: kl.damping.Tikhonov(g).invert(block).logdet(), gamma)

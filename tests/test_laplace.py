@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronlaplace as kl
 from tests import oracles
@@ -65,25 +66,38 @@ def test_functional_variance_does_not_depend_on_chunks(network, budget, monkeypa
     torch.testing.assert_close(posterior.functional_variance(case.inputs, diagonal=True), variance)
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, (tuple, list)) else [out]
+        self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
 def test_no_tensor_of_the_jacobians_size():
     """One layer used once, 40 outputs: nothing as large as its (N, C, q·p) Jacobian is made."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            tensors = out if isinstance(out, (tuple, list)) else [out]
-            self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
-            return out
-
     model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 40))
     x = torch.randn(16, 30)
     posterior = kl.KronLaplace(model, "classification").fit([x], sampling="mc")
     with Largest() as largest:
         posterior.functional_variance(x)
     assert largest.numel == 16 * 40 * 50  # the rotated gradients of the hidden layer: N·C·q
+
+
+def test_no_tensor_of_the_jacobians_size_on_shared_weights(monkeypatch):
+    """A wide layer used at two positions: its (N, C, q·p) Jacobian is formed a row of ``q`` at a time."""
+    model = torch.nn.Sequential(torch.nn.Linear(200, 30), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(60, 8))
+    x = torch.randn(2, 2, 200)
+    posterior = kl.KronLaplace(model, "classification").fit([x], sampling="mc")
+    posterior.posterior_precision()  # the decompositions are not what is measured
+    monkeypatch.setattr("kronlaplace.laplace.predictive._BUDGET", 1)
+    with Largest() as largest:
+        posterior.functional_variance(x)
+    assert largest.numel < 201**2 + 1 < 2 * 8 * 30 * 201
 
 
 def test_evidence_gradients():
@@ -224,6 +238,16 @@ def test_glm_and_sampling_agree_where_the_network_is_linear():
     error = 6 * (glm.variance / 20_000).sqrt()
     assert ((sampled.mean - glm.mean).abs() < error).all()
     torch.testing.assert_close(sampled.variance, glm.variance, rtol=6 * math.sqrt(2 / 20_000), atol=0)
+
+
+def test_variance_of_few_samples_is_unbiased():
+    """Two draws at a time: the mean over 500 seeds is the variance (six standard errors; n instead of n−1 gives half)."""
+    case = mlp("regression", outputs=1)
+    posterior = kl.KronLaplace(case.model, "regression", layers=["2"]).fit(case.batches())
+    x = case.inputs[:1]
+    few = [posterior.predict(x, method="sample", n_samples=2, seed=seed).variance for seed in range(500)]
+    expected = posterior.predict(x).variance
+    torch.testing.assert_close(torch.stack(few).mean(0), expected, rtol=6 * math.sqrt(2 / 500), atol=0)
 
 
 @pytest.mark.parametrize("likelihood", ["regression", "binary"])

@@ -149,7 +149,7 @@ def test_random_states_stay():
     assert random.getstate() == states[2]
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_gradient_mode_of_the_caller_does_not_matter(mode):
     case = cnn()
     with mode():

@@ -99,15 +99,15 @@ class TuningResult:
     log_marginal_likelihood: float
 
 
-def maximise(evidence: Evidence, structure: PriorStructure, start: Tensor) -> TuningResult:
+def maximise(evidence: Evidence, structure: PriorStructure) -> TuningResult:
     """Maximise the evidence over the prior precision and, in regression, the noise, in log space with bounds.
 
-    A coarse grid finds the right basin, L-BFGS-B with exact gradients the top of it. No learning rate, no step count.
+    A coarse grid finds the right basin, L-BFGS-B with exact gradients the top of it. No learning rate, no step count, and
+    no dependence on the present values.
 
     Args:
         evidence: The function.
         structure: One precision for all, or one per layer.
-        start: The present prior precision, 0-dim or ``(L,)``; a candidate like those of the grid.
 
     Warns:
         UserWarning: If a hyperparameter ends at its bound: the evidence then has no maximum inside.
@@ -117,7 +117,6 @@ def maximise(evidence: Evidence, structure: PriorStructure, start: Tensor) -> Tu
     noise = isinstance(evidence.likelihood, Gaussian)
     bounds = [tuple(map(math.log, PRECISION_BOUNDS))] * n_precisions
     starts = [np.full(n_precisions, value) for value in np.linspace(math.log(1e-6), math.log(1e6), num=13)]
-    starts.append(np.broadcast_to(start.detach().cpu().log().numpy(), n_precisions))
     if noise:
         squared_error, count = evidence.statistics.tolist()
         root_mean_square = max(math.sqrt(squared_error / count), 1e-12)

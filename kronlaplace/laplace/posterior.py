@@ -211,7 +211,7 @@ class KronLaplace:
         if method != "evidence":
             raise ValueError(f"unknown method {method!r}; allowed is 'evidence'.")
         structure = _choice(PriorStructure, structure, "structure")
-        result = maximise(self._evidence(), structure, self.prior_precision)
+        result = maximise(self._evidence(), structure)
         self.prior_precision = result.prior_precision
         if result.noise_std is not None:
             assert isinstance(self.likelihood, Gaussian)
