@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kronlaplace.batches import device_of
 from kronlaplace.layers import Layer
 
-__all__ = ["Receiver", "Recorder", "check_model", "recording"]
+__all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
 
 Receiver = Callable[[Layer, Tensor, Tensor], None]
 """Takes a layer, its input and the gradient at its output, both in the module's own layout."""
@@ -183,7 +183,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model whose outputs are random, depend on the rest of the batch, or whose parameters are not finite.
+    """Refuse a model that has no Fisher as it stands: see `check_mode`, and its parameters must be finite.
 
     Raises:
         TypeError: If it is not a module.
@@ -192,6 +192,21 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     device_of(model)
+    check_mode(model)
+    finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
+    if not finite.all():
+        bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        raise ValueError(
+            f"these parameters have NaN or infinite values: {bad}. The training diverged, or a file is bad."
+        )
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model whose outputs are random or depend on the rest of the batch; looks at no tensor.
+
+    Raises:
+        ValueError: Naming the module, with what to do.
+    """
     for name, module in model.named_modules():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
@@ -202,9 +217,3 @@ def check_model(model: nn.Module) -> None:
             )
         if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
             raise ValueError(f"{where} is in training mode, so the outputs are random. Call model.eval() first.")
-    finite = [torch.isfinite(p).all() for p in model.parameters()]
-    if finite and not all(finite):
-        bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-        raise ValueError(
-            f"these parameters have NaN or infinite values: {bad}. The training diverged, or a file is bad."
-        )

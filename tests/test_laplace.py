@@ -93,7 +93,7 @@ def test_no_tensor_of_the_jacobians_size_on_shared_weights(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(200, 30), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(60, 8))
     x = torch.randn(2, 2, 200)
     posterior = kl.KronLaplace(model, "classification").fit([x], sampling="mc")
-    posterior.posterior_precision()  # the decompositions are not what is measured
+    posterior.covariance()  # the decompositions are not what is measured
     monkeypatch.setattr("kronlaplace.laplace.predictive._BUDGET", 1)
     with Largest() as largest:
         posterior.functional_variance(x)
@@ -279,6 +279,37 @@ def test_fit_with_a_ready_made_fisher():
     ready = kl.KronLaplace(case.model, "classification").fit(fisher=fisher)
     torch.testing.assert_close(ready.predict(case.inputs), fitted(case).predict(case.inputs))
     assert ready.fisher is fisher
+
+
+@pytest.mark.parametrize("change", ["prior_precision", "temperature", "likelihood", "fit"])
+def test_predictions_follow_every_hyperparameter(change):
+    """The covariance is kept between predictions, but never beyond a change of what it follows from."""
+    case = mlp("regression")
+    options = {"prior_precision": 1.0, "temperature": 1.0}
+    posterior = kl.KronLaplace(case.model, kl.Gaussian(), **options).fit(case.batches())
+    before = posterior.functional_variance(case.inputs)
+    if change == "fit":
+        posterior.fit(case.batches()[:1])
+        fresh = kl.KronLaplace(case.model, kl.Gaussian(), **options).fit(case.batches()[:1])
+    else:
+        new = kl.Gaussian(0.3) if change == "likelihood" else 0.3
+        setattr(posterior, change, new)
+        likelihood = new if change == "likelihood" else kl.Gaussian()
+        fresh = kl.KronLaplace(case.model, likelihood, **options).fit(case.batches())
+        setattr(fresh, change, new)
+    after = posterior.functional_variance(case.inputs)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, fresh.functional_variance(case.inputs))
+
+
+def test_hyperparameters_are_checked_when_set():
+    posterior = fitted(mlp())
+    with pytest.raises(ValueError, match="prior_precision must be positive and finite, got 0"):
+        posterior.prior_precision = 0
+    with pytest.raises(ValueError, match="temperature must be a positive finite number, got -1"):
+        posterior.temperature = -1
+    with pytest.raises(ValueError, match=r"fitted with Categorical\(\); Bernoulli\(\) needs a new fit"):
+        posterior.likelihood = kl.Bernoulli()
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kronlaplace.batches import device_of
-from kronlaplace.collect import check_model
+from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.fisher import estimate_fisher
@@ -52,6 +52,10 @@ class KronLaplace:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
     """
 
+    _likelihood: Likelihood
+    _prior_precision: Tensor
+    _temperature: float
+
     def __init__(
         self,
         model: nn.Module,
@@ -64,20 +68,53 @@ class KronLaplace:
     ) -> None:
         check_model(model)
         self.model = model
-        self.likelihood = resolve_likelihood(likelihood)
         self.estimator = resolve_estimator(estimator)
         self._layers = find_layers(model, layers)
-        self.prior_precision = _as_precision(prior_precision, len(self._layers), device_of(model))
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a positive finite number, got {temperature!r}.")
-        self.temperature = float(temperature)
         self._fisher: KroneckerFisher | None = None
         self._mean: dict[str, Tensor] = {}
+        self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
+        self.likelihood = resolve_likelihood(likelihood)
+        self.prior_precision = prior_precision
+        self.temperature = temperature
 
     def __repr__(self) -> str:
         state = f"fitted to {self._fisher.n_examples} examples" if self._fisher else "not fitted"
         names = [layer.name for layer in self._layers]
         return f"KronLaplace({self.likelihood}, {self.estimator}, layers={names}, {state})"
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood; in regression with the noise that predictions use, which may be set or tuned after the fit."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, likelihood: Likelihood) -> None:
+        if self._fisher is not None and type(likelihood) is not type(self._likelihood):
+            raise ValueError(f"the posterior was fitted with {self._likelihood}; {likelihood} needs a new fit.")
+        self._likelihood = likelihood
+        self._covariance = None
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """``δ``, 0-dim or one per block, float64. May be set to numbers after the fit: that costs no new pass."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Sequence[float] | Tensor) -> None:
+        self._prior_precision = _as_precision(value, len(self._layers), device_of(self.model)).detach().clone()
+        self._covariance = None
+
+    @property
+    def temperature(self) -> float:
+        """Divides the log-likelihood; may be set after the fit."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature must be a positive finite number, got {value!r}.")
+        self._temperature = float(value)
+        self._covariance = None
 
     def fit(
         self,
@@ -134,6 +171,7 @@ class KronLaplace:
                 )
         self._mean = {layer.name: layer.matrix() for layer in self._layers}
         self._fisher = fisher
+        self._covariance = None
         return self
 
     @property
@@ -147,18 +185,23 @@ class KronLaplace:
             raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
         return self._fisher
 
-    def posterior_precision(self) -> dict[str, DampedInverse]:
-        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + δ I``."""
-        fisher = self.fisher
-        fisher.decompose()
-        fitted = fisher.metadata.likelihood
-        noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
-        scale = fisher.n_examples / self.temperature * noise_rescaling(fitted, noise, self._noise_exponent)
-        precisions = self.prior_precision.expand(len(fisher))
-        return {
-            name: Tikhonov(precision).invert(block.scaled(scale))
-            for (name, block), precision in zip(fisher.items(), precisions, strict=True)
-        }
+    def covariance(self) -> dict[str, DampedInverse]:
+        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + δ I``.
+
+        Computed once for given hyperparameters: eigendecompositions at the first call, sums of eigenvalues later.
+        """
+        if self._covariance is None:
+            fisher = self.fisher
+            fisher.decompose()
+            noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
+            rescaling = noise_rescaling(fisher.metadata.likelihood, noise, self._noise_exponent)
+            scale = fisher.n_examples / self.temperature * rescaling
+            precisions = self.prior_precision.expand(len(fisher))
+            self._covariance = {
+                name: Tikhonov(precision).invert(block.scaled(scale))
+                for (name, block), precision in zip(fisher.items(), precisions, strict=True)
+            }
+        return self._covariance
 
     def log_marginal_likelihood(
         self,
@@ -255,7 +298,7 @@ class KronLaplace:
             that). Regression: a `Prediction`; its ``variance`` is of the function, without the noise.
 
         Raises:
-            ValueError: For an unknown method or link, or inputs that are empty or not finite.
+            ValueError: For an unknown method or link, or inputs that are empty or, on the CPU, not finite.
         """
         if method not in ("glm", "sample"):
             raise ValueError(f"unknown method {method!r}; allowed are 'glm', 'sample'.")
@@ -373,21 +416,22 @@ class KronLaplace:
 
     def _linearised(self, x: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
         x = self._checked(x)
-        return functional_covariance(self.model, self._layers, self.posterior_precision(), x, diagonal=diagonal)
+        return functional_covariance(self.model, self._layers, self.covariance(), x, diagonal=diagonal)
 
     def _checked(self, x: Tensor) -> Tensor:
-        check_model(self.model)
+        check_mode(self.model)
         if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"inputs must be a tensor with at least one example on its first axis, got {got}.")
         x = x.to(device_of(self.model))
-        if x.is_floating_point() and not torch.isfinite(x).all():
+        # Accelerators are not waited for: there, NaN inputs give NaN predictions.
+        if x.device.type == "cpu" and x.is_floating_point() and not torch.isfinite(x).all():
             raise ValueError("the inputs contain NaN or infinite values.")
         return x
 
     def _draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         draws: dict[str, Tensor] = {}
-        inverses = self.posterior_precision()
+        inverses = self.covariance()
         for layer in self._layers:
             noise = torch.randn(
                 n, *layer.shape, generator=generator, device=generator.device, dtype=self.fisher[layer.name].scale.dtype

@@ -1,0 +1,71 @@
+"""What users of the installed package rely on."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import kronlaplace as kl
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names_are_there():
+    for name in kl.__all__:
+        assert getattr(kl, name) is not None
+
+
+def test_package_is_typed():
+    assert (Path(kl.__file__).parent / "py.typed").is_file()
+
+
+def test_versions_agree():
+    """pyproject, package, citation and changelog name the same version."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert kl.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_importing_changes_nothing():
+    """No output, no change of random state, threads, gradient mode, warnings or hooks; matplotlib is not needed."""
+    program = """
+import sys, warnings, torch, backpack, scipy.optimize, scipy.special  # SciPy adds filters of its own
+state, threads, filters = torch.get_rng_state(), torch.get_num_threads(), list(warnings.filters)
+import kronlaplace
+assert torch.equal(torch.get_rng_state(), state)
+assert torch.get_num_threads() == threads and torch.is_grad_enabled()
+assert warnings.filters == filters
+assert 'matplotlib' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
+    """The data flows one way: no room imports one above it."""
+    order = [
+        "linalg",
+        "serialization",
+        "likelihoods",
+        "batches",
+        "layers",
+        "collect",
+        "kronecker",
+        "inversion",
+        "damping",
+        "estimators",
+        "fisher",
+        "laplace",
+        "metrics",
+        "demo",
+        "cli",
+    ]
+    package = Path(kl.__file__).parent
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        if room.startswith("__"):
+            continue
+        for imported in re.findall(r"^(?:from|import) kronlaplace\.?(\w*)", path.read_text(), re.MULTILINE):
+            if imported:
+                assert order.index(imported) <= order.index(room), f"{path} imports kronlaplace.{imported}"

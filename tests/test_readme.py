@@ -1,0 +1,29 @@
+"""The README's code runs as it stands there, on somebody's own model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_main_path_is_short():
+    assert len(BLOCKS) >= 1
+    assert len(BLOCKS[0].strip().splitlines()) < 20
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_code_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(60, 8), torch.randint(3, (60,))
+    names = {
+        "model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)),
+        "train_loader": DataLoader(TensorDataset(x, y), batch_size=20),
+        "x_test": torch.randn(5, 8),
+    }
+    exec(compile(BLOCKS[block], str(README), "exec"), names)
