@@ -8,8 +8,8 @@ The Fisher is the **mean over examples**; whoever needs the sum multiplies by ``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, overload
 
@@ -219,6 +219,16 @@ class KroneckerFisher(Mapping[str, KroneckerBlock]):
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm of the block-diagonal matrix, 0-dim."""
         return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
+
+    def restricted_to(self, layers: Sequence[str]) -> KroneckerFisher:
+        """The Fisher of some of the layers; blocks and their decompositions are shared.
+
+        Raises:
+            KeyError: If a layer has no block.
+        """
+        blocks = {name: self[name] for name in layers}
+        parameters = {name: self.metadata.parameters[name] for name in layers}
+        return KroneckerFisher(blocks, self.n_examples, replace(self.metadata, parameters=parameters), self.statistics)
 
     def decompose(self) -> None:
         """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""

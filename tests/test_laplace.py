@@ -281,6 +281,15 @@ def test_fit_with_a_ready_made_fisher():
     assert ready.fisher is fisher
 
 
+def test_one_fisher_serves_posteriors_over_some_of_its_layers():
+    case = cnn()
+    fisher = kl.estimate_fisher(case.model, case.batches(), "classification", sampling="exact")
+    shared = kl.KronLaplace(case.model, "classification", layers=["5"]).fit(fisher=fisher)
+    own = kl.KronLaplace(case.model, "classification", layers=["5"]).fit(case.batches())
+    torch.testing.assert_close(shared.log_marginal_likelihood(), own.log_marginal_likelihood())
+    torch.testing.assert_close(shared.predict(case.inputs), own.predict(case.inputs))
+
+
 @pytest.mark.parametrize("change", ["prior_precision", "temperature", "likelihood", "fit"])
 def test_predictions_follow_every_hyperparameter(change):
     """The covariance is kept between predictions, but never beyond a change of what it follows from."""

@@ -115,7 +115,7 @@ def maximise(evidence: Evidence, structure: PriorStructure) -> TuningResult:
     n_precisions = 1 if structure is PriorStructure.SCALAR else len(evidence.blocks)
     device = evidence.statistics.device
     noise = isinstance(evidence.likelihood, Gaussian)
-    bounds = [tuple(map(math.log, PRECISION_BOUNDS))] * n_precisions
+    bounds = [(math.log(PRECISION_BOUNDS[0]), math.log(PRECISION_BOUNDS[1]))] * n_precisions
     starts = [np.full(n_precisions, value) for value in np.linspace(math.log(1e-6), math.log(1e6), num=13)]
     if noise:
         squared_error, count = evidence.statistics.tolist()

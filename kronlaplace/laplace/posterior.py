@@ -132,7 +132,8 @@ class KronLaplace:
 
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
-            fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood.
+            fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
+                may have more blocks than the posterior has layers.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
                 matrix; ``"mc"`` is cheaper where there are many outputs.
             mc_samples: As in `estimate_fisher`.
@@ -164,6 +165,9 @@ class KronLaplace:
             )
         else:
             check_model(self.model)
+            names = [layer.name for layer in self._layers]
+            if set(names) < set(fisher):  # estimated once for all layers, used here for some
+                fisher = fisher.restricted_to(names)
             _check_blocks(fisher, self._layers, "the fisher")
             if type(fisher.metadata.likelihood) is not type(likelihood):
                 raise ValueError(
