@@ -14,7 +14,8 @@ from kronlaplace.estimators import KFAC
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerBlock, KroneckerFisher
 from kronlaplace.laplace import KronLaplace
-from kronlaplace.likelihoods import Bernoulli, Categorical, Gaussian, Link, Prediction, Sampling
+from kronlaplace.likelihoods import Bernoulli, Categorical, Gaussian, Prediction, Sampling
+from kronlaplace.links import Link
 
 __all__ = [
     "estimate_fisher",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from kronlaplace.estimators import Estimator, State, resolve_estimator
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.options import choice, positive_integer
 
 __all__ = ["estimate_fisher"]
 
@@ -65,8 +65,8 @@ def estimate_fisher(
     """
     likelihood = resolve_likelihood(likelihood)
     estimator = resolve_estimator(estimator)
-    sampling = _resolve_sampling(sampling)
-    mc_samples = _positive_integer("mc_samples", mc_samples)
+    sampling = choice(Sampling, sampling, "sampling")
+    mc_samples = positive_integer(mc_samples, "mc_samples")
     check_model(model)
     device = device_of(model)
     chosen = find_layers(model, layers)
@@ -124,24 +124,6 @@ def estimate_fisher(
         parameters={layer.name: layer.parameter_names for layer in chosen},
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
-
-
-def _resolve_sampling(sampling: Sampling | str) -> Sampling:
-    try:
-        return Sampling(sampling)
-    except ValueError:
-        allowed = ", ".join(repr(s.value) for s in Sampling)
-        raise ValueError(f"unknown sampling {sampling!r}; allowed are {allowed}.") from None
-
-
-def _positive_integer(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return number
 
 
 def _as_matrices(

@@ -294,7 +294,7 @@ def test_bad_options_of_the_posterior(name):
 
 CALLS = {
     "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
-    "link": (lambda p: p.predict(X, link="logit"), r"unknown link 'logit'; allowed are \['probit', 'mc', 'bridge'\]"),
+    "link": (lambda p: p.predict(X, link="logit"), r"unknown link 'logit'; allowed are 'probit', 'mc', 'bridge'"),
     "no samples": (lambda p: p.predict(X, link="mc", n_samples=0), "n_samples must be at least 1, got 0"),
     "no inputs": (lambda p: p.predict(X[:0]), r"at least one example on its first axis, got shape \(0, 4\)"),
     "not a tensor": (lambda p: p.predict(X.numpy()), "at least one example on its first axis, got ndarray"),

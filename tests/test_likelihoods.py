@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
-from kronlaplace.likelihoods import Likelihood, Link, Sampling, resolve_likelihood
+from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.links import Link
 from tests import oracles
 
 LIKELIHOODS = {

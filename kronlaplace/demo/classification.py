@@ -18,7 +18,7 @@ from kronlaplace.demo.fitting import Outcome, Settings, build, count, fit_poster
 from kronlaplace.demo.report import Column, Table
 from kronlaplace.demo.training import Recipe, train
 from kronlaplace.laplace import KronLaplace
-from kronlaplace.likelihoods import Link
+from kronlaplace.links import Link
 
 __all__ = ["describe", "run"]
 

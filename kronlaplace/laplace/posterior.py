@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, PriorStructure, maximise, noise_rescaling
 from kronlaplace.laplace.predictive import functional_covariance
 from kronlaplace.layers import Layer, find_layers
-from kronlaplace.likelihoods import Gaussian, Likelihood, Link, Prediction, Sampling, resolve_likelihood
+from kronlaplace.likelihoods import Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
+from kronlaplace.links import Link
+from kronlaplace.options import choice, positive_integer
 from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["KronLaplace"]
-
-_Choice = TypeVar("_Choice", Link, PriorStructure)
 
 
 class KronLaplace:
@@ -257,7 +256,7 @@ class KronLaplace:
         """
         if method != "evidence":
             raise ValueError(f"unknown method {method!r}; allowed is 'evidence'.")
-        structure = _choice(PriorStructure, structure, "structure")
+        structure = choice(PriorStructure, structure, "structure")
         result = maximise(self._evidence(), structure)
         self.prior_precision = result.prior_precision
         if result.noise_std is not None:
@@ -306,12 +305,12 @@ class KronLaplace:
         """
         if method not in ("glm", "sample"):
             raise ValueError(f"unknown method {method!r}; allowed are 'glm', 'sample'.")
-        link = _choice(Link, link, "link")
+        link = choice(Link, link, "link")
         if self.likelihood.links and link not in self.likelihood.links:
             raise ValueError(
                 f"link {link.value!r} is not for {self.likelihood}; allowed are {[k.value for k in self.likelihood.links]}."
             )
-        n_samples = _at_least(1, "n_samples", n_samples)
+        n_samples = positive_integer(n_samples, "n_samples")
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
         if method == "sample":
             return self._predict_by_sampling(x, n_samples, generator)
@@ -338,7 +337,7 @@ class KronLaplace:
             ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
             takes them one by one.
         """
-        n = _at_least(1, "n", n)
+        n = positive_integer(n, "n")
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
         return self._draw(n, generator)
 
@@ -483,23 +482,6 @@ def _check_blocks(fisher: KroneckerFisher, layers: Sequence[Layer], what: str) -
                 f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
                 f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
             )
-
-
-def _choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
-    try:
-        return enum(value)
-    except ValueError:
-        raise ValueError(f"unknown {name} {value!r}; allowed are {[member.value for member in enum]}.") from None
-
-
-def _at_least(minimum: int, name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
-    return number
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,40 @@
+"""Checks of options at the border: one clear error each, the same everywhere."""
+
+from __future__ import annotations
+
+import operator
+from enum import Enum
+from typing import TypeVar
+
+__all__ = ["choice", "positive_integer"]
+
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
+    """The member of ``enum`` that ``value`` is, or is the value of.
+
+    Raises:
+        ValueError: If there is none, with what is allowed.
+    """
+    try:
+        return enum(value)
+    except ValueError:
+        allowed = ", ".join(repr(member.value) for member in enum)
+        raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.") from None
+
+
+def positive_integer(value: int, name: str) -> int:
+    """``value`` as an int of at least 1.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is less than 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return number
