@@ -59,10 +59,9 @@ def run(data: ImageData, settings: Settings, folder: Path) -> Outcome:
     model = build(network, weight_seed, settings.device)
     x, y = data.train_x.to(settings.device), data.train_y.to(settings.device)
     train(model, nn.CrossEntropyLoss(), x, y, recipe, seed=batch_seed, description="Training")
-    posteriors = {
-        LAST_LAYER: fit_posterior(model, "classification", x, y, settings, layers=[str(len(model) - 1)]),
-        ALL_LAYERS: fit_posterior(model, "classification", x, y, settings),
-    }
+    everything = fit_posterior(model, "classification", x, y, settings)
+    last = KronLaplace(model, "classification", settings.estimator, layers=[str(len(model) - 1)])
+    posteriors = {LAST_LAYER: last.fit(fisher=everything.fisher).tune(), ALL_LAYERS: everything}
 
     def predict_map(inputs: Tensor) -> Tensor:
         with torch.no_grad():

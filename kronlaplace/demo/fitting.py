@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,6 @@ def fit_posterior(
     y: Tensor,
     settings: Settings,
     *,
-    layers: Sequence[str] | None = None,
     progress: bool = True,
 ) -> KronLaplace:
     """The main job: fit the posterior on the training data, then tune it by the evidence.
@@ -77,10 +76,9 @@ def fit_posterior(
         x: Training inputs, on the network's device.
         y: Training targets.
         settings: Names the estimator.
-        layers: Modules that get a posterior; all without it.
         progress: Whether a bar may be shown.
     """
-    posterior = KronLaplace(model, likelihood, estimator=settings.estimator, layers=layers)
+    posterior = KronLaplace(model, likelihood, estimator=settings.estimator)
     posterior.fit(list(zip(x.split(_FIT_BATCH), y.split(_FIT_BATCH), strict=True)), progress=progress)
     posterior.tune()
     return posterior
