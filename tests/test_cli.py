@@ -142,6 +142,16 @@ class TestDemo:
         assert tables[0][0] != tables[2][0]
         assert tables[0][1] != tables[2][1]
 
+    def test_the_seed_decides_the_initial_weights(self, short, tmp_path, monkeypatch):
+        network, recipe, title = classification._NETWORKS["digits"]
+        whole = replace(recipe, steps=1, batch_size=10_000)  # one batch: its order is of no matter
+        monkeypatch.setattr(classification, "_NETWORKS", {"digits": (network, whole, title)})
+        nll = []
+        for seed in ("0", "1"):
+            main(["demo", "--dataset", "digits", "--seed", seed, "--out", str(tmp_path / seed)])
+            nll.append(float(read(tmp_path / seed / "digits" / "table.csv")[0]["nll"]))
+        assert abs(nll[0] - nll[1]) > 1e-3
+
     def test_global_state_is_left_alone(self, short, tmp_path):
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_num_threads()  # noqa: NPY002
         main(["demo", "--dataset", "diabetes", "digits", "--out", str(tmp_path)])
