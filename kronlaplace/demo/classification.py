@@ -20,7 +20,7 @@ from kronlaplace.demo.training import Recipe, train
 from kronlaplace.laplace import KronLaplace
 from kronlaplace.links import Link
 
-__all__ = ["describe", "run"]
+__all__ = ["describe", "run", "train_on"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -52,13 +52,20 @@ def describe(data: ImageData) -> str:
     )
 
 
+def train_on(data: ImageData, device: torch.device, seed: int) -> nn.Sequential:
+    """The network of the data set, trained to its MAP, in evaluation mode."""
+    network, recipe, _ = _NETWORKS[data.name]
+    weight_seed, batch_seed = seeds_of(seed)
+    model = build(network, weight_seed, device)
+    x, y = data.train_x.to(device), data.train_y.to(device)
+    train(model, nn.CrossEntropyLoss(), x, y, recipe, seed=batch_seed, description="Training")
+    return model
+
+
 def run(data: ImageData, settings: Settings, folder: Path) -> Outcome:
     """Train, fit, tune, score, and write the posteriors and the reliability diagram to `folder`."""
-    network, recipe, _ = _NETWORKS[data.name]
-    weight_seed, batch_seed = seeds_of(settings.seed)
-    model = build(network, weight_seed, settings.device)
+    model = train_on(data, settings.device, settings.seed)
     x, y = data.train_x.to(settings.device), data.train_y.to(settings.device)
-    train(model, nn.CrossEntropyLoss(), x, y, recipe, seed=batch_seed, description="Training")
     everything = fit_posterior(model, "classification", x, y, settings)
     last = KronLaplace(model, "classification", settings.estimator, layers=[str(len(model) - 1)])
     posteriors = {LAST_LAYER: last.fit(fisher=everything.fisher).tune(), ALL_LAYERS: everything}
