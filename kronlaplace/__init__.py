@@ -14,6 +14,7 @@ from kronlaplace.estimators import KFAC
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerBlock, KroneckerFisher
 from kronlaplace.laplace import KronLaplace
+from kronlaplace.layers import SUPPORTED_LAYERS
 from kronlaplace.likelihoods import Bernoulli, Categorical, Gaussian, Prediction, Sampling
 from kronlaplace.links import Link
 
@@ -22,6 +23,7 @@ __all__ = [
     "KroneckerFisher",
     "KroneckerBlock",
     "KFAC",
+    "SUPPORTED_LAYERS",
     "Categorical",
     "Bernoulli",
     "Gaussian",

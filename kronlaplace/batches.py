@@ -94,10 +94,10 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
         TypeError: If ``data`` or a batch has another form.
         ValueError: If there is no batch, or a batch has no examples.
     """
-    if isinstance(data, (Tensor, tuple)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, tuple, torch.utils.data.TensorDataset)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
-            f"{type(data).__name__}. Wrap a single batch in a list: [(inputs, targets)]."
+            f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."
         )
     total = len(data) if isinstance(data, Sized) else None
     seen = 0
@@ -131,5 +131,6 @@ def _split(raw: Any, index: int) -> tuple[Tensor, Tensor | None]:
         got += f" of {len(raw)}: {', '.join(type(part).__name__ for part in raw)}"
     raise TypeError(
         f"batch {index}: expected a pair (inputs, targets) of tensors, or a tensor of inputs; got {got}. "
-        "Wrap the loader in a generator function that yields such pairs."
+        "Turn arrays into tensors with torch.from_numpy; from other batches, pass a generator: "
+        "((x, y) for x, y, *_ in loader)."
     )

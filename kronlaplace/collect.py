@@ -82,13 +82,17 @@ class Recorder:
         self._sources.clear()
         self._n_examples = len(inputs)
         with torch.inference_mode(False):  # gradients on, wherever the caller is
-            outputs = self._model(inputs)
+            outputs = self._run(inputs.clone() if inputs.is_inference() else inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"the model must return a tensor of outputs, it returned {type(outputs).__name__}.")
         if outputs.ndim not in (1, 2) or len(outputs) != len(inputs):
             raise NotImplementedError(
                 f"the model must return outputs of shape (N, C) or (N,) for N examples; for inputs of shape "
                 f"{tuple(inputs.shape)} it returned {tuple(outputs.shape)}. Outputs with more axes are not supported yet."
+            )
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "the model's outputs carry no gradients: it detaches them, or runs under torch.no_grad()."
             )
         missing = [layer.name for layer in self._layers.values() if layer.name not in self.inputs]
         if missing:
@@ -97,6 +101,18 @@ class Recorder:
                 "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them."
             )
         return outputs
+
+    def _run(self, inputs: Tensor) -> Any:
+        try:
+            return self._model(inputs)
+        except RuntimeError as error:
+            dtype = next(iter(self._layers)).weight.dtype
+            if inputs.dtype == dtype:
+                raise
+            raise ValueError(
+                f"the model failed on inputs of dtype {inputs.dtype}; its parameters are {dtype}. "
+                f"Use inputs.to({dtype})."
+            ) from error
 
     def backward(self, outputs: Tensor, direction: Tensor, *, retain_graph: bool) -> None:
         """Propagate one direction ``d``, of the outputs' shape, back; every layer's gradient goes to the receiver.
@@ -139,7 +155,7 @@ class Recorder:
             raise NotImplementedError(
                 f"layer {layer.name!r} ({type(module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
                 f"{self._n_examples} examples; it must be {layer.kind.input_shape(module)}, so that gradients belong to "
-                "examples. Keep the examples on the first axis, or leave the layer out with layers=[...]."
+                "examples. Keep the examples on the first axis (x[None] for one), or leave the layer out with layers=[...]."
             )
         if not output.requires_grad:
             raise RuntimeError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kronlaplace.inversion import DampedInverse
+from kronlaplace.inversion import DampedInverse, check_damping
 from kronlaplace.kronecker import KroneckerBlock
 
 __all__ = ["DampedInverse", "Tikhonov"]
@@ -17,10 +17,16 @@ class Tikhonov:
     """Exact Tikhonov damping: ``γ`` is added to the block itself, ``scale · G ⊗ A + γ I``.
 
     Args:
-        damping: ``γ``, not negative.
+        damping: ``γ``, not negative; a number or a 0-dim tensor, which may carry a gradient.
+
+    Raises:
+        ValueError: If it is negative or not finite.
     """
 
     damping: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
 
     def invert(self, block: KroneckerBlock) -> DampedInverse:
         """The damped inverse of one layer's block; see `DampedInverse` for what it answers and raises."""

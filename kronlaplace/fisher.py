@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state
 from kronlaplace.collect import check_model, recording
 from kronlaplace.estimators import Estimator, State, resolve_estimator
+from kronlaplace.fingerprint import fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import choice, positive_integer
+from kronlaplace.options import choice, positive_integer, seed_number
 
 __all__ = ["estimate_fisher"]
 
@@ -67,6 +68,11 @@ def estimate_fisher(
     estimator = resolve_estimator(estimator)
     sampling = choice(Sampling, sampling, "sampling")
     mc_samples = positive_integer(mc_samples, "mc_samples")
+    if mc_samples > 1 and sampling is not Sampling.MC:
+        raise ValueError(
+            f'mc_samples={mc_samples} has a meaning with sampling="mc" only; sampling is {sampling.value!r}.'
+        )
+    seed = seed_number(seed)
     check_model(model)
     device = device_of(model)
     chosen = find_layers(model, layers)
@@ -122,6 +128,7 @@ def estimate_fisher(
         mc_samples=mc_samples,
         seed=seed,
         parameters={layer.name: layer.parameter_names for layer in chosen},
+        weights=fingerprint(model),
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
 

@@ -7,7 +7,20 @@ from torch import Tensor
 
 from kronlaplace.kronecker import KroneckerBlock
 
-__all__ = ["DampedInverse"]
+__all__ = ["DampedInverse", "check_damping"]
+
+
+def check_damping(damping: float | Tensor) -> float:
+    """The value of ``γ``.
+
+    Raises:
+        ValueError: If it is not one finite number, or negative.
+    """
+    is_number = isinstance(damping, (int, float)) or (isinstance(damping, Tensor) and damping.ndim == 0)
+    value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"damping must be one finite number that is not negative, got {damping!r}.")
+    return value
 
 
 class DampedInverse:
@@ -28,10 +41,8 @@ class DampedInverse:
         gradient, activation = block.eigen()
         self.gradient_basis = gradient.vectors
         self.activation_basis = activation.vectors
+        value = check_damping(damping)
         damping = torch.as_tensor(damping, dtype=torch.float64, device=block.scale.device)
-        value = float(damping.detach())
-        if damping.ndim or not 0 <= value < float("inf"):
-            raise ValueError(f"damping must be one finite number that is not negative, got {damping!r}.")
         # In float64: the smallest eigenvalues and the damping often differ from the largest by 1e10 and more.
         self._eigenvalues = (
             block.scale.double() * torch.outer(gradient.values.double(), activation.values.double()) + damping

@@ -108,6 +108,7 @@ class FisherMetadata:
         mc_samples: Label draws per example (``Sampling.MC`` only).
         seed: Seed of those draws.
         parameters: The parameters in each block, by layer: weight, then bias if the block contains it.
+        weights: Fingerprint of all the network's parameters and buffers, by name.
     """
 
     likelihood: Likelihood
@@ -116,6 +117,7 @@ class FisherMetadata:
     mc_samples: int
     seed: int
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -126,6 +128,7 @@ class FisherMetadata:
             "mc_samples": self.mc_samples,
             "seed": self.seed,
             "parameters": {name: list(names) for name, names in self.parameters.items()},
+            "weights": self.weights,
         }
 
     @classmethod
@@ -138,6 +141,7 @@ class FisherMetadata:
             mc_samples=values["mc_samples"],
             seed=values["seed"],
             parameters={name: tuple(names) for name, names in values["parameters"].items()},
+            weights=values["weights"],
         )
 
 

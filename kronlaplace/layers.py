@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "LayerKind", "find_layers"]
+__all__ = ["SUPPORTED_LAYERS", "Layer", "LayerKind", "find_layers"]
 
 
 _SMALL = 2**16
@@ -188,6 +188,10 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
 }
 
 
+SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = tuple(_KINDS)
+"""The layer types that get a Kronecker block, for ``isinstance``."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One module of the user's network that gets a block.
@@ -268,11 +272,16 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> list[La
         name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))
     }
     if names is not None:
-        modules = _selected(model, modules, names)
+        return _as_layers(_selected(model, modules, names))
     if not modules:
         raise ValueError(
-            "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to estimate."
+            "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
+            "estimate. Set requires_grad_(True) on the layers that are to get a block."
         )
+    return _as_layers(modules)
+
+
+def _as_layers(modules: dict[str, nn.Module]) -> list[Layer]:
     layers: list[Layer] = []
     refusals: list[str] = []
     for name, module in modules.items():
@@ -297,6 +306,8 @@ def _selected(model: nn.Module, trainable: dict[str, nn.Module], names: Iterable
     if isinstance(names, str):
         raise ValueError(f"layers must be a list of module names, got the string {names!r}; use [{names!r}].")
     names = list(names)
+    if not names:
+        raise ValueError(f"layers is empty; name at least one of {list(trainable)}, or leave it out for all.")
     known = dict(model.named_modules())
     for name in names:
         if name not in known:
@@ -316,13 +327,16 @@ def _selected(model: nn.Module, trainable: dict[str, nn.Module], names: Iterable
 def _as_layer(name: str, module: nn.Module) -> Layer | str:
     """The layer, or why there is none."""
     family = next((family for family in _KINDS if isinstance(module, family)), None)
+    trainable = {key for key, p in module.named_parameters(recurse=False) if p.requires_grad}
     if family is None:
-        return "this layer type is not supported yet"
+        return f"this layer type is not supported yet; its parameters: {', '.join(sorted(trainable))}"
     if type(module).forward is not family.forward:
         return f"it overrides {family.__name__}.forward, so its gradient is unknown"
-    trainable = {key for key, p in module.named_parameters(recurse=False) if p.requires_grad}
     if "weight" not in trainable or not trainable <= {"weight", "bias"}:
-        return f"its trainable parameters must be the weight, with or without the bias; they are {sorted(trainable)}"
+        return (
+            f"its trainable parameters must be the weight, with or without the bias; they are {sorted(trainable)} "
+            "(if that is weight_norm or the like, bake it in: torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     kind = _KINDS[family]
     return kind.refusal(module) or Layer(name, module, kind, bias="bias" in trainable)
 

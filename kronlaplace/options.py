@@ -6,7 +6,7 @@ import operator
 from enum import Enum
 from typing import TypeVar
 
-__all__ = ["choice", "positive_integer"]
+__all__ = ["choice", "positive_integer", "seed_number"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
 
@@ -37,4 +37,20 @@ def positive_integer(value: int, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+    return number
+
+
+def seed_number(value: int) -> int:
+    """``value`` as an int that can seed a generator.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is negative or too large.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {value!r}.") from None
+    if not 0 <= number < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {value}.")
     return number

@@ -29,8 +29,13 @@ def save_tensors(path: str | PathLike[str], kind: str, tensors: Mapping[str, Ten
         kind: What the file holds, ``"fisher"`` or ``"posterior"``; `load_tensors` must ask for the same.
         tensors: Tensors by name.
         values: Everything else.
+
+    Raises:
+        FileNotFoundError: If the folder is not there.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}; make it first, {path.name} is to be written there.")
     header = {"kronlaplace": json.dumps({"format": _FORMAT_VERSION, "kind": kind, "values": values})}
     # Cloned: safetensors refuses tensors that share memory.
     flat = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -53,15 +58,15 @@ def load_tensors(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             raw = (file.metadata() or {}).get("kronlaplace")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}). It was truncated or damaged, or is something else; "
-            "save the object again."
+            f"{path} is not a complete safetensors file ({error}). It was truncated or damaged, or is something "
+            "else, such as a torch.save file; save the object again."
         ) from None
     if raw is None:
         raise ValueError(f"{path} is a safetensors file, but kronlaplace did not write it.")

@@ -33,7 +33,7 @@ BAD_DATA = {
     "empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), ValueError, "the data is empty"),
     "spent iterator": (iterator(), ValueError, "An iterator can be read only once"),
     "not iterable": (7, TypeError, "data must be an iterable of .* batches, .* got int"),
-    "a bare pair": ((X, Y), TypeError, r"Wrap a single batch in a list: \[\(inputs, targets\)\]"),
+    "a bare pair": ((X, Y), TypeError, r"Wrap a single batch in a list, \[\(inputs, targets\)\]"),
     "a bare tensor": (X, TypeError, "got Tensor. Wrap a single batch"),
     "NaN inputs": ([(poisoned(0), Y)], ValueError, "batch 0: the inputs contain NaN or infinite values"),
     "infinite inputs": ([(X / 0, Y)], ValueError, "batch 0: the inputs contain NaN or infinite values"),
@@ -114,9 +114,6 @@ def test_parameters_that_are_not_finite():
 
 
 def test_outputs_that_are_not_finite():
-    class Overflow(nn.Linear):
-        pass
-
     model = nn.Sequential(nn.Linear(4, 3))
     model.register_forward_hook(lambda m, a, out: out * 1e38 * 10)
     with pytest.raises(ValueError, match="batch 0: the network's outputs are NaN or infinite on finite inputs"):
@@ -186,7 +183,7 @@ def test_nothing_trainable():
         (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
         (["0", "0"], "a name stands there twice"),
         ("0", r"must be a list of module names, got the string '0'; use \['0'\]"),
-        ([], "no trainable parameters|no layer"),
+        ([], r"layers is empty; name at least one of \['0', '2'\]"),
     ],
 )
 def test_bad_layer_names(layers, message):
@@ -264,6 +261,13 @@ OPTIONS = {
     "likelihood": ({"likelihood": "softmax"}, ValueError, "unknown likelihood 'softmax'"),
     "sampling": ({"sampling": "all"}, ValueError, "unknown sampling 'all'; allowed are 'exact', 'mc', 'empirical'"),
     "no samples": ({"mc_samples": 0}, ValueError, "mc_samples must be at least 1, got 0"),
+    "samples of what is exact": (
+        {"sampling": "exact", "mc_samples": 5},
+        ValueError,
+        "mc_samples=5 has a meaning with sampling=\"mc\" only; sampling is 'exact'",
+    ),
+    "no seed": ({"seed": None}, TypeError, "seed must be an integer, got None"),
+    "negative seed": ({"seed": -1}, ValueError, "seed must be from 0"),
     "half a sample": ({"mc_samples": 0.5}, TypeError, "mc_samples must be an integer, got 0.5"),
     "not a model": ({"model": len}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
 }
@@ -295,6 +299,11 @@ def test_bad_options_of_the_posterior(name):
 CALLS = {
     "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
     "link": (lambda p: p.predict(X, link="logit"), r"unknown link 'logit'; allowed are 'probit', 'mc', 'bridge'"),
+    "link of samples": (
+        lambda p: p.predict(X, method="sample", link="mc"),
+        "link='mc' would have no effect: method=\"sample\" needs none",
+    ),
+    "samples of a closed form": (lambda p: p.predict(X, n_samples=5), "n_samples=5 would have no effect"),
     "no samples": (lambda p: p.predict(X, link="mc", n_samples=0), "n_samples must be at least 1, got 0"),
     "no inputs": (lambda p: p.predict(X[:0]), r"at least one example on its first axis, got shape \(0, 4\)"),
     "not a tensor": (lambda p: p.predict(X.numpy()), "at least one example on its first axis, got ndarray"),
@@ -357,7 +366,7 @@ def test_posterior_file_of_another_architecture(tmp_path):
         kl.KronLaplace.load(path, cnn().model)
     with torch.no_grad():
         case.model[2].weight[0, 0] += 1
-    with pytest.raises(ValueError, match="fitted at other weights: those of layer '2' differ"):
+    with pytest.raises(ValueError, match=r"fitted at other weights: '2\.weight' differs"):
         kl.KronLaplace.load(path, case.model)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
@@ -371,3 +380,81 @@ def test_parameters_must_be_on_one_real_device():
         kl.estimate_fisher(nn.Linear(4, 3, device="meta"), [X], "classification")
     with pytest.raises(ValueError, match="it has no parameters"):
         kl.KronLaplace(nn.Flatten(), "classification")
+
+
+def test_regression_has_no_link():
+    posterior = kl.KronLaplace(nn.Linear(4, 1), "regression").fit([X])
+    with pytest.raises(ValueError, match=r"link='mc' would have no effect: Gaussian\(noise_std=1.0\) needs none"):
+        posterior.predict(X, link="mc")
+
+
+def with_norm():
+    """Something outside the posterior that predictions depend on."""
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_mean", "2.bias"])
+def test_changed_weights_are_noticed_everywhere(name, tmp_path):
+    """In the posterior's own layer, in another layer, in a buffer: never a prediction from two different networks."""
+    model = with_norm()
+    posterior = kl.KronLaplace(model, "classification", layers=["2"]).fit([(X, Y)])
+    before = posterior.predict(X)
+    posterior.save(tmp_path / "p")
+    tensor = model.state_dict()[name]
+    tensor[0] += 1
+    changed = rf"'{name}' changed after the posterior was fitted"
+    for call in (lambda: posterior.predict(X), lambda: posterior.sample(1), lambda: posterior.save(tmp_path / "q")):
+        with pytest.raises(RuntimeError, match=changed):
+            call()
+    with pytest.raises(ValueError, match=rf"fitted at other weights: '{name}' differs"):
+        kl.KronLaplace.load(tmp_path / "p", model)
+    with pytest.raises(ValueError, match=rf"the fisher was estimated at other weights: '{name}' differs"):
+        kl.KronLaplace(model, "classification", layers=["2"]).fit(fisher=posterior.fisher)
+    assert not torch.allclose(posterior.fit([(X, Y)]).predict(X), before)  # a new fit is what helps
+
+
+def test_weights_that_were_changed_and_restored_are_fine():
+    model = mlp32()
+    posterior = kl.KronLaplace(model, "classification").fit([(X, Y)])
+    before = posterior.predict(X)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(posterior.predict(X), before)
+
+
+def test_files_and_folders_that_are_not_there(tmp_path):
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere; make it first"):
+        posterior.save(tmp_path / "nowhere" / "p")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
+        kl.KronLaplace.load(tmp_path, posterior.model)
+
+
+def test_inputs_of_another_dtype():
+    with pytest.raises(
+        ValueError, match=r"inputs of dtype torch.float64; its parameters are torch.float32. Use inputs.to"
+    ):
+        kl.KronLaplace(mlp32(), "classification").fit([(X.double(), Y)])
+
+
+def test_outputs_without_gradients():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_forward_hook(lambda m, a, out: out.detach())
+    with pytest.raises(RuntimeError, match="the model's outputs carry no gradients"):
+        kl.estimate_fisher(model, [X], "classification")
+
+
+def test_a_fisher_is_given_by_name():
+    fisher = kl.estimate_fisher(mlp32(), [X], "classification")
+    with pytest.raises(TypeError, match=r"given by name: fit\(fisher=\.\.\.\)"):
+        kl.KronLaplace(mlp32(), "classification").fit(fisher)
+
+
+def test_data_made_in_inference_mode():
+    model = mlp32()
+    with torch.inference_mode():
+        x = torch.randn(6, 4)
+        posterior = kl.KronLaplace(model, "classification").fit([(x, Y)])
+        assert posterior.predict(x).shape == (6, 3)

@@ -17,12 +17,19 @@ def test_the_main_path_is_short():
     assert len(BLOCKS[0].strip().splitlines()) < 20
 
 
+NETWORKS = {
+    "plain": lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Linear(16, 3)),
+}
+
+
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 def test_code_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    network = "batch norm" if "SUPPORTED_LAYERS" in BLOCKS[block] else "plain"
     x, y = torch.randn(60, 8), torch.randint(3, (60,))
     names = {
-        "model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)),
+        "model": NETWORKS[network](),
         "train_loader": DataLoader(TensorDataset(x, y), batch_size=20),
         "x_test": torch.randn(5, 8),
     }

@@ -16,6 +16,7 @@ from kronlaplace.batches import device_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.fingerprint import WeightsGuard, difference, fingerprint
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
@@ -24,7 +25,7 @@ from kronlaplace.laplace.predictive import functional_covariance
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
-from kronlaplace.options import choice, positive_integer
+from kronlaplace.options import choice, positive_integer, seed_number
 from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["KronLaplace"]
@@ -70,6 +71,7 @@ class KronLaplace:
         self.estimator = resolve_estimator(estimator)
         self._layers = find_layers(model, layers)
         self._fisher: KroneckerFisher | None = None
+        self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
         self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
         self.likelihood = resolve_likelihood(likelihood)
@@ -148,6 +150,8 @@ class KronLaplace:
         """
         if (data is None) == (fisher is None):
             raise TypeError("fit takes either data or fisher=, exactly one of them.")
+        if isinstance(data, KroneckerFisher):
+            raise TypeError("a ready-made Fisher is given by name: fit(fisher=...).")
         likelihood = self.likelihood
         if fisher is None:
             assert data is not None
@@ -172,9 +176,16 @@ class KronLaplace:
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
+            changed = difference(fisher.metadata.weights, fingerprint(self.model))
+            if changed is not None:
+                raise ValueError(
+                    f"the fisher was estimated at other weights: {changed!r} differs. Estimate it again, or load the "
+                    "network that it belongs to first (model.load_state_dict(...)), in the same dtype."
+                )
         self._mean = {layer.name: layer.matrix() for layer in self._layers}
         self._fisher = fisher
         self._covariance = None
+        self._guard = WeightsGuard(self.model, fisher.metadata.weights)
         return self
 
     @property
@@ -281,8 +292,8 @@ class KronLaplace:
         x: Tensor,
         *,
         method: str = "glm",
-        link: Link | str = Link.PROBIT,
-        n_samples: int = 100,
+        link: Link | str | None = None,
+        n_samples: int | None = None,
         seed: int = 0,
     ) -> Tensor | Prediction:
         """Posterior predictive distribution.
@@ -291,9 +302,9 @@ class KronLaplace:
             x: Inputs, first axis examples; any number, they are worked off in chunks.
             method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
-            link: Classification with ``"glm"``: ``"probit"``, ``"mc"`` (``n_samples`` draws of the outputs) or
-                ``"bridge"`` (Laplace bridge; several classes only).
-            n_samples: Number of draws, where there are any.
+            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs)
+                or ``"bridge"`` (Laplace bridge; several classes only).
+            n_samples: Number of draws, where there are any; 100 if not given.
             seed: Seed of the draws; the global random state is neither used nor changed.
 
         Returns:
@@ -305,13 +316,21 @@ class KronLaplace:
         """
         if method not in ("glm", "sample"):
             raise ValueError(f"unknown method {method!r}; allowed are 'glm', 'sample'.")
-        link = choice(Link, link, "link")
-        if self.likelihood.links and link not in self.likelihood.links:
+        links = self.likelihood.links
+        if link is not None and (method == "sample" or not links):
+            reason = 'method="sample" needs none' if method == "sample" else f"{self.likelihood} needs none"
+            raise ValueError(f"link={link!r} would have no effect: {reason}. Leave it out.")
+        link = Link.PROBIT if link is None else choice(Link, link, "link")
+        if links and link not in links:
             raise ValueError(
-                f"link {link.value!r} is not for {self.likelihood}; allowed are {[k.value for k in self.likelihood.links]}."
+                f"link {link.value!r} is not for {self.likelihood}; allowed are {[k.value for k in links]}."
             )
-        n_samples = positive_integer(n_samples, "n_samples")
-        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
+        if n_samples is not None and method == "glm" and link is not Link.MC:
+            raise ValueError(
+                f'n_samples={n_samples} would have no effect: draws are made with method="sample" or link="mc".'
+            )
+        n_samples = positive_integer(100 if n_samples is None else n_samples, "n_samples")
+        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed_number(seed))
         if method == "sample":
             return self._predict_by_sampling(x, n_samples, generator)
         needs_covariance = link is not Link.PROBIT and bool(self.likelihood.links)
@@ -338,12 +357,21 @@ class KronLaplace:
             takes them one by one.
         """
         n = positive_integer(n, "n")
-        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
+        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed_number(seed))
+        self._check_weights()
         return self._draw(n, generator)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file: factors, trained weights, hyperparameters, and how they came about."""
+        """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
+
+        A fingerprint of all the network's weights goes with them, so that `load` can tell whether it is the same network.
+
+        Raises:
+            RuntimeError: Before `fit`, or if the weights changed after it.
+            FileNotFoundError: If the folder is not there.
+        """
         fisher = self.fisher
+        self._check_weights()
         tensors = {f"fisher/{name}": tensor for name, tensor in fisher.to_tensors().items()}
         tensors |= {f"mean/{name}": tensor for name, tensor in self._mean.items()}
         tensors["prior_precision"] = self.prior_precision
@@ -365,13 +393,12 @@ class KronLaplace:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged or something else, or if it is of another network: the first layer that
-                differs is named, be it in shape or in its trained weights.
+                differs is named, or the first parameter or buffer.
         """
         check_model(model)
         device = device_of(model)
         tensors, values = load_tensors(path, "posterior", device)
         fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-        mean = _with_prefix(tensors, "mean/")
         known = dict(model.named_modules())
         for name in fisher:
             if name not in known:
@@ -379,14 +406,13 @@ class KronLaplace:
                     f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
                     f"layers are {[layer.name for layer in find_layers(model)]}."
                 )
-        layers = find_layers(model, list(fisher))
-        _check_blocks(fisher, layers, str(path))
-        for layer in layers:
-            if not torch.equal(mean[layer.name], layer.matrix()):
-                raise ValueError(
-                    f"{path} was fitted at other weights: those of layer {layer.name!r} differ. Load the trained network "
-                    "first (model.load_state_dict(...)), in the dtype that it was fitted in."
-                )
+        _check_blocks(fisher, find_layers(model, list(fisher)), str(path))
+        changed = difference(fisher.metadata.weights, fingerprint(model))
+        if changed is not None:
+            raise ValueError(
+                f"{path} was fitted at other weights: {changed!r} differs. Load the trained network first "
+                "(model.load_state_dict(...)), in the dtype that it was fitted in."
+            )
         posterior = cls(
             model,
             Likelihood.from_metadata(values["likelihood"]),
@@ -417,15 +443,27 @@ class KronLaplace:
             noise_exponent=self._noise_exponent,
         )
 
+    def _check_weights(self) -> None:
+        """The posterior is at the weights of its fit; predicting with others would be silently wrong."""
+        changed = None if self._guard is None else self._guard.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"the model's {changed!r} changed after the posterior was fitted. Fit again, or restore the weights."
+            )
+
     def _linearised(self, x: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
         x = self._checked(x)
         return functional_covariance(self.model, self._layers, self.covariance(), x, diagonal=diagonal)
 
     def _checked(self, x: Tensor) -> Tensor:
         check_mode(self.model)
+        self._check_weights()
         if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"inputs must be a tensor with at least one example on its first axis, got {got}.")
+            raise ValueError(
+                f"inputs must be a tensor with at least one example on its first axis, got {got}. "
+                "Turn arrays into tensors with torch.from_numpy, and predict batch by batch from a loader."
+            )
         x = x.to(device_of(self.model))
         # Accelerators are not waited for: there, NaN inputs give NaN predictions.
         if x.device.type == "cpu" and x.is_floating_point() and not torch.isfinite(x).all():
@@ -461,7 +499,10 @@ class KronLaplace:
 
 
 def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device: torch.device) -> Tensor:
-    precision = torch.as_tensor(value, dtype=torch.float64, device=device)
+    try:
+        precision = torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError):
+        raise TypeError(f"prior_precision must be a number, or one number per block, got {value!r}.") from None
     if precision.shape not in ((), (n_layers,)):
         raise ValueError(
             f"prior_precision must be one number or {n_layers} (one per block), got shape {tuple(precision.shape)}."
