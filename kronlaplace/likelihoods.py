@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronlaplace.links import Link, laplace_bridge, mean_over_samples, probit_scaled, variance_of
+from kronlaplace.options import resolve
 
 __all__ = [
     "Bernoulli",
@@ -378,7 +379,7 @@ class Gaussian(Likelihood):
 
 
 _BY_NAME: dict[str, type[Likelihood]] = {c.__name__: c for c in (Categorical, Bernoulli, Gaussian)}
-_SHORTHANDS: dict[str, type[Likelihood]] = {
+_SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
     "classification": Categorical,
     "binary": Bernoulli,
     "regression": Gaussian,
@@ -386,22 +387,8 @@ _SHORTHANDS: dict[str, type[Likelihood]] = {
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
-    """Turn a shorthand into its likelihood; a likelihood passes through.
-
-    Raises:
-        ValueError: If the shorthand is unknown.
-        TypeError: If it is neither.
-    """
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    if isinstance(likelihood, str):
-        if likelihood in _SHORTHANDS:
-            return _SHORTHANDS[likelihood]()
-        raise ValueError(f"unknown likelihood {likelihood!r}; the shorthands are {', '.join(map(repr, _SHORTHANDS))}.")
-    raise TypeError(
-        f"likelihood must be one of {', '.join(_BY_NAME)} (an instance, with parentheses) or one of the shorthands "
-        f"{', '.join(map(repr, _SHORTHANDS))}; got {likelihood!r}."
-    )
+    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace.options.resolve`."""
+    return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeVar
 
-__all__ = ["choice", "positive_integer", "seed_number"]
+__all__ = ["choice", "positive_integer", "resolve", "seed_number"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
+_Object = TypeVar("_Object")
 
 
 def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
@@ -22,6 +24,28 @@ def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
     except ValueError:
         allowed = ", ".join(repr(member.value) for member in enum)
         raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.") from None
+
+
+def resolve(
+    value: _Object | str, base: type[_Object], shorthands: Mapping[str, Callable[[], _Object]], name: str
+) -> _Object:
+    """``value`` itself if it is a ``base``, or what it is a documented shorthand of, with default settings.
+
+    Raises:
+        ValueError: If the shorthand is unknown.
+        TypeError: If it is neither.
+    """
+    if isinstance(value, base):
+        return value
+    known = ", ".join(map(repr, shorthands))
+    if isinstance(value, str):
+        if value in shorthands:
+            return shorthands[value]()
+        raise ValueError(f"unknown {name} {value!r}; the shorthands are {known}.")
+    example = getattr(next(iter(shorthands.values())), "__name__", name)
+    raise TypeError(
+        f"{name} must be an instance such as {example}(), with parentheses, or one of the shorthands {known}; got {value!r}."
+    )
 
 
 def positive_integer(value: int, name: str) -> int:
