@@ -11,7 +11,7 @@ import kronlaplace as kl
 from tests import oracles
 from tests.networks import CASES, cnn, mlp
 
-RTOL = 1e-6
+RTOL = 1e-9
 
 
 def fitted(case, **options):
@@ -22,7 +22,7 @@ def dense_precision(posterior, prior_precision):
     """``N/τ · blockdiag(G ⊗ A) + diag(δ)`` from the factors, with nothing of ours but ``to_dense``."""
     fisher = posterior.fisher
     sizes = [math.prod(block.shape) for block in fisher.values()]
-    prior = torch.cat([torch.full((n,), float(d)) for n, d in zip(sizes, prior_precision, strict=True)]).double()
+    prior = torch.cat([torch.full((n,), d, dtype=torch.float64) for n, d in zip(sizes, prior_precision, strict=True)])
     return fisher.to_dense() * fisher.n_examples / posterior.temperature + torch.diag(prior), prior
 
 
