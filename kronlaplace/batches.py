@@ -94,7 +94,7 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
         TypeError: If ``data`` or a batch has another form.
         ValueError: If there is no batch, or a batch has no examples.
     """
-    if isinstance(data, (Tensor, tuple, torch.utils.data.TensorDataset)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, tuple)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
             f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class DampedInverse:
         """Eigenvalues ``scale · d_G,i d_A,j + γ`` of the damped block, shape ``(q, p)``, float64."""
         return self._eigenvalues
 
-    @property
+    @cached_property
     def weights(self) -> Tensor:
         """Eigenvalues of the inverse, ``1 / (scale · d_G,i d_A,j + γ)``, shape ``(q, p)``, in the factors' dtype."""
         return self._eigenvalues.reciprocal().to(self.gradient_basis.dtype)
@@ -70,7 +72,7 @@ class DampedInverse:
         Args:
             matrices: ``M``, shape ``(..., q, p)``.
         """
-        return self._apply(matrices, self._eigenvalues.rsqrt().to(self.gradient_basis.dtype))
+        return self._apply(matrices, self.weights.sqrt())
 
     def logdet(self) -> Tensor:
         """``log det`` of the damped block (not of its inverse), 0-dim, float64."""

@@ -250,6 +250,27 @@ def test_variance_of_few_samples_is_unbiased():
     torch.testing.assert_close(torch.stack(few).mean(0), expected, rtol=6 * math.sqrt(2 / 500), atol=0)
 
 
+def test_variance_of_samples_survives_a_large_mean():
+    """In float32, targets around 10,000: a difference of sums of squares would be rounding noise."""
+    case = mlp("regression", outputs=1)
+    with torch.no_grad():
+        case.model[2].bias += 10_000
+    model = case.model.float()
+    x, y = case.inputs.float(), case.targets.float() + 10_000
+    posterior = kl.KronLaplace(model, "regression", layers=["2"], prior_precision=100.0).fit([(x, y)])
+    sampled = posterior.predict(x, method="sample", n_samples=2000).variance
+    # Six standard errors of 2,000 draws, and the float32 resolution of an output of 10,000.
+    expected = posterior.predict(x).variance
+    torch.testing.assert_close(sampled, expected, rtol=6 * math.sqrt(2 / 2000), atol=1e-5)
+
+
+def test_tuning_does_not_depend_on_the_callers_gradient_mode():
+    case = mlp()
+    with torch.no_grad():
+        inside = fitted(case).tune().prior_precision
+    assert torch.equal(inside, fitted(case).tune().prior_precision)
+
+
 @pytest.mark.parametrize("likelihood", ["regression", "binary"])
 def test_outputs_without_a_column_axis(likelihood):
     """A network that returns (N,) gives predictions (N,), equal to those of its (N, 1) twin."""

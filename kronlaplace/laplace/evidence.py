@@ -123,18 +123,25 @@ def maximise(evidence: Evidence, structure: PriorStructure) -> TuningResult:
         bounds.append((math.log(root_mean_square * 1e-1), math.log(root_mean_square * 1e3)))
         starts = [np.append(u, math.log(root_mean_square * factor)) for u in starts for factor in (1.0, 1.5, 3.0)]
 
-    def objective(u: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = torch.tensor(u, dtype=torch.float64, device=device, requires_grad=True)
+    def value_at(logs: Tensor) -> Tensor:
         precision = logs[:n_precisions].exp()
-        value = evidence(
+        return evidence(
             precision if structure is PriorStructure.LAYERWISE else precision[0], logs[-1].exp() if noise else None
         )
-        (gradient,) = torch.autograd.grad(value, logs)
+
+    def loss(u: np.ndarray) -> float:
+        with torch.no_grad():
+            return -float(value_at(torch.tensor(u, dtype=torch.float64, device=device)))
+
+    def loss_and_gradient(u: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.enable_grad():
+            logs = torch.tensor(u, dtype=torch.float64, device=device, requires_grad=True)
+            value = value_at(logs)
+            (gradient,) = torch.autograd.grad(value, logs)
         return -float(value.detach()), -gradient.cpu().numpy()
 
-    best = min(starts, key=lambda u: objective(u)[0])
-    result = minimize(objective, best, jac=True, method="L-BFGS-B", bounds=bounds)
-    _warn_at_the_edge(lambda u: objective(u)[0], result.x, bounds, ["prior precision"] * n_precisions + ["noise"])
+    result = minimize(loss_and_gradient, min(starts, key=loss), jac=True, method="L-BFGS-B", bounds=bounds)
+    _warn_at_the_edge(loss, result.x, bounds, ["prior precision"] * n_precisions + ["noise"])
     tuned = torch.tensor(np.exp(result.x[:n_precisions]), dtype=torch.float64, device=device)
     return TuningResult(
         prior_precision=tuned if structure is PriorStructure.LAYERWISE else tuned[0],
@@ -148,11 +155,12 @@ def _warn_at_the_edge(
 ) -> None:
     """Warn about every hyperparameter that could as well be at one of its bounds: it has no optimum inside."""
     edges = set()
+    as_good = loss(u) + _NEGLIGIBLE
     for i, name in enumerate(names[: len(u)]):
         for bound in bounds[i]:
             moved = u.copy()
             moved[i] = bound
-            if loss(moved) <= loss(u) + _NEGLIGIBLE:
+            if loss(moved) <= as_good:
                 edges.add(name)
     if edges:
         warnings.warn(

@@ -171,22 +171,20 @@ class KronLaplace:
             names = [layer.name for layer in self._layers]
             if set(names) < set(fisher):  # estimated once for all layers, used here for some
                 fisher = fisher.restricted_to(names)
-            _check_blocks(fisher, self._layers, "the fisher")
             if type(fisher.metadata.likelihood) is not type(likelihood):
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-            changed = difference(fisher.metadata.weights, fingerprint(self.model))
-            if changed is not None:
-                raise ValueError(
-                    f"the fisher was estimated at other weights: {changed!r} differs. Estimate it again, or load the "
-                    "network that it belongs to first (model.load_state_dict(...)), in the same dtype."
-                )
+            _check_same_network(fisher, self._layers, self.model, "the fisher", "estimated")
+        self._adopt(fisher)
+        return self
+
+    def _adopt(self, fisher: KroneckerFisher) -> None:
+        """Become the posterior of ``fisher``, which is of this network at its present weights."""
         self._mean = {layer.name: layer.matrix() for layer in self._layers}
         self._fisher = fisher
         self._covariance = None
         self._guard = WeightsGuard(self.model, fisher.metadata.weights)
-        return self
 
     @property
     def fisher(self) -> KroneckerFisher:
@@ -399,20 +397,14 @@ class KronLaplace:
         device = device_of(model)
         tensors, values = load_tensors(path, "posterior", device)
         fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-        known = dict(model.named_modules())
+        known = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
         for name in fisher:
             if name not in known:
                 raise ValueError(
                     f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
-                    f"layers are {[layer.name for layer in find_layers(model)]}."
+                    f"layers are {known}."
                 )
-        _check_blocks(fisher, find_layers(model, list(fisher)), str(path))
-        changed = difference(fisher.metadata.weights, fingerprint(model))
-        if changed is not None:
-            raise ValueError(
-                f"{path} was fitted at other weights: {changed!r} differs. Load the trained network first "
-                "(model.load_state_dict(...)), in the dtype that it was fitted in."
-            )
+        _check_same_network(fisher, find_layers(model, list(fisher)), model, str(path), "fitted")
         posterior = cls(
             model,
             Likelihood.from_metadata(values["likelihood"]),
@@ -421,7 +413,8 @@ class KronLaplace:
             temperature=values["temperature"],
             layers=list(fisher),
         )
-        return posterior.fit(fisher=fisher)
+        posterior._adopt(fisher)
+        return posterior
 
     @property
     def _noise_exponent(self) -> int:
@@ -483,18 +476,18 @@ class KronLaplace:
 
     def _predict_by_sampling(self, x: Tensor, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
         x = self._checked(x)
-        total = square = torch.zeros(())
+        average = scatter = torch.zeros((), device=x.device)
         with torch.no_grad():
             for i in range(n_samples):
                 parameters = {name: draw[0] for name, draw in self._draw(1, generator).items()}
-                outputs = functional_call(self.model, parameters, (x,))
-                mean = self.likelihood.sample_mean(outputs)
-                total = mean if i == 0 else total + mean
-                square = mean.square() if i == 0 else square + mean.square()
-        average = total / n_samples
+                mean = self.likelihood.sample_mean(functional_call(self.model, parameters, (x,)))
+                # Welford's update: a difference of two large sums would lose a small variance to rounding.
+                deviation = mean - average
+                average = average + deviation / (i + 1)
+                scatter = scatter + deviation * (mean - average)
         if not isinstance(self.likelihood, Gaussian):
             return average
-        variance = (square / n_samples - average.square()).clamp_min(0) * n_samples / max(n_samples - 1, 1)
+        variance = scatter / max(n_samples - 1, 1)
         return Prediction(average, variance, average.new_tensor(self.likelihood.noise_std**2))
 
 
@@ -512,8 +505,10 @@ def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device
     return precision
 
 
-def _check_blocks(fisher: KroneckerFisher, layers: Sequence[Layer], what: str) -> None:
-    """Refuse a Fisher whose blocks are not those of ``layers``, naming the first mismatch."""
+def _check_same_network(
+    fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str
+) -> None:
+    """Refuse a Fisher whose blocks are not those of ``layers`` or that is of other weights, naming the first mismatch."""
     names = [layer.name for layer in layers]
     if list(fisher) != names:
         raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
@@ -523,6 +518,12 @@ def _check_blocks(fisher: KroneckerFisher, layers: Sequence[Layer], what: str) -
                 f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
                 f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
             )
+    changed = difference(fisher.metadata.weights, fingerprint(model))
+    if changed is not None:
+        raise ValueError(
+            f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
+            f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
+        )
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
