@@ -10,23 +10,45 @@ The public names are those below; DESIGN in the docs explains the conventions.
 from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
-from kronlaplace.estimators import KFAC
+from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
 from kronlaplace.fisher import estimate_fisher
-from kronlaplace.kronecker import KroneckerBlock, KroneckerFisher
+from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import KronLaplace
 from kronlaplace.layers import SUPPORTED_LAYERS
-from kronlaplace.likelihoods import Bernoulli, Categorical, Gaussian, Prediction, Sampling
+from kronlaplace.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Euclidean,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Prediction,
+    Sampling,
+)
 from kronlaplace.links import Link
 
 __all__ = [
     "estimate_fisher",
     "KroneckerFisher",
+    "Block",
     "KroneckerBlock",
+    "EigenBlock",
+    "DiagonalBlock",
+    "DenseBlock",
+    "Estimator",
     "KFAC",
+    "SUA",
+    "TKFAC",
+    "KFOC",
+    "EKFAC",
+    "Diagonal",
+    "ExactBlock",
     "SUPPORTED_LAYERS",
     "Categorical",
     "Bernoulli",
     "Gaussian",
+    "HeteroscedasticGaussian",
+    "Euclidean",
     "Sampling",
     "KronLaplace",
     "Prediction",

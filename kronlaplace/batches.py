@@ -6,7 +6,8 @@ the model's device, how progress is shown, and how values are checked without wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["Batch", "DeferredChecks", "device_of", "iterate", "preserved_random_state"]
+__all__ = [
+    "Batch",
+    "DeferredChecks",
+    "Inputs",
+    "device_of",
+    "iterate",
+    "preserved_random_state",
+    "tensors_of",
+    "with_one_more",
+]
 
 
 @contextmanager
@@ -25,12 +35,75 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+class Inputs:
+    """What the network is called with: a tensor, several, or named ones.
+
+    A tuple or list is unpacked, ``model(*inputs)``. A mapping is given as keywords if the model's ``forward`` takes
+    those, ``model(**inputs)``, and else as it is, ``model(inputs)``.
+
+    Args:
+        value: A tensor, or a tuple, list or mapping of tensors (and other values, which are handed through).
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the network."""
+        if isinstance(self.value, Tensor):
+            return model(self.value)
+        if isinstance(self.value, Mapping):
+            return model(**self.value) if _takes_keywords(model, self.value) else model(self.value)
+        return model(*self.value)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return Inputs(_mapped(self.value, change))
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """All tensors that have axes, the one that counts the examples first."""
+    found: list[Tensor] = []
+    _mapped(inputs.value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return [t for t in found if t.ndim]
+
+
+def with_one_more(inputs: Inputs, axis: int) -> Inputs:
+    """The inputs with their first example once more at the end."""
+    n = tensors_of(inputs)[0].shape[axis]
+
+    def longer(t: Tensor) -> Tensor:
+        if t.ndim <= axis or t.shape[axis] != n:
+            return t
+        return torch.cat([t, t.narrow(axis, 0, 1)], dim=axis)
+
+    return inputs.map(longer)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_mapped(part, change) for part in value]
+    return value
+
+
+def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**value)
+    except TypeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch on the model's device: its position in the data, the inputs, and the targets if there are any."""
 
     index: int
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor | None
 
 
@@ -80,12 +153,17 @@ def device_of(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
 def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, description: str) -> Iterator[Batch]:
     """Yield the batches of ``data`` on ``device``, checked as far as shapes and types go.
 
     Args:
-        data: An iterable of ``(inputs, targets)`` pairs or of ``inputs`` alone, such as a `torch.utils.data.DataLoader`
-            or a list; ``inputs`` is a tensor whose first axis counts examples.
+        data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
+            ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
+            ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
+            mapping of tensors (see `Inputs`).
         device: Where the batches are needed.
         progress: Whether to show a progress bar (never where the output is not a terminal).
         description: What the bar says.
@@ -94,7 +172,7 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
         TypeError: If ``data`` or a batch has another form.
         ValueError: If there is no batch, or a batch has no examples.
     """
-    if isinstance(data, (Tensor, tuple)) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, tuple, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
             f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."
@@ -104,12 +182,15 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
     for index, raw in enumerate(
         tqdm(data, total=total, desc=description, leave=False, disable=None if progress else True)
     ):
-        inputs, targets = _split(raw, index)
-        if inputs.ndim == 0 or len(inputs) == 0:
-            raise ValueError(f"batch {index}: has no examples (inputs of shape {tuple(inputs.shape)}).")
+        value, targets = _split(raw, index)
+        inputs = Inputs(value)
+        tensors = tensors_of(inputs)
+        if not tensors or tensors[0].numel() == 0:
+            shape = tuple(tensors[0].shape) if tensors else ()
+            raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
         yield Batch(
             index,
-            inputs.to(device, non_blocking=True),
+            inputs.map(lambda t: t.to(device, non_blocking=True)),
             None if targets is None else targets.to(device, non_blocking=True),
         )
         seen += 1
@@ -117,20 +198,34 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
         raise ValueError("the data is empty: no batch came out of the loader. (An iterator can be read only once.)")
 
 
-def _split(raw: Any, index: int) -> tuple[Tensor, Tensor | None]:
+def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
     if isinstance(raw, Tensor):
         return raw, None
-    if (
-        isinstance(raw, (tuple, list))
-        and len(raw) in (1, 2)
-        and all(isinstance(part, Tensor) or (i == 1 and part is None) for i, part in enumerate(raw))
-    ):
-        return raw[0], raw[1] if len(raw) == 2 else None
+    if isinstance(raw, Mapping):
+        keys = [key for key in _TARGET_KEYS if isinstance(raw.get(key), Tensor)]
+        if len(keys) > 1:
+            raise TypeError(
+                f"batch {index}: {keys} could all be the targets; give pairs (inputs, targets), for example by a "
+                "generator over the loader."
+            )
+        rest = {key: value for key, value in raw.items() if key not in keys}
+        if _has_tensors(rest):
+            return rest, raw[keys[0]] if keys else None
+    elif isinstance(raw, (tuple, list)) and len(raw) in (1, 2) and _has_tensors(raw[0]):
+        targets = raw[1] if len(raw) == 2 else None
+        if targets is None or isinstance(targets, Tensor):
+            return raw[0], targets
     got = type(raw).__name__
     if isinstance(raw, (tuple, list)):
         got += f" of {len(raw)}: {', '.join(type(part).__name__ for part in raw)}"
     raise TypeError(
-        f"batch {index}: expected a pair (inputs, targets) of tensors, or a tensor of inputs; got {got}. "
-        "Turn arrays into tensors with torch.from_numpy; from other batches, pass a generator: "
-        "((x, y) for x, y, *_ in loader)."
+        f"batch {index}: expected a pair (inputs, targets), a tensor of inputs, or a mapping; got {got}. Turn arrays into "
+        "tensors with torch.from_numpy; give several inputs as ((x1, x2), targets) or ({...}, targets), by a generator: "
+        "(((x1, x2), y) for x1, x2, y in loader)."
     )
+
+
+def _has_tensors(value: Any) -> bool:
+    found: list[Tensor] = []
+    _mapped(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return bool(found)

@@ -2,15 +2,17 @@
 
 The mechanism is BackPACK's: a `BackpropExtension` that runs, layer by layer, during the backward pass. It is called
 from a hook on the layer's output *tensor*, not from a module's full backward hook as `backpack.extend` would install,
-so networks work unmodified: in-place activations, residual connections, any code between the layers.
+so networks work unmodified: in-place activations, residual connections, any code between the layers. Modules that hide
+their layers in one fused call (recurrent layers, attention) run written out while a pass is recorded.
 
 Only output gradients are computed, never weight gradients, and each is handed on and freed as soon as it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kronlaplace.batches import device_of
-from kronlaplace.layers import Layer
+from kronlaplace.batches import Inputs, device_of, tensors_of, with_one_more
+from kronlaplace.layers import Call, Calls, Layer, written_out
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
 
-Receiver = Callable[[Layer, Tensor, Tensor], None]
-"""Takes a layer, its input and the gradient at its output, both in the module's own layout."""
+Receiver = Callable[[Calls, list[Tensor]], None]
+"""Takes all calls of a layer in the forward pass and, call by call, the gradients at their outputs, examples first."""
 
 
 class _HandOn(ModuleExtension):  # type: ignore[misc]  # BackPACK is not typed
@@ -39,62 +41,82 @@ class _HandOn(ModuleExtension):  # type: ignore[misc]  # BackPACK is not typed
         g_out: tuple[Tensor, ...],
     ) -> None:
         assert isinstance(extension, OutputGradients)
-        extension.hand_on(module, g_out[0])
+        extension.hand_on(g_out[0])
 
 
 class OutputGradients(BackpropExtension):  # type: ignore[misc]  # BackPACK is not typed
     """BackPACK extension that hands each layer's output gradient to a function and keeps nothing."""
 
-    def __init__(self, module_types: set[type[nn.Module]], hand_on: Callable[[nn.Module, Tensor], None]) -> None:
+    def __init__(self, module_types: set[type[nn.Module]]) -> None:
         super().__init__(savefield="", module_exts=dict.fromkeys(module_types, _HandOn()))
+        self.hand_on: Callable[[Tensor], None]
+
+    def report(self, module: nn.Module, hand_on: Callable[[Tensor], None], grad: Tensor) -> None:
+        """Run the extension for one output gradient of ``module``."""
         self.hand_on = hand_on
+        self(module, (), (grad,))
 
     def expects_backpropagation_quantities(self) -> bool:
         return False
+
+
+class _UnknownAxisError(Exception):
+    """A call's shapes do not tell which axis the examples are on."""
 
 
 class Recorder:
     """One forward pass at a time, and any number of backward passes through it. Made by `recording`."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        """Input of each layer in the last forward pass, by layer name."""
         self._model = model
-        self._layers = {layer.module: layer for layer in layers}
+        self._layers = list(layers)
         self._receive = receive
-        self._extension = OutputGradients({type(layer.module) for layer in layers}, self._hand_on)
+        self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
+        self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
+        self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._n_examples = 0
+        self._axes: _Axes | None = None
+        self._shapes: list[tuple[str, Tensor]] | None = None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    @property
+    def calls(self) -> dict[str, Calls]:
+        """The calls of the last forward pass, by layer name."""
+        return {layer.name: Calls(layer, self._calls[layer.name]) for layer in self._layers}
+
+    def forward(self, inputs: Inputs) -> Tensor:
         """Run the network with its graph.
 
         Returns:
-            The outputs as the network gives them, shape ``(N, C)`` or ``(N,)``.
+            The outputs as the network gives them; the first axis counts examples.
 
         Raises:
-            TypeError: If the output is not a tensor.
-            NotImplementedError: If it has another shape, or a layer is used in a way that is not supported.
+            TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
+            ValueError: If its first axis does not count the examples.
+            NotImplementedError: If a layer is used in a way that is not supported.
             RuntimeError: If a wanted layer did not run, or ran without gradients.
         """
-        self.inputs.clear()
-        self._sources.clear()
-        self._n_examples = len(inputs)
-        with torch.inference_mode(False):  # gradients on, wherever the caller is
-            outputs = self._run(inputs.clone() if inputs.is_inference() else inputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(f"the model must return a tensor of outputs, it returned {type(outputs).__name__}.")
-        if outputs.ndim not in (1, 2) or len(outputs) != len(inputs):
-            raise NotImplementedError(
-                f"the model must return outputs of shape (N, C) or (N,) for N examples; for inputs of shape "
-                f"{tuple(inputs.shape)} it returned {tuple(outputs.shape)}. Outputs with more axes are not supported yet."
+        with torch.inference_mode(False), torch.enable_grad():  # gradients on, wherever the caller is
+            inputs = _ordinary(inputs)
+            try:
+                outputs = self._record(inputs)
+            except _UnknownAxisError:
+                self._axes = self._look_for_axes(inputs)
+                try:
+                    outputs = self._record(inputs)
+                except _UnknownAxisError as error:
+                    raise NotImplementedError(str(error)) from None
+        if outputs.ndim == 0 or len(outputs) != self._n_examples:
+            raise ValueError(
+                f"the model must return one row of outputs per example; for {self._n_examples} examples it returned "
+                f"outputs of shape {tuple(outputs.shape)}. Keep the examples on the first axis of inputs and outputs."
             )
         if not outputs.requires_grad:
             raise RuntimeError(
                 "the model's outputs carry no gradients: it detaches them, or runs under torch.no_grad()."
             )
-        missing = [layer.name for layer in self._layers.values() if layer.name not in self.inputs]
+        missing = [layer.name for layer in self._layers if not self._calls[layer.name]]
         if missing:
             raise RuntimeError(
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
@@ -102,24 +124,13 @@ class Recorder:
             )
         return outputs
 
-    def _run(self, inputs: Tensor) -> Any:
-        try:
-            return self._model(inputs)
-        except RuntimeError as error:
-            dtype = next(iter(self._layers)).weight.dtype
-            if inputs.dtype == dtype:
-                raise
-            raise ValueError(
-                f"the model failed on inputs of dtype {inputs.dtype}; its parameters are {dtype}. "
-                f"Use inputs.to({dtype})."
-            ) from error
-
     def backward(self, outputs: Tensor, direction: Tensor, *, retain_graph: bool) -> None:
-        """Propagate one direction ``d``, of the outputs' shape, back; every layer's gradient goes to the receiver.
+        """Propagate one direction ``d``, of the outputs' shape, back; every layer's gradients go to the receiver.
 
         Raises:
             RuntimeError: If the outputs do not depend on a wanted layer.
         """
+        self._grads = {layer.name: {} for layer in self._layers if len(self._calls[layer.name]) > 1}
         self._reported.clear()
         # The graph starts at the wanted layers. Asking for the gradients of those that have none of the others before
         # them visits all, and the engine skips everything else, above all the gradients of the weights.
@@ -130,42 +141,175 @@ class Recorder:
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        silent = [layer.name for layer in self._layers.values() if layer.name not in self._reported]
+        for layer in self._layers:
+            grads = self._grads.pop(layer.name, None)
+            if grads:  # the outputs may not depend on some of the calls
+                calls = self._calls[layer.name]
+                self._receive(Calls(layer, [calls[i] for i in sorted(grads)]), [grads[i] for i in sorted(grads)])
+        silent = [layer.name for layer in self._layers if layer.name not in self._reported]
         if silent:
             raise RuntimeError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
                 "them off; leave them out with layers=[...] or freeze them."
             )
 
-    def _hand_on(self, module: nn.Module, grad: Tensor) -> None:
-        layer = self._layers[module]
-        self._reported.add(layer.name)
-        self._receive(layer, self.inputs[layer.name], grad)
+    def clear(self) -> None:
+        """Forget the last pass."""
+        self._calls = {}
+        self._sources = []
+        self._grads = {}
 
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Forward hook: keep the input, and have the extension run when the gradient of the output is there."""
-        layer = self._layers[module]
-        if layer.name in self.inputs:
-            raise NotImplementedError(
-                f"layer {layer.name!r} is used more than once in one forward pass, which is not supported yet; leave it "
-                "out with layers=[...] or freeze it."
+    def _record(self, inputs: Inputs) -> Tensor:
+        self.clear()
+        self._calls = {layer.name: [] for layer in self._layers}
+        axis = 0 if self._axes is None else self._axes.inputs
+        self._n_examples = tensors_of(inputs)[0].shape[axis]
+        return self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        try:
+            outputs = inputs.run(self._model)
+        except RuntimeError as error:
+            dtype = next(iter(self._layers[0].parameters.values())).dtype
+            given = [t.dtype for t in tensors_of(inputs) if t.is_floating_point()]
+            if not given or given[0] == dtype:
+                raise
+            raise ValueError(
+                f"the model failed on inputs of dtype {given[0]}; its parameters are {dtype}. Use inputs.to({dtype})."
+            ) from error
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            outputs = outputs["logits"]
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model must return a tensor of outputs (or an object with a tensor `logits`), it returned "
+                f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
             )
+        return outputs
+
+    def _observe(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Forward hook: report the call, with the examples on the first axis; may have to give the output that axis."""
         x = args[0] if args else kwargs["input"]
-        if not layer.kind.accepts(module, x, self._n_examples):
-            raise NotImplementedError(
-                f"layer {layer.name!r} ({type(module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
-                f"{self._n_examples} examples; it must be {layer.kind.input_shape(module)}, so that gradients belong to "
-                "examples. Keep the examples on the first axis (x[None] for one), or leave the layer out with layers=[...]."
-            )
+        if self._shapes is not None:
+            self._shapes.append((layer.name, x.detach()))
+            return None
+        axis, fold = self._example_axis(layer, x)
+        if axis is None:  # the same for all examples: each gets a copy of its own
+            expanded = output[None] if axis is None and output.shape[0] != 1 else output
+            expanded = expanded.expand(self._n_examples, *expanded.shape[1:])
+            x = x if output.shape[0] == 1 else x[None]
+            self._report(layer, x.expand(self._n_examples, *x.shape[1:]), expanded, module, 0, 1)
+            return expanded
+        self._report(layer, x, output, module, axis, fold)
+        return None
+
+    def _report(self, layer: Layer, x: Tensor, output: Tensor, module: nn.Module, axis: int = 0, fold: int = 1) -> None:
+        """Keep the input, and have the extension run when the gradient of the output is there."""
         if not output.requires_grad:
             raise RuntimeError(
                 f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?); leave it out with layers=[...] or "
                 "freeze it."
             )
-        self.inputs[layer.name] = x.detach()
+        calls = self._calls[layer.name]
+        index = len(calls)
+        calls.append(Call(x.detach().movedim(axis, 0), fold))
         if not x.requires_grad:
             self._sources.append(get_gradient_edge(output))
-        output.register_hook(lambda grad: self._extension(module, (), (grad,)))
+        hand_on = partial(self._take, layer, index, axis)
+        output.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
+
+    def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
+        grad = grad.detach().movedim(axis, 0)
+        self._reported.add(layer.name)
+        if layer.name in self._grads:
+            self._grads[layer.name][index] = grad
+        else:
+            self._receive(Calls(layer, self._calls[layer.name]), [grad])
+
+    def _report_block(
+        self, layers: Mapping[int, Layer], module: nn.Module, slot: int, x: Tensor, output: Tensor
+    ) -> None:
+        """Report a call from a module that runs written out; its examples are on the first axis."""
+        if slot not in layers or self._shapes is not None:
+            return
+        if len(x) != self._n_examples:
+            raise _UnknownAxisError(
+                f"layer {layers[slot].name!r} ran on {len(x)} sequences in a batch of {self._n_examples} examples. Keep the "
+                f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
+                "with layers=[...]."
+            )
+        self._report(layers[slot], x, output, module)
+
+    def _example_axis(self, layer: Layer, x: Tensor) -> tuple[int | None, int]:
+        """On which axis the examples are (None: the input is the same for all), and how many rows there are for each."""
+        n = self._n_examples
+        index = len(self._calls[layer.name])
+        complaint = (
+            f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
+            f"{n} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the examples on "
+            "the first axis (x[None] for one), or leave the layer out with layers=[...]."
+        )
+        if not layer.is_input(x):
+            raise NotImplementedError(complaint)
+        if self._axes is not None and (layer.name, index) in self._axes.calls:
+            axis, fold = self._axes.calls[layer.name, index]
+            if axis is None or x.shape[axis] == n * fold:
+                return axis, fold
+        candidates = layer.example_axes(x)
+        lookup = not x.is_floating_point()
+        clear = candidates and x.shape[candidates[0]] == n and all(x.shape[axis] != n for axis in candidates[1:])
+        if not clear or (lookup and x.ndim == 1):
+            raise _UnknownAxisError(complaint)
+        return candidates[0], 1
+
+    def _look_for_axes(self, inputs: Inputs) -> _Axes:
+        """Run the network on one example more: the axes that grow are those of the examples."""
+        before, outputs = self._shapes_of(inputs)
+        n = len(outputs)
+        for input_axis in (0, 1):
+            if any(t.ndim <= input_axis for t in tensors_of(inputs)) or tensors_of(inputs)[0].shape[input_axis] != n:
+                continue
+            after, more = self._shapes_of(with_one_more(inputs, input_axis))
+            if len(more) == n + 1:
+                break
+        else:
+            raise ValueError(
+                f"the model must return one row of outputs per example; for inputs of shape "
+                f"{[tuple(t.shape) for t in tensors_of(inputs)]} it returned outputs of shape {tuple(outputs.shape)}."
+            )
+        axes = _Axes(input_axis, {})
+        if [name for name, _ in before] != [name for name, _ in after]:
+            return axes  # control flow that depends on the data: only what is clear from shapes can be used
+        counts: dict[str, int] = {}
+        for (name, x), (_, y) in zip(before, after, strict=True):
+            index = counts.get(name, 0)
+            counts[name] = index + 1
+            grown = [axis for axis in range(x.ndim) if x.shape[axis] != y.shape[axis]]
+            if not grown:
+                axes.calls[name, index] = None, 1
+            elif len(grown) == 1 and x.shape[grown[0]] % n == 0:
+                fold = x.shape[grown[0]] // n
+                first = y.narrow(grown[0], 0, x.shape[grown[0]])
+                if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
+                    axes.calls[name, index] = grown[0], fold
+        return axes
+
+    def _shapes_of(self, inputs: Inputs) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        self._shapes = []
+        try:
+            return self._shapes, self._run(inputs).detach()
+        finally:
+            self._shapes = None
+
+
+class _Axes:
+    """Where the examples are: the axis of the inputs, and for every call of every layer the axis and the fold."""
+
+    def __init__(self, inputs: int, calls: dict[tuple[str, int], tuple[int | None, int]]) -> None:
+        self.inputs = inputs
+        self.calls = calls
 
 
 @contextmanager
@@ -176,22 +320,44 @@ def recording(model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> I
     ends. Parameters' ``.grad`` is never touched.
     """
     recorder = Recorder(model, layers, receive)
-    wanted = {id(p) for layer in layers for p in layer.module.parameters(recurse=False)}
+    wanted = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     handles = []
+    replaced: list[nn.Module] = []
     try:
         for parameter in others:
             parameter.requires_grad_(False)
+        blocks: dict[nn.Module, dict[int, Layer]] = {}
         for layer in layers:
-            handles.append(layer.module.register_forward_hook(recorder._observe, with_kwargs=True))
+            for module in layer.modules:
+                blocks.setdefault(module, {})[layer.slot] = layer
+        for module in model.modules():
+            forward = written_out(module)
+            mine = blocks.get(module, {})
+            if forward is not None:
+                # Also where only a child is wanted: attention calls its output projection as a function.
+                if any(m in blocks for m in module.modules()):
+                    replaced.append(module)
+                    module.forward = partial(forward, module, partial(recorder._report_block, mine, module))
+            elif mine:
+                hook = partial(recorder._observe, mine[0])
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield recorder
     finally:
         for handle in handles:
             handle.remove()
+        for module in replaced:
+            del module.forward
         for parameter in others:
             parameter.requires_grad_(True)
-        recorder.inputs.clear()
-        recorder._sources.clear()
+        recorder.clear()
+
+
+def _ordinary(inputs: Inputs) -> Inputs:
+    """Inputs that autograd can keep."""
+    if any(t.is_inference() for t in tensors_of(inputs)):
+        return inputs.map(lambda t: t.clone() if t.is_inference() else t)
+    return inputs
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -231,5 +397,11 @@ def check_mode(model: nn.Module) -> None:
                 "there is no per-example Fisher. Call model.eval() first"
                 + (" and give the module running statistics." if module.running_mean is None else ".")
             )
-        if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
+        if module.training and _dropout_probability(module) > 0:
             raise ValueError(f"{where} is in training mode, so the outputs are random. Call model.eval() first.")
+
+
+def _dropout_probability(module: Any) -> float:
+    if isinstance(module, _DROPOUTS):
+        return float(module.p)
+    return float(module.dropout) if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else 0.0

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kronlaplace.blocks import Block
 from kronlaplace.inversion import DampedInverse, check_damping
-from kronlaplace.kronecker import KroneckerBlock
 
 __all__ = ["DampedInverse", "Tikhonov"]
 
 
 @dataclass(frozen=True)
 class Tikhonov:
-    """Exact Tikhonov damping: ``γ`` is added to the block itself, ``scale · G ⊗ A + γ I``.
+    """Exact Tikhonov damping: ``γ`` is added to the block itself, ``F + γ I``.
 
     Args:
         damping: ``γ``, not negative; a number or a 0-dim tensor, which may carry a gradient.
@@ -28,6 +28,6 @@ class Tikhonov:
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def invert(self, block: KroneckerBlock) -> DampedInverse:
+    def invert(self, block: Block) -> DampedInverse:
         """The damped inverse of one layer's block; see `DampedInverse` for what it answers and raises."""
         return DampedInverse(block, self.damping)

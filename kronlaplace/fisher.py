@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state
+from kronlaplace.accumulation import Accumulation
+from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state, tensors_of
+from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
-from kronlaplace.estimators import Estimator, State, resolve_estimator
+from kronlaplace.coverage import Coverage, CoverageRow
+from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.fingerprint import fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
-from kronlaplace.layers import Layer, find_layers
+from kronlaplace.layers import LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
 
@@ -31,10 +34,12 @@ def estimate_fisher(
     sampling: Sampling | str = Sampling.MC,
     mc_samples: int = 1,
     layers: Sequence[str] | None = None,
+    unsupported: Unsupported | str = Unsupported.ERROR,
+    ema_decay: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> KroneckerFisher:
-    """Estimate the Fisher of a trained network as one Kronecker block per layer.
+    """Estimate the Fisher of a trained network as one block per layer.
 
     The Fisher is the mean over examples of the per-example Fisher, ``F = 1/N Σ_n Σ_v vec(X_vn) vec(X_vn)ᵀ``, where
     ``X_vn`` is the gradient of example ``n``'s own negative log-likelihood along direction ``v``. Neither batch size nor
@@ -43,15 +48,24 @@ def estimate_fisher(
     Args:
         model: The network, in the mode in which it predicts (``model.eval()``). It is left as found: parameters,
             gradients, flags, hooks, mode.
-        data: Batches ``(inputs, targets)``, such as a DataLoader; targets are needed for ``sampling="empirical"`` and
-            for the evidence of a Laplace posterior. They are moved to the model's device.
-        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, or ``"classification"``, ``"binary"``, ``"regression"``.
-        estimator: How blocks are made, such as `KFAC`, or its shorthand.
+        data: Batches ``(inputs, targets)``, such as a DataLoader, with inputs that are a tensor, or a tuple (given as
+            ``model(*inputs)``) or a dict of tensors; see `kronlaplace.batches.iterate`. Targets are needed for
+            ``sampling="empirical"`` and for the evidence of a Laplace posterior. They are moved to the model's device.
+            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again.
+        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, `Euclidean`, or a shorthand:
+            ``"classification"``, ``"binary"``, ``"regression"``, ``"heteroscedastic"``, ``"euclidean"``.
+        estimator: How blocks are made: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal`, `ExactBlock`, or a shorthand:
+            ``"kfac"``, ``"sua"``, ``"tkfac"``, ``"kfoc"``, ``"ekfac"``, ``"diagonal"``, ``"exact"``. Scale and shift of
+            normalisation layers and embeddings get a diagonal block from all but the last.
         sampling: ``"exact"`` (Fisher type 2, the generalized Gauss-Newton matrix; about one backward pass per output),
             ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
             ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
         mc_samples: Label draws per example in ``"mc"``.
         layers: Names of the modules that get a block; None means all with trainable parameters.
+        unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
+            values, and `KroneckerFisher.coverage` lists them.
+        ema_decay: None for the mean over all examples; from 0 to 1 for a moving average, in which everything seen before a
+            batch counts ``ema_decay`` times as much.
         seed: Seed of the draws. Batch ``i`` draws from a generator made from ``(seed, i)``, whatever the global state.
         progress: Whether to show a progress bar (only where the output is a terminal).
 
@@ -73,9 +87,17 @@ def estimate_fisher(
             f'mc_samples={mc_samples} has a meaning with sampling="mc" only; sampling is {sampling.value!r}.'
         )
     seed = seed_number(seed)
+    if ema_decay is not None and not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, or be None for a plain mean; got {ema_decay!r}.")
     check_model(model)
     device = device_of(model)
-    chosen = find_layers(model, layers)
+    search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
+    accumulation = Accumulation(estimator, search.layers, ema_decay)
+    if estimator.passes > 1 and isinstance(data, Iterator):
+        raise TypeError(
+            f"{estimator} makes {estimator.passes} passes over the data, but an iterator can be read only once. Give a "
+            "DataLoader or a list."
+        )
     if sampling is Sampling.EMPIRICAL:
         warnings.warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
@@ -83,73 +105,110 @@ def estimate_fisher(
             stacklevel=2,
         )
 
-    states: dict[str, State] = {layer.name: estimator.start(layer) for layer in chosen}
     n_examples = 0
     statistics: Tensor | None = None
     checks = DeferredChecks()
-
-    def receive(layer: Layer, x: Tensor, grad: Tensor) -> None:
-        estimator.add_gradients(states[layer.name], layer, x, grad)
-
-    with preserved_random_state(device), recording(model, chosen, receive) as recorder:
-        for batch in iterate(data, device, progress=progress, description=f"Fisher ({estimator.name})"):
-            if batch.inputs.is_floating_point():
-                checks.require(torch.isfinite(batch.inputs).all(), batch, "the inputs contain NaN or infinite values.")
-            outputs = recorder.forward(batch.inputs)
-            detached, targets = _as_matrices(likelihood, outputs.detach(), batch, checks)
-            if batch.index and (targets is None) != (statistics is None):
-                raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
-            if targets is None and sampling is Sampling.EMPIRICAL:
-                raise ValueError(f'batch {batch.index}: sampling="empirical" needs (inputs, targets) batches.')
-            if targets is not None:
-                new = likelihood.statistics(detached, targets)
-                statistics = new if statistics is None else statistics + new
-            for layer in chosen:
-                estimator.add_inputs(states[layer.name], layer, recorder.inputs[layer.name])
-            n_directions = likelihood.n_directions(detached.shape[1], sampling, mc_samples)
-            directions = likelihood.directions(
-                detached,
-                sampling,
-                mc_samples=mc_samples,
-                targets=targets,
-                generator=_generator(seed, batch.index, device),
+    with preserved_random_state(device), recording(model, search.layers, accumulation.add_gradients) as recorder:
+        for i in range(estimator.passes):
+            if i:
+                accumulation.next_pass()
+            description = (
+                f"Fisher ({estimator.name}{f', pass {i + 1} of {estimator.passes}' if estimator.passes > 1 else ''})"
             )
-            for v, direction in enumerate(directions, start=1):
-                recorder.backward(outputs, direction, retain_graph=v < n_directions)
-            n_examples += len(batch.inputs)
-            del outputs
+            seen = 0
+            for batch in iterate(data, device, progress=progress, description=description):
+                for t in tensors_of(batch.inputs):
+                    if t.is_floating_point():
+                        checks.require(torch.isfinite(t).all(), batch, "the inputs contain NaN or infinite values.")
+                outputs = recorder.forward(batch.inputs)
+                detached = outputs.detach()
+                _check_batch(likelihood, detached, batch, checks, sampling)
+                if i == 0:
+                    if batch.index and (batch.targets is None) != (statistics is None):
+                        raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
+                    if batch.targets is not None:
+                        new = likelihood.statistics(detached, batch.targets)
+                        statistics = new if statistics is None else statistics + new
+                calls = recorder.calls
+                accumulation.begin_batch(calls)
+                n_directions = likelihood.n_directions(detached, sampling, mc_samples, batch.targets)
+                directions = likelihood.directions(
+                    detached,
+                    sampling,
+                    mc_samples=mc_samples,
+                    targets=batch.targets,
+                    generator=_generator(seed, batch.index, device),
+                )
+                for v, direction in enumerate(directions, start=1):
+                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
+                accumulation.end_batch(calls, len(outputs))
+                seen += len(outputs)
+                del outputs, calls
+            n_examples = n_examples or seen
     checks.settle()
 
-    blocks = {layer.name: estimator.finish(states[layer.name], layer, n_examples) for layer in chosen}
+    blocks = accumulation.finish()
     metadata = FisherMetadata(
         likelihood=likelihood,
         estimator=estimator.name,
         sampling=sampling,
         mc_samples=mc_samples,
         seed=seed,
-        parameters={layer.name: layer.parameter_names for layer in chosen},
+        parameters={layer.name: layer.parameter_names for layer in search.layers},
         weights=fingerprint(model),
+        coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
+        passes=estimator.passes,
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
 
 
-def _as_matrices(
-    likelihood: Likelihood, outputs: Tensor, batch: Batch, checks: DeferredChecks
-) -> tuple[Tensor, Tensor | None]:
-    """Check one batch's outputs and targets; give them a column axis if the network's output is ``(N,)``."""
-    targets = batch.targets
+def _check_batch(
+    likelihood: Likelihood, outputs: Tensor, batch: Batch, checks: DeferredChecks, sampling: Sampling
+) -> None:
+    """Check one batch's outputs and targets."""
     message = "the network's outputs are NaN or infinite on finite inputs; did the training diverge?"
     checks.require(torch.isfinite(outputs).all(), batch, message)
+    if batch.targets is None and sampling is Sampling.EMPIRICAL:
+        raise ValueError(f'batch {batch.index}: sampling="empirical" needs (inputs, targets) batches.')
     try:
         likelihood.check_outputs(outputs)
-        allowed = None if targets is None else likelihood.check_targets(outputs, targets)
+        if batch.targets is not None:
+            allowed, complaint = likelihood.check_targets(outputs, batch.targets)
+            checks.require(allowed, batch, complaint)
     except ValueError as error:
+        if str(error).startswith(f"batch {batch.index}:"):
+            raise
         raise ValueError(f"batch {batch.index}: {error}") from None
-    if allowed is not None:
-        checks.require(allowed[0], batch, allowed[1])
-    if outputs.ndim == 1:
-        return outputs.unsqueeze(1), None if targets is None else targets.unsqueeze(1)
-    return outputs, targets
+
+
+def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], estimators: dict[str, str]) -> Coverage:
+    total = sum(p.numel() for p in model.parameters())
+    rows = []
+    for layer in search.layers:
+        count = sum(p.numel() for p in layer.parameters.values())
+        notes = []
+        if layer.redundant:
+            count += sum(p.numel() for p in layer.redundant.values())
+            notes.append(f"{', '.join(layer.redundant)} acts through its sum with the bias")
+        if layer.also:
+            notes.append(f"shared by {len(layer.modules)} modules")
+        rows.append(
+            CoverageRow(
+                layer.name,
+                type(layer.module).__name__,
+                blocks[layer.name].kind,
+                estimators[layer.name],
+                layer.shape,
+                count,
+                count / total,
+                "; ".join(notes),
+            )
+        )
+    rows += [
+        CoverageRow(left.name, left.module, "none", "", None, left.parameters, left.parameters / total, left.reason)
+        for left in search.left_out
+    ]
+    return Coverage(rows)
 
 
 def _generator(seed: int, index: int, device: torch.device) -> torch.Generator:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kronlaplace.kronecker import KroneckerBlock
+from kronlaplace.blocks import Block
 
 __all__ = ["DampedInverse", "check_damping"]
 
@@ -26,12 +26,12 @@ def check_damping(damping: float | Tensor) -> float:
 
 
 class DampedInverse:
-    """Inverse of ``scale · G ⊗ A + γ I``, exactly, from the eigendecompositions of ``G`` and ``A`` (KFC Eq. 39–44).
+    """Inverse of ``F + γ I`` for a block ``F``, exactly, from its eigendecomposition (KFC Eq. 39–44).
 
-    Changing ``γ`` costs no new decomposition: they are of the undamped factors and kept by the block.
+    Changing ``γ`` costs no new decomposition: that is of the undamped block, which keeps it.
 
     Args:
-        block: The block.
+        block: The block, of any kind.
         damping: ``γ``, not negative; a number or a 0-dim tensor, which may carry a gradient.
 
     Raises:
@@ -39,28 +39,23 @@ class DampedInverse:
             infinite entries.
     """
 
-    def __init__(self, block: KroneckerBlock, damping: float | Tensor) -> None:
-        gradient, activation = block.eigen()
-        self.gradient_basis = gradient.vectors
-        self.activation_basis = activation.vectors
+    def __init__(self, block: Block, damping: float | Tensor) -> None:
+        self.block = block
         value = check_damping(damping)
-        damping = torch.as_tensor(damping, dtype=torch.float64, device=block.scale.device)
-        # In float64: the smallest eigenvalues and the damping often differ from the largest by 1e10 and more.
-        self._eigenvalues = (
-            block.scale.double() * torch.outer(gradient.values.double(), activation.values.double()) + damping
-        )
+        damping = torch.as_tensor(damping, dtype=torch.float64, device=block.device)
+        self._eigenvalues = block.eigenvalues() + damping
         if value == 0 and not (self._eigenvalues > 0).all():
             raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues ``scale · d_G,i d_A,j + γ`` of the damped block, shape ``(q, p)``, float64."""
+        """Eigenvalues ``λ + γ`` of the damped block, shape ``(q, p)``, float64."""
         return self._eigenvalues
 
     @cached_property
     def weights(self) -> Tensor:
-        """Eigenvalues of the inverse, ``1 / (scale · d_G,i d_A,j + γ)``, shape ``(q, p)``, in the factors' dtype."""
-        return self._eigenvalues.reciprocal().to(self.gradient_basis.dtype)
+        """Eigenvalues of the inverse, ``1 / (λ + γ)``, shape ``(q, p)``, in the block's dtype."""
+        return self._eigenvalues.reciprocal().to(self.block.dtype)
 
     def solve(self, matrices: Tensor) -> Tensor:
         """The inverse times ``vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape (KFC Eq. 42–44)."""
@@ -80,8 +75,7 @@ class DampedInverse:
 
     def diagonal(self) -> Tensor:
         """Diagonal of the inverse, as a ``(q, p)`` matrix."""
-        return self.gradient_basis.square() @ self.weights @ self.activation_basis.square().T
+        return self.block.diagonal_of(self.weights)
 
-    def _apply(self, matrices: Tensor, eigenvalues: Tensor) -> Tensor:
-        inner = self.gradient_basis.T @ matrices @ self.activation_basis
-        return self.gradient_basis @ (inner * eigenvalues) @ self.activation_basis.T
+    def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
+        return self.block.from_eigenbasis(self.block.to_eigenbasis(matrices) * weights)

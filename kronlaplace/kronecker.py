@@ -1,7 +1,5 @@
-"""Kronecker-factored Fisher blocks and the Fisher made of them: algebra, saving, loading.
+"""The Fisher of a network as one block per layer: algebra, saving, loading, what it covers.
 
-A layer's block is ``F ≈ scale · G ⊗ A`` with the gradient factor ``G`` of shape ``(q, q)`` and the activation factor
-``A`` of shape ``(p, p)``. ``vec`` is row-major, so the block acts on a ``(q, p)`` matrix ``M`` as ``scale · G M A``.
 The Fisher is the **mean over examples**; whoever needs the sum multiplies by ``n_examples``.
 """
 
@@ -16,85 +14,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from kronlaplace.blocks import Block, block_from_tensors, decompose
+from kronlaplace.coverage import Coverage
 from kronlaplace.likelihoods import Likelihood, Sampling
-from kronlaplace.linalg import Eigen, eigendecompose
 from kronlaplace.serialization import load_tensors, save_tensors
 
-__all__ = ["FisherMetadata", "KroneckerBlock", "KroneckerFisher"]
-
-
-class KroneckerBlock:
-    """One layer's Fisher block ``scale · G ⊗ A``, mean over examples.
-
-    Args:
-        gradient_factor: ``G``, symmetric positive semidefinite, shape ``(q, q)``.
-        activation_factor: ``A``, symmetric positive semidefinite, shape ``(p, p)``.
-        scale: A factor in front, 0-dim tensor or number.
-        name: The layer's name, for errors.
-    """
-
-    def __init__(
-        self, gradient_factor: Tensor, activation_factor: Tensor, scale: Tensor | float = 1.0, name: str = "block"
-    ) -> None:
-        self.gradient_factor = gradient_factor
-        self.activation_factor = activation_factor
-        self.scale = torch.as_tensor(scale, dtype=gradient_factor.dtype, device=gradient_factor.device)
-        self.name = name
-        self._eigen: tuple[Eigen, Eigen] | None = None
-
-    def __repr__(self) -> str:
-        q, p = self.shape
-        return f"KroneckerBlock({self.name!r}, G: {q}x{q}, A: {p}x{p})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(q, p)``, the shape of the matrices that the block acts on."""
-        return len(self.gradient_factor), len(self.activation_factor)
-
-    def matmul(self, matrices: Tensor) -> Tensor:
-        """The block times ``vec(M)``: ``scale · G M A``, for ``M`` of shape ``(..., q, p)``; same shape."""
-        return self.scale * (self.gradient_factor @ matrices @ self.activation_factor)
-
-    def to_dense(self) -> Tensor:
-        """The block as one matrix of shape ``(q·p, q·p)``."""
-        return self.scale * torch.kron(self.gradient_factor.contiguous(), self.activation_factor.contiguous())
-
-    def trace(self) -> Tensor:
-        """``scale · tr G · tr A``, 0-dim."""
-        return self.scale * self.gradient_factor.trace() * self.activation_factor.trace()
-
-    def frobenius_norm(self) -> Tensor:
-        """``scale · ‖G‖_F ‖A‖_F``, 0-dim."""
-        return self.scale.abs() * torch.linalg.norm(self.gradient_factor) * torch.linalg.norm(self.activation_factor)
-
-    def scaled(self, factor: Tensor | float) -> KroneckerBlock:
-        """The block times a number; factors and their decompositions are shared, not copied."""
-        block = KroneckerBlock(self.gradient_factor, self.activation_factor, self.scale * factor, self.name)
-        block._eigen = self._eigen
-        return block
-
-    def eigen(self) -> tuple[Eigen, Eigen]:
-        """Eigendecompositions of ``G`` and of ``A``, computed once.
-
-        Raises:
-            ValueError: If a factor has NaN or infinite entries.
-        """
-        if self._eigen is None:
-            decompose([self])
-        assert self._eigen is not None
-        return self._eigen
-
-
-def decompose(blocks: list[KroneckerBlock]) -> None:
-    """Decompose the factors of all blocks that are not decomposed yet, equal sizes in one batched call."""
-    todo = {f"{i}": block for i, block in enumerate(blocks) if block._eigen is None}
-    factors = {}
-    for block in todo.values():
-        factors[f"the gradient factor of layer {block.name!r}"] = block.gradient_factor
-        factors[f"the activation factor of layer {block.name!r}"] = block.activation_factor
-    pairs = iter(eigendecompose(factors).values())
-    for block in todo.values():
-        block._eigen = next(pairs), next(pairs)
+__all__ = ["FisherMetadata", "KroneckerFisher"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +34,8 @@ class FisherMetadata:
         seed: Seed of those draws.
         parameters: The parameters in each block, by layer: weight, then bias if the block contains it.
         weights: Fingerprint of all the network's parameters and buffers, by name.
+        coverage: What has a block and what has none.
+        passes: How many passes over the data it took.
     """
 
     likelihood: Likelihood
@@ -118,6 +45,8 @@ class FisherMetadata:
     seed: int
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
+    passes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -129,6 +58,8 @@ class FisherMetadata:
             "seed": self.seed,
             "parameters": {name: list(names) for name, names in self.parameters.items()},
             "weights": self.weights,
+            "coverage": self.coverage.to_json(),
+            "passes": self.passes,
         }
 
     @classmethod
@@ -142,11 +73,13 @@ class FisherMetadata:
             seed=values["seed"],
             parameters={name: tuple(names) for name, names in values["parameters"].items()},
             weights=values["weights"],
+            coverage=Coverage.from_json(values.get("coverage", [])),
+            passes=values.get("passes", 1),
         )
 
 
-class KroneckerFisher(Mapping[str, KroneckerBlock]):
-    """A network's Fisher as one Kronecker block per layer: a mapping from layer names to blocks.
+class KroneckerFisher(Mapping[str, Block]):
+    """A network's Fisher as one block per layer: a mapping from layer names to blocks.
 
     Attributes:
         n_examples: Number of examples ``N`` that the mean was taken over.
@@ -157,7 +90,7 @@ class KroneckerFisher(Mapping[str, KroneckerBlock]):
 
     def __init__(
         self,
-        blocks: Mapping[str, KroneckerBlock],
+        blocks: Mapping[str, Block],
         n_examples: int,
         metadata: FisherMetadata,
         statistics: Tensor | None = None,
@@ -167,7 +100,7 @@ class KroneckerFisher(Mapping[str, KroneckerBlock]):
         self.metadata = metadata
         self.statistics = statistics
 
-    def __getitem__(self, name: str) -> KroneckerBlock:
+    def __getitem__(self, name: str) -> Block:
         try:
             return self._blocks[name]
         except KeyError:
@@ -232,37 +165,42 @@ class KroneckerFisher(Mapping[str, KroneckerBlock]):
         """
         blocks = {name: self[name] for name in layers}
         parameters = {name: self.metadata.parameters[name] for name in layers}
-        return KroneckerFisher(blocks, self.n_examples, replace(self.metadata, parameters=parameters), self.statistics)
+        metadata = replace(
+            self.metadata, parameters=parameters, coverage=self.metadata.coverage.restricted_to(set(layers))
+        )
+        return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
+
+    def coverage(self) -> Coverage:
+        """Which layers have which block and how many parameters, and what has none and why; prints as a table."""
+        return self.metadata.coverage
 
     def decompose(self) -> None:
         """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
-        decompose(list(self.values()))
+        decompose(self.values())
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for saving."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, block in self.items():
-            tensors[f"{name}.gradient_factor"] = block.gradient_factor
-            tensors[f"{name}.activation_factor"] = block.activation_factor
-            tensors[f"{name}.scale"] = block.scale
+            tensors |= {f"{name}.{key}": tensor for key, tensor in block.to_tensors().items()}
         if self.statistics is not None:
             tensors["statistics"] = self.statistics
         return tensors
 
     def to_json(self) -> dict[str, Any]:
         """All that is not a tensor, as JSON-compatible values."""
-        return {"n_examples": self.n_examples, **self.metadata.to_json()}
+        kinds = {name: block.kind for name, block in self.items()}
+        return {"n_examples": self.n_examples, "blocks": kinds, **self.metadata.to_json()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> KroneckerFisher:
         """Inverse of `to_tensors` and `to_json`."""
         metadata = FisherMetadata.from_json(values)
-        blocks = {
-            name: KroneckerBlock(
-                tensors[f"{name}.gradient_factor"], tensors[f"{name}.activation_factor"], tensors[f"{name}.scale"], name
-            )
-            for name in metadata.parameters
-        }
+        blocks = {}
+        kinds = values.get("blocks") or dict.fromkeys(metadata.parameters, "kronecker")  # before there were other kinds
+        for name, kind in kinds.items():
+            parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+            blocks[name] = block_from_tensors(kind, parts, name)
         return cls(blocks, values["n_examples"], metadata, tensors.get("statistics"))
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeVar
 
-__all__ = ["choice", "positive_integer", "resolve", "seed_number"]
+__all__ = ["choice", "positive_integer", "positive_number", "resolve", "seed_number"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
 _Object = TypeVar("_Object")
@@ -61,6 +62,22 @@ def positive_integer(value: int, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+    return number
+
+
+def positive_number(value: float, name: str) -> float:
+    """``value`` as a finite float larger than 0.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive and finite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}.") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
     return number
 
 

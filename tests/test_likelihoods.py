@@ -1,35 +1,140 @@
 """Output metrics against Hessians by autograd; predictive distributions against sampling."""
 
+import itertools
+import json
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
-from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Likelihood, Sampling, resolve_likelihood
 from kronlaplace.links import Link
-from tests import oracles
 
-LIKELIHOODS = {
-    "classification": kl.Categorical(),
-    "binary": kl.Bernoulli(),
-    "regression": kl.Gaussian(noise_std=0.7),
-}
+NOISE = 0.7
+
+# Name of the likelihood and one shape of outputs that it takes; N is 3, so that no axis is taken for another.
+CASES = [
+    *itertools.product(["bernoulli", "gaussian", "euclidean"], [(3,), (3, 4), (3, 2, 4), (3, 2, 2, 2)]),
+    *itertools.product(["classes"], [(3, 2), (3, 4)]),
+    *itertools.product(["pixels"], [(3, 4, 2), (3, 4, 4), (3, 4, 1), (3, 4, 2, 3), (3, 2, 2, 1, 2)]),
+    *itertools.product(["tokens"], [(3, 2, 4), (3, 4, 4), (3, 1, 4), (3, 2, 3, 4)]),
+    *itertools.product(["inferred"], [(3, 4, 2), (3, 2, 2, 4), (3, 2, 4)]),
+    *itertools.product(["heteroscedastic"], [(3, 2), (3, 4), (3, 6)]),
+]
+CATEGORICAL = ("classes", "pixels", "tokens", "inferred")
+cases = pytest.mark.parametrize(("name", "shape"), CASES, ids=lambda value: str(value).replace(" ", ""))
+
+
+def make(name):
+    return {
+        "bernoulli": kl.Bernoulli(),
+        "gaussian": kl.Gaussian(noise_std=NOISE),
+        "euclidean": Euclidean(),
+        "heteroscedastic": HeteroscedasticGaussian(),
+        "classes": kl.Categorical(),
+        "pixels": kl.Categorical(class_axis=1),
+        "tokens": kl.Categorical(class_axis=-1),
+        "inferred": kl.Categorical(),
+    }[name]
+
+
+def class_axis(name, shape):
+    """Here, an axis inferred from the targets is the one with four classes."""
+    return {"classes": 1, "pixels": 1, "tokens": len(shape) - 1}.get(name) or shape.index(4)
+
+
+def draw(name, shape, seed=0, spread=1.0):
+    """Outputs and targets; in classification the first example ignores all its positions, the others some."""
+    generator = torch.Generator().manual_seed(seed)
+    f = spread * torch.randn(shape, generator=generator).double()
+    if name in CATEGORICAL:
+        axis = class_axis(name, shape)
+        y = torch.randint(shape[axis], shape[:axis] + shape[axis + 1 :], generator=generator)
+        y[torch.rand(y.shape, generator=generator) < 0.3] = -100
+        y[0] = -100
+        return f, y
+    if name == "heteroscedastic":
+        return f, torch.randn(shape[0], shape[1] // 2, generator=generator).double()
+    y = torch.randn(shape, generator=generator).double()
+    return f, torch.sigmoid(y) if name == "bernoulli" else y
+
+
+def loss(name, f, y, axis=None):
+    """The negative log-likelihood of a batch, summed, by torch's own losses."""
+    if name in CATEGORICAL:
+        return F.cross_entropy(f.movedim(axis, 1), y, reduction="sum")
+    if name == "bernoulli":
+        return F.binary_cross_entropy_with_logits(f, y, reduction="sum")
+    if name == "euclidean":
+        return 0.5 * F.mse_loss(f, y, reduction="sum")
+    if name == "gaussian":
+        return F.gaussian_nll_loss(f, y, torch.full_like(f, NOISE**2), full=True, reduction="sum")
+    mean, log_variance = f.tensor_split(2, dim=1)
+    return F.gaussian_nll_loss(mean, y, log_variance.exp(), full=True, reduction="sum", eps=0)
+
+
+def hessians(name, f, y):
+    """Of each example's loss by its flattened outputs, (N, c, c)."""
+    axis = class_axis(name, f.shape) if name in CATEGORICAL else None
+    size = f[0].numel()
+    return torch.stack(
+        [
+            torch.autograd.functional.hessian(partial(loss, name, y=y[n : n + 1], axis=axis), f[n : n + 1]).reshape(
+                size, size
+            )
+            for n in range(len(f))
+        ]
+    )
+
+
+def expected_metric(name, f, y):
+    """The Fisher: the Hessian itself where it has no targets in it, else its mean over them by quadrature."""
+    if name != "heteroscedastic":
+        return hessians(name, f, y)
+    # The Hessian is quadratic in y: five nodes of Gauss and Hermite integrate it exactly. The targets are independent,
+    # and each entry of the Hessian has one of them only, so all may move together.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)
+    mean, log_variance = f.tensor_split(2, dim=1)
+    at_nodes = [hessians(name, f, mean + (0.5 * log_variance).exp() * z) for z in nodes]
+    return sum(w * h for w, h in zip(weights / weights.sum(), at_nodes, strict=True))
 
 
 def metric(likelihood, f, sampling, **options):
     directions = torch.stack(list(likelihood.directions(f, sampling, **options)))
+    directions = directions.reshape(len(directions), len(f), -1)
     return torch.einsum("vni,vnj->nij", directions, directions)
 
 
-@given(st.sampled_from(list(LIKELIHOODS)), st.integers(2, 6), st.floats(0.1, 30), st.integers(0, 1000))
-def test_exact_directions_are_a_square_root_of_the_hessian(name, n_outputs, spread, seed):
-    f = spread * torch.randn(4, n_outputs, generator=torch.Generator().manual_seed(seed)).double()
-    actual = metric(LIKELIHOODS[name], f, Sampling.EXACT)
-    expected = torch.stack([oracles.output_metric(name, row, noise_std=0.7) for row in f])
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-14)
+@cases
+@given(seed=st.integers(0, 1000), spread=st.floats(0.1, 30))
+def test_exact_directions_are_a_square_root_of_the_hessian(name, shape, seed, spread):
+    if name == "heteroscedastic":
+        spread = min(spread, 3.0)  # a log-variance
+    f, y = draw(name, shape, seed, spread)
+    actual = metric(make(name), f, Sampling.EXACT, targets=y)
+    torch.testing.assert_close(actual, expected_metric(name, f, y), rtol=1e-9, atol=1e-13)
+
+
+def test_fisher_of_a_predicted_noise_in_closed_form():
+    """Lehmann and Casella: the information on (μ, σ²) is diag(1/σ², 1/(2σ⁴)); dσ²/ds is σ²."""
+    variance = torch.tensor([0.3, 2.0]).double()
+    f = torch.cat([torch.tensor([5.0, -1.0]).double(), variance.log()])[None]
+    expected = torch.diag(torch.cat([1 / variance, variance**2 / (2 * variance**2)]))
+    torch.testing.assert_close(metric(HeteroscedasticGaussian(), f, Sampling.EXACT)[0], expected)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("pixels", (3, 4, 2)), ("tokens", (3, 2, 4)), ("classes", (3, 4))])
+def test_without_targets_nothing_is_ignored(name, shape):
+    f, _ = draw(name, shape)
+    labels = torch.zeros(f.select(class_axis(name, shape), 0).shape, dtype=torch.long)
+    torch.testing.assert_close(metric(make(name), f, Sampling.EXACT), hessians(name, f, labels))
+    assert all((d != 0).all() for d in make(name).directions(f, Sampling.MC, mc_samples=2))
 
 
 def test_exact_categorical_directions_stay_finite_for_impossible_classes():
@@ -39,41 +144,395 @@ def test_exact_categorical_directions_stay_finite_for_impossible_classes():
     torch.testing.assert_close(actual, torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize(("name", "shape"), [("pixels", (3, 4, 2, 3)), ("tokens", (3, 2, 4))])
+def test_exact_directions_are_at_one_position_each(name, shape):
+    """And come lazily: the first of them without the others."""
+    f, _ = draw(name, shape)
+    axis = class_axis(name, shape)
+    directions = make(name).directions(f, Sampling.EXACT)
+    assert iter(directions) is directions
+    touched = [(d != 0).any(axis).reshape(3, -1).nonzero()[:, 1].unique().tolist() for d in directions]
+    positions = f[0].numel() // 4
+    assert touched == [[p] for p in range(positions) for _ in range(3)]
+
+
+@cases
 @pytest.mark.parametrize("sampling", Sampling)
-def test_number_of_directions_is_announced(name, sampling):
-    likelihood, f = LIKELIHOODS[name], torch.randn(5, 4)
-    targets = torch.zeros(5, dtype=torch.long) if name == "classification" else torch.zeros(5, 4)
-    directions = list(likelihood.directions(f, sampling, mc_samples=7, targets=targets))
-    assert len(directions) == likelihood.n_directions(4, sampling, 7)
-    assert {d.shape for d in directions} == {f.shape}
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_number_shape_and_dtype_of_directions_are_announced(name, shape, sampling, dtype):
+    f, y = draw(name, shape)
+    f = f.to(dtype)
+    directions = list(make(name).directions(f, sampling, mc_samples=7, targets=y))
+    assert len(directions) == make(name).n_directions(f, sampling, 7, y)
+    assert {(d.shape, d.dtype) for d in directions} == {(f.shape, dtype)}
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_sampled_directions_have_the_metric_as_second_moment(name):
-    """Tolerance: six standard errors of 40,000 draws of products of size about 1."""
-    f = torch.tensor([[0.3, -1.0, 0.5]]).double()
-    likelihood = LIKELIHOODS[name]
+@pytest.mark.parametrize(
+    ("likelihood", "shape", "count"),
+    [
+        (kl.Bernoulli(), (5,), 1),
+        (kl.Gaussian(), (5, 4), 4),
+        (Euclidean(), (5, 2, 3), 6),
+        (HeteroscedasticGaussian(), (5, 6), 6),
+        (kl.Categorical(), (5, 4), 3),
+        (kl.Categorical(), (5, 4, 2, 3), 18),
+        (kl.Categorical(class_axis=1), (5, 4, 2), 6),
+        (kl.Categorical(class_axis=-1), (5, 4, 2), 4),
+        (kl.Categorical(class_axis=-1), (5, 2, 3, 4), 18),
+    ],
+)
+def test_number_of_directions_without_targets(likelihood, shape, count):
+    f = torch.randn(shape)
+    assert [likelihood.n_directions(f, sampling, 7) for sampling in Sampling] == [count, 7, 1]
+    assert sum(1 for _ in likelihood.directions(f, Sampling.EXACT)) == count
+
+
+@cases
+def test_sampled_directions_have_the_metric_as_second_moment(name, shape):
+    """Tolerance: six standard errors of the mean of 40,000 draws, from the draws themselves."""
+    f, y = draw(name, shape)
+    f, y, n = f[1:2], y[1:2], 40_000
     generator = torch.Generator().manual_seed(0)
-    actual = metric(likelihood, f.expand(40_000, 3), Sampling.MC, generator=generator).mean(0)
-    largest = 2 / 0.7**2
-    torch.testing.assert_close(actual, metric(likelihood, f, Sampling.EXACT)[0], rtol=0, atol=6 * largest / 200)
+    many_f, many_y = f.expand(n, *f.shape[1:]), y.expand(n, *y.shape[1:])
+    draws = metric(make(name), many_f, Sampling.MC, generator=generator, targets=many_y)
+    bound = 6 * draws.std(0) / math.sqrt(n) + 1e-12
+    assert ((draws.mean(0) - expected_metric(name, f, y)[0]).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_statistics_give_the_log_likelihood_and_add_up(name):
-    likelihood, f = LIKELIHOODS[name], torch.randn(6, 3).double()
-    y = {"classification": torch.arange(6) % 3, "binary": (f > 0.2).double(), "regression": torch.randn(6, 3).double()}[
-        name
-    ]
-    expected = -sum(oracles.negative_log_likelihood(name, fi, yi, 0.7) for fi, yi in zip(f, y, strict=True))
-    parts = likelihood.statistics(f[:2], y[:2]) + likelihood.statistics(f[2:], y[2:])
-    torch.testing.assert_close(likelihood.log_likelihood(parts), expected)
+@cases
+def test_several_draws_share_the_weight(name, shape):
+    f, y = draw(name, shape)
+    several, one = (
+        list(make(name).directions(f, Sampling.MC, mc_samples=m, targets=y, generator=torch.Generator().manual_seed(3)))
+        for m in (4, 1)
+    )
+    torch.testing.assert_close(2 * several[0], one[0])
+    assert name in CATEGORICAL or not torch.equal(several[0], several[1])
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_metadata_round_trip(name):
-    assert Likelihood.from_metadata(LIKELIHOODS[name].to_metadata()) == LIKELIHOODS[name]
+def gumbel_gradient(f, generator):
+    noise = -torch.log(-torch.log(torch.rand(f.shape, generator=generator, dtype=f.dtype)))
+    return f.softmax(1) - F.one_hot((f + noise).argmax(1), f.shape[1])
+
+
+REFERENCE_DRAWS = {
+    "classification": gumbel_gradient,
+    "binary": lambda f, g: f.sigmoid() - (torch.rand(f.shape, generator=g, dtype=f.dtype) < f.sigmoid()).to(f.dtype),
+    "regression": lambda f, g: torch.randn(f.shape, generator=g, dtype=f.dtype) / 1.0,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE_DRAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_draws_for_a_generator_never_change(name, dtype, with_targets):
+    """Bit for bit: a seed of an earlier version gives the same Fisher."""
+    f = torch.randn(50, 7, dtype=dtype)
+    targets = None
+    if with_targets:
+        targets = torch.zeros(50, dtype=torch.long) if name == "classification" else torch.zeros(50, 7)
+    ours, reference = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    options = {"mc_samples": 3, "generator": ours, "targets": targets}
+    for direction in resolve_likelihood(name).directions(f, Sampling.MC, **options):
+        assert torch.equal(direction, REFERENCE_DRAWS[name](f, reference) / math.sqrt(3))
+
+
+@cases
+def test_empirical_direction_is_the_gradient_of_torchs_loss(name, shape):
+    f, y = draw(name, shape)
+    f.requires_grad_()
+    axis = class_axis(name, shape) if name in CATEGORICAL else None
+    (expected,) = torch.autograd.grad(loss(name, f, y, axis), f)
+    (actual,) = make(name).directions(f.detach(), Sampling.EMPIRICAL, targets=y)
+    torch.testing.assert_close(actual, expected)
+
+
+@cases
+@pytest.mark.parametrize("sampling", Sampling)
+def test_ignored_positions_have_no_direction(name, shape, sampling):
+    if name not in CATEGORICAL:
+        return
+    f, y = draw(name, shape)
+    # Not even where the network says nothing sensible.
+    f[0] = math.nan
+    axis = class_axis(name, shape)
+    ignored = (y == -100).unsqueeze(axis).expand(shape)
+    for direction in make(name).directions(f, sampling, targets=y, generator=torch.Generator().manual_seed(0)):
+        assert (direction[ignored] == 0).all()
+        assert direction.isfinite().all()
+
+
+def log_prob(name, f, y):
+    """By torch.distributions, example by example and position by position."""
+    distributions = torch.distributions
+    if name in CATEGORICAL:
+        moved = f.movedim(class_axis(name, f.shape), -1)
+        kept = y != -100
+        return distributions.Categorical(logits=moved[kept]).log_prob(y[kept]).sum()
+    if name == "bernoulli":
+        return distributions.Bernoulli(logits=f, validate_args=False).log_prob(y).sum()
+    if name == "gaussian":
+        return distributions.Normal(f, NOISE).log_prob(y).sum()
+    if name == "euclidean":  # of unit noise, without the normaliser
+        return (distributions.Normal(f, 1.0).log_prob(y) + 0.5 * math.log(2 * math.pi)).sum()
+    mean, log_variance = f.tensor_split(2, dim=1)
+    return distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(y).sum()
+
+
+@cases
+def test_statistics_give_the_log_likelihood_and_add_up(name, shape):
+    likelihood, (f, y) = make(name), draw(name, shape)
+    parts = [likelihood.statistics(f[:2], y[:2]), likelihood.statistics(f[2:], y[2:])]
+    assert all(part.shape == (2,) and part.dtype == torch.float64 for part in parts)
+    torch.testing.assert_close(likelihood.log_likelihood(parts[0] + parts[1]), log_prob(name, f, y))
+    counted = (y != -100).sum() if name in CATEGORICAL else y.numel()
+    assert (parts[0] + parts[1])[1] == counted
+
+
+def test_ignored_targets_count_for_nothing():
+    f, y = torch.randn(4, 3), torch.full((4,), -100)
+    assert kl.Categorical().statistics(f, y).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ignore_index", [255, -1, 0])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.int8])
+def test_another_ignore_index(ignore_index, dtype):
+    """Also one of the classes, as a padding token is; and masks in uint8, where -100 is 156 to a comparison."""
+    if not torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
+        return
+    likelihood = kl.Categorical(ignore_index=ignore_index)
+    f = torch.randn(5, 200, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0, 1], [ignore_index, 2], [99, 7], [100, 0], [3, ignore_index]]).to(dtype)
+    assert likelihood.check_targets(f, y)[0]
+    expected = F.cross_entropy(f, y.long(), ignore_index=ignore_index, reduction="sum")
+    actual = likelihood.log_likelihood(likelihood.statistics(f.detach(), y))
+    torch.testing.assert_close(-actual, expected.detach())
+    (direction,) = likelihood.directions(f.detach(), Sampling.EMPIRICAL, targets=y)
+    torch.testing.assert_close(direction, torch.autograd.grad(expected, f)[0])
+
+
+def test_unsigned_labels_are_not_taken_for_ignored_ones():
+    f, y = torch.randn(1, 200), torch.tensor([156], dtype=torch.uint8)
+    assert kl.Categorical().statistics(f, y)[1] == 1
+
+
+@cases
+def test_allowed_targets_are_let_through(name, shape):
+    f, y = draw(name, shape)
+    make(name).check_outputs(f)
+    allowed, _ = make(name).check_targets(f, y)
+    assert allowed.shape == () and allowed.dtype == torch.bool and allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "value", "message"),
+    [
+        ("classes", (3, 4), 4, r"labels must lie in 0 … 3 for a network with 4 outputs.*value -100 are ignored"),
+        ("classes", (3, 4), -1, r"labels must lie in 0 … 3"),
+        ("pixels", (3, 4, 2), 4, r"labels must lie in 0 … 3"),
+        ("tokens", (3, 2, 4), 4, r"labels must lie in 0 … 3"),
+        ("bernoulli", (3, 2, 4), 1.01, "must lie between 0 and 1"),
+        ("bernoulli", (3,), math.nan, "must lie between 0 and 1"),
+        ("gaussian", (3, 2, 4), math.nan, "NaN or infinite"),
+        ("euclidean", (3, 2), math.inf, "NaN or infinite"),
+        ("heteroscedastic", (3, 4), math.nan, "NaN or infinite"),
+    ],
+)
+def test_targets_of_values_that_are_not_allowed(name, shape, value, message):
+    f, y = draw(name, shape)
+    y[(-1,) * y.ndim] = value
+    allowed, text = make(name).check_targets(f, y)
+    assert not allowed
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(text)
+
+
+@cases
+@pytest.mark.parametrize("sampling", Sampling)
+def test_nothing_depends_on_values(name, shape, sampling):
+    """On torch's meta device there are none: whatever would wait for an accelerator raises."""
+    f, y = (t.to("meta") for t in draw(name, shape))
+    likelihood = make(name)
+    likelihood.check_outputs(f)
+    assert likelihood.check_targets(f, y)[0].is_meta
+    assert likelihood.statistics(f, y).shape == (2,)
+    directions = list(likelihood.directions(f, sampling, mc_samples=2, targets=y))
+    assert {(d.shape, d.device.type) for d in directions} == {(f.shape, "meta")}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "axis"),
+    [
+        ((5, 4), (5,), 1),
+        ((5, 4, 2), (5, 2), 1),
+        ((5, 4, 2), (5, 4), 2),
+        ((5, 4, 1), (5, 1), 1),
+        ((5, 1, 4), (5, 1), 2),
+        ((5, 4, 2, 3), (5, 2, 3), 1),
+        ((5, 4, 2, 3), (5, 4, 2), 3),
+        ((5, 4, 2, 3), None, 1),
+        ((5, 4, 2, 3, 2), None, 1),
+        ((5, 4), None, 1),
+    ],
+)
+def test_class_axis_is_inferred_where_shapes_tell(outputs, targets, axis):
+    f = torch.randn(outputs).double()
+    y = None if targets is None else torch.zeros(targets, dtype=torch.long)
+    likelihood = kl.Categorical()
+    likelihood.check_outputs(f)
+    if y is None:
+        torch.testing.assert_close(likelihood.sample_mean(f), f.softmax(axis))
+    else:
+        assert likelihood.check_targets(f, y)[0]
+        (direction,) = likelihood.directions(f, Sampling.EMPIRICAL, targets=y)
+        torch.testing.assert_close(direction.argmin(axis), y)
+    for sampling in Sampling:
+        if y is not None or sampling is not Sampling.EMPIRICAL:
+            for d in likelihood.directions(f, sampling, targets=y):
+                torch.testing.assert_close(d.sum(axis), torch.zeros(d.sum(axis).shape).double())
+
+
+@pytest.mark.parametrize("sampling", Sampling)
+@pytest.mark.parametrize(
+    ("outputs", "targets", "message"),
+    [
+        ((5, 4, 4), (5, 4), r"targets of shape \(5, 4\) fit both"),
+        ((5, 2, 2, 2), (5, 2, 2), r"targets of shape \(5, 2, 2\) fit both"),
+        ((5, 4, 2), None, "there are no targets whose shape could tell"),
+    ],
+)
+def test_ambiguous_class_axis(outputs, targets, message, sampling):
+    message = rf"Categorical cannot tell.*{message}.*kl\.Categorical\(class_axis=1\).*kl\.Categorical\(class_axis=-1\)"
+    f, likelihood = torch.randn(outputs), kl.Categorical()
+    likelihood.check_outputs(f)
+    if targets is None and sampling is Sampling.EMPIRICAL:
+        message = "none were given"
+    y = None if targets is None else torch.zeros(targets, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        list(likelihood.directions(f, sampling, targets=y))
+    if sampling is Sampling.EXACT:
+        with pytest.raises(ValueError, match=message):
+            likelihood.n_directions(f, sampling, 1, y)
+    if y is not None:
+        with pytest.raises(ValueError, match=message):
+            likelihood.check_targets(f, y)
+        with pytest.raises(ValueError, match=message):
+            likelihood.statistics(f, y)
+
+
+@pytest.mark.parametrize("name", ["classification", "binary", "regression", "euclidean", "heteroscedastic"])
+def test_empirical_needs_targets(name):
+    with pytest.raises(ValueError, match='sampling="empirical" is made of the data\'s targets and none were given'):
+        next(resolve_likelihood(name).directions(torch.randn(3, 2), Sampling.EMPIRICAL))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shape", "message"),
+    [
+        (kl.Bernoulli(), (), r"Bernoulli needs outputs with the examples on the first axis.*a single number"),
+        (kl.Gaussian(), (), r"Gaussian needs outputs with the examples"),
+        (Euclidean(), (), r"Euclidean needs outputs with the examples"),
+        (kl.Categorical(), (), r"Categorical needs one logit per class.*returned \(\)"),
+        (kl.Categorical(), (6,), r"Categorical needs one logit per class.*returned \(6,\).*use Bernoulli"),
+        (kl.Categorical(), (6, 1), r"returned \(6, 1\).*use Bernoulli"),
+        (kl.Categorical(), (6, 1, 1), r"returned \(6, 1, 1\)"),
+        (kl.Categorical(class_axis=1), (6, 1, 3), r"Categorical with class_axis=1 needs.*returned \(6, 1, 3\)"),
+        (kl.Categorical(class_axis=-1), (6, 3, 1), r"Categorical with class_axis=-1 needs.*returned \(6, 3, 1\)"),
+        (HeteroscedasticGaussian(), (6,), r"needs outputs of shape \(N, 2C\).*returned \(6,\).*two outputs per target"),
+        (HeteroscedasticGaussian(), (6, 3), r"returned \(6, 3\).*use Gaussian\(noise_std=...\)"),
+        (HeteroscedasticGaussian(), (6, 0), r"returned \(6, 0\)"),
+        (HeteroscedasticGaussian(), (6, 2, 2), r"returned \(6, 2, 2\)"),
+    ],
+)
+def test_outputs_that_do_not_fit(likelihood, shape, message):
+    with pytest.raises(ValueError, match=message):
+        likelihood.check_outputs(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets", "message"),
+    [
+        (kl.Categorical(), (6, 3), (6, 1), r"indices of shape \(6,\) .*got shape \(6, 1\).*targets\.squeeze\(1\)"),
+        (kl.Categorical(), (6, 3), (6, 3), r"targets\.argmax\(1\) if yours are one-hot"),
+        (
+            kl.Categorical(),
+            (6, 3, 2),
+            (6, 3, 2),
+            r"shape \(6, 2\) \(classes on axis 1\) or \(6, 3\) \(classes on axis 2\).*got shape \(6, 3, 2\)",
+        ),
+        (kl.Categorical(), (6, 3, 2, 2), (6, 3), r"shape \(6, 2, 2\) .* or \(6, 3, 2\)"),
+        (kl.Categorical(class_axis=1), (6, 3, 2), (6, 3), r"shape \(6, 2\) .*and class_axis=1; got shape \(6, 3\)"),
+        (kl.Categorical(class_axis=-1), (6, 3, 2), (6, 2), r"shape \(6, 3\) .*and class_axis=-1; got.*argmax\(2\)"),
+        (kl.Categorical(), (6, 1, 3), (6, 3), r"needs one logit per class.*returned \(6, 1, 3\)"),
+        (kl.Bernoulli(), (6, 3, 2), (6, 6), r"Bernoulli targets must have the shape.*\(6, 3, 2\).*broadcasting"),
+        (kl.Gaussian(), (6,), (6, 1), r"Gaussian targets must have the shape.*\(6,\); got \(6, 1\).*broadcasting"),
+        (Euclidean(), (6, 3), (6, 2), r"Euclidean targets must have the shape.*\(6, 3\); got \(6, 2\)"),
+        (HeteroscedasticGaussian(), (6, 4), (6, 4), r"must have shape \(6, 2\) for outputs.*\(6, 4\).*got \(6, 4\)"),
+        (HeteroscedasticGaussian(), (6, 2), (6, 2), r"must have shape \(6, 1\) or \(6,\)"),
+        (HeteroscedasticGaussian(), (6, 4), (6,), r"must have shape \(6, 2\)"),
+    ],
+)
+def test_targets_of_a_shape_that_does_not_fit(likelihood, outputs, targets, message):
+    with pytest.raises(ValueError, match=message):
+        likelihood.check_targets(torch.zeros(outputs), torch.zeros(targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 2)])
+def test_class_indices_must_be_integers(dtype, shape):
+    targets = torch.zeros((6, *shape[2:]), dtype=dtype)
+    with pytest.raises(ValueError, match=f"must be integer class indices.*dtype {dtype}"):
+        kl.Categorical().check_targets(torch.zeros(shape), targets)
+
+
+@pytest.mark.parametrize("class_axis", [0, 2, -2, True, 1.0, "last"])
+def test_class_axis_must_be_first_or_last(class_axis):
+    with pytest.raises(ValueError, match=r"class_axis must be 1 for outputs.*, -1 for.*or None to infer.*got"):
+        kl.Categorical(class_axis=class_axis)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 1.0, True, "255"])
+def test_ignore_index_must_be_an_integer(ignore_index):
+    with pytest.raises(TypeError, match="ignore_index must be an integer, such as -100, got"):
+        kl.Categorical(ignore_index=ignore_index)
+
+
+def test_one_target_may_come_without_a_column():
+    likelihood, (f, y) = HeteroscedasticGaussian(), draw("heteroscedastic", (5, 2))
+    assert likelihood.check_targets(f, y[:, 0])[0]
+    torch.testing.assert_close(likelihood.statistics(f, y[:, 0]), likelihood.statistics(f, y))
+    (with_column,) = likelihood.directions(f, Sampling.EMPIRICAL, targets=y)
+    (without,) = likelihood.directions(f, Sampling.EMPIRICAL, targets=y[:, 0])
+    torch.testing.assert_close(without, with_column)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [*map(make, dict(CASES)), kl.Categorical(ignore_index=255), kl.Categorical(ignore_index=0, class_axis=-1)],
+    ids=str,
+)
+def test_metadata_round_trip(likelihood):
+    restored = Likelihood.from_metadata(json.loads(json.dumps(likelihood.to_metadata())))
+    assert restored == likelihood
+    assert type(restored) is type(likelihood)
+
+
+def test_metadata_of_earlier_versions_still_loads():
+    assert Likelihood.from_metadata({"name": "Categorical"}) == kl.Categorical(ignore_index=-100, class_axis=None)
+
+
+def test_only_what_is_special_is_shown():
+    assert str(kl.Categorical()) == "Categorical()"
+    assert str(kl.Categorical(ignore_index=0, class_axis=-1)) == "Categorical(ignore_index=0, class_axis=-1)"
+
+
+def test_sample_mean():
+    f = torch.randn(5, 4, 6).double()
+    torch.testing.assert_close(kl.Categorical(class_axis=1).sample_mean(f), f.softmax(1))
+    torch.testing.assert_close(kl.Categorical(class_axis=-1).sample_mean(f), f.softmax(2))
+    torch.testing.assert_close(kl.Bernoulli().sample_mean(f), f.sigmoid())
+    torch.testing.assert_close(Euclidean().sample_mean(f), f)
+    torch.testing.assert_close(HeteroscedasticGaussian().sample_mean(f[:, 0]), f[:, 0, :3])
 
 
 def monte_carlo(f, covariance, inverse_link, n=400_000):
@@ -147,6 +606,33 @@ def test_gaussian_predictive_keeps_function_and_noise_apart():
     assert prediction.total_variance.tolist() == [[3.25], [3.25]]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_predicted_noise_is_averaged_over_its_own_uncertainty(whole):
+    """Against draws of the outputs and then of the targets: total variance, and its two parts."""
+    mean = torch.tensor([[0.5, -2.0, 0.3, -1.0]]).double()
+    root = torch.tensor([[0.6, 0, 0, 0], [0.1, 0.9, 0, 0], [0.2, 0, 0.5, 0], [0, -0.3, 0.1, 0.4]]).double()
+    covariance = root @ root.T
+    given = covariance[None] if whole else covariance.diagonal()[None]
+    prediction = HeteroscedasticGaussian().predictive(mean, given, Link.PROBIT, 0, None)
+    f = torch.distributions.MultivariateNormal(mean[0], covariance).sample((400_000,))
+    noise = (0.5 * f[:, 2:]).exp() * torch.randn(400_000, 2).double()
+    assert prediction.mean.shape == prediction.variance.shape == prediction.noise_variance.shape == (1, 2)
+    torch.testing.assert_close(prediction.mean, mean[:, :2])
+    torch.testing.assert_close(prediction.variance[0], f[:, :2].var(0), rtol=0.02, atol=0)
+    torch.testing.assert_close(prediction.noise_variance[0], noise.var(0), rtol=0.02, atol=0)
+    torch.testing.assert_close(prediction.total_variance[0], (f[:, :2] + noise).var(0), rtol=0.02, atol=0)
+
+
+def test_euclidean_predicts_nothing():
+    with pytest.raises(NotImplementedError, match=r"no noise model.*Use kl\.Gaussian\(noise_std=...\)"):
+        Euclidean().predictive(torch.zeros(2, 1), torch.ones(2, 1), Link.PROBIT, 0, None)
+
+
+@pytest.mark.parametrize("likelihood", [kl.Gaussian(), Euclidean(), HeteroscedasticGaussian()])
+def test_regression_needs_no_link(likelihood):
+    assert likelihood.links == ()
+
+
 @pytest.mark.parametrize("noise_std", [0, -1.0, math.inf, math.nan, "large", None])
 def test_noise_must_be_positive(noise_std):
     with pytest.raises(ValueError, match="noise_std must be a positive finite number, got"):
@@ -155,6 +641,8 @@ def test_noise_must_be_positive(noise_std):
 
 def test_shorthands():
     assert resolve_likelihood("binary") == kl.Bernoulli()
+    assert resolve_likelihood("euclidean") == Euclidean()
+    assert resolve_likelihood("heteroscedastic") == HeteroscedasticGaussian()
     with pytest.raises(ValueError, match="unknown likelihood 'softmax'; the shorthands are 'classification'"):
         resolve_likelihood("softmax")
     with pytest.raises(TypeError, match="with parentheses"):

@@ -5,12 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.kfac import KFAC
+from kronlaplace.estimators.baselines import Diagonal, ExactBlock
+from kronlaplace.estimators.ekfac import EKFAC
+from kronlaplace.estimators.kfac import KFAC, SUA, WeightSharing
+from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialisation
+from kronlaplace.estimators.tkfac import TKFAC, SpatialCorrelation
 from kronlaplace.options import resolve
 
-__all__ = ["KFAC", "SHORTHANDS", "Estimator", "State", "resolve_estimator"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "KFOC",
+    "SHORTHANDS",
+    "SUA",
+    "TKFAC",
+    "Aggregation",
+    "Diagonal",
+    "Estimator",
+    "ExactBlock",
+    "Initialisation",
+    "SpatialCorrelation",
+    "State",
+    "WeightSharing",
+    "resolve_estimator",
+]
 
-SHORTHANDS: dict[str, Callable[[], Estimator]] = {"kfac": KFAC, "kfc": KFAC}
+SHORTHANDS: dict[str, Callable[[], Estimator]] = {
+    "kfac": KFAC,
+    "kfc": KFAC,
+    "sua": SUA,
+    "tkfac": TKFAC,
+    "kfoc": KFOC,
+    "ekfac": EKFAC,
+    "diagonal": Diagonal,
+    "exact": ExactBlock,
+}
 """Names by which an estimator with its default settings can be asked for."""
 
 

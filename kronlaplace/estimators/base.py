@@ -3,52 +3,97 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kronlaplace.kronecker import KroneckerBlock
-from kronlaplace.layers import Layer
+from kronlaplace.blocks import Block
+from kronlaplace.layers import Calls, Layer
 
 __all__ = ["Estimator", "State"]
 
-State = dict[str, Tensor]
-"""What an estimator accumulates for one layer: named sums over examples."""
+State = dict[str, Any]
+"""What an estimator accumulates for one layer: named sums over examples (tensors), or lists that grow."""
 
 
 class Estimator(ABC):
     """Turns what flows through a layer into its block.
 
-    An estimator holds settings only; what it accumulates is a `State` that the caller keeps, so states can be
-    merged across data loaders. For each batch `add_inputs` comes once and then `add_gradients` once per direction.
+    An estimator holds settings only; what it accumulates is a `State` that the caller keeps. For each batch `add_inputs`
+    comes once, then `add_gradients` once per direction, then `end_batch`. A new estimator is a subclass with `start`,
+    `add_gradients` and `finish`, and what else it needs of the following.
     """
 
     name: ClassVar[str]
     """Shorthand and name in saved files."""
 
+    for_any_layer: ClassVar[bool] = False
+    """Whether it also suits layers without Kronecker structure; those get a diagonal block from all others."""
+
+    constants: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the state that are no sums over the data of this pass."""
+
+    @property
+    def passes(self) -> int:
+        """How many times it needs to see the data."""
+        return 1
+
     @abstractmethod
     def start(self, layer: Layer) -> State:
         """The state before any data."""
 
-    @abstractmethod
-    def add_inputs(self, state: State, layer: Layer, x: Tensor) -> None:
-        """Take the layer's input of one batch, in the module's own layout."""
+    def add_inputs(self, state: State, calls: Calls) -> None:
+        """Take a layer's inputs of one batch."""
+        return
 
     @abstractmethod
-    def add_gradients(self, state: State, layer: Layer, x: Tensor, grad: Tensor) -> None:
-        """Take the gradient at the layer's output along one direction, in the module's own layout.
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        """Take the gradients at a layer's outputs along one direction ``d_v``.
 
         Args:
             state: The layer's state, changed in place.
-            layer: The layer.
-            x: Its input of the same batch.
-            grad: Gradient of each example's own negative log-likelihood along one direction ``d_v``.
+            calls: The layer's calls in this batch, with their inputs.
+            grads: Gradient of each example's own negative log-likelihood at the output of every call.
         """
 
+    def end_batch(self, state: State, calls: Calls) -> None:
+        """All directions of a batch have come."""
+        return
+
     def merge(self, state: State, other: State) -> State:
-        """The state of both data sets together. Sums add up; an estimator whose state is not a sum overrides this."""
-        return {key: value + other[key] for key, value in state.items()}
+        """The state of both data sets together. Sums add up; a state that is not a sum overrides this."""
+        merged = dict(state)
+        for key, value in other.items():
+            if key not in merged:
+                merged[key] = value
+            elif key not in self.constants:
+                merged[key] = merged[key] + value  # lists grow, tensors add up
+        return merged
+
+    def decay(self, state: State, factor: float) -> None:
+        """Make all that was seen so far count ``factor`` times as much, in place; for moving averages."""
+        for key, value in state.items():
+            if key not in self.constants:
+                assert isinstance(value, Tensor), f"{type(self).__name__} must say how its {key!r} decays"
+                value.mul_(factor)
+
+    def next_pass(self, state: State, layer: Layer, weight: float) -> State:
+        """The state to begin the next pass over the data with, after a pass that is not the last.
+
+        Args:
+            state: The state at the end of the pass.
+            layer: The layer.
+            weight: Number of examples in the pass (their total weight in a moving average).
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes one pass only.")
 
     @abstractmethod
-    def finish(self, state: State, layer: Layer, n_examples: int) -> KroneckerBlock:
-        """The block: the mean over ``n_examples``. The state is used up; its tensors may become the block's."""
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        """The block, a mean over examples. The state is used up; its tensors may become the block's.
+
+        Args:
+            state: The state.
+            layer: The layer.
+            weight: Number of examples (their total weight in a moving average).
+        """

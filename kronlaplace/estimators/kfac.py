@@ -1,18 +1,29 @@
-"""K-FAC, and KFC on convolutions."""
+"""K-FAC, KFC on convolutions, and SUA."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.kronecker import KroneckerBlock
-from kronlaplace.layers import Layer
+from kronlaplace.estimators.moments import squeezed
+from kronlaplace.layers import Calls, ConvolutionLayer, Layer
+from kronlaplace.options import choice
 
-__all__ = ["KFAC"]
+__all__ = ["KFAC", "SUA", "WeightSharing"]
+
+
+class WeightSharing(str, Enum):
+    """How positions that share weights enter: each for itself (``EXPAND``), or averaged first (``REDUCE``)."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
 
 
 @dataclass(frozen=True)
@@ -21,26 +32,94 @@ class KFAC(Estimator):
 
     ``A = E_n[Σ_t a_t a_tᵀ]`` and ``G = 1/T · E_n[Σ_v Σ_t g_t g_tᵀ]``, means over examples, ``scale = 1``. On a plain
     linear layer ``T = 1``. If ``T`` differs between batches, each batch is weighted with its own ``1/T``.
+
+    Args:
+        weight_sharing: What happens to the positions of shared weights outside convolutions (tokens, time steps):
+            ``"expand"`` treats them like those of a convolution, ``"reduce"`` takes ``A = E[ā āᵀ]``,
+            ``G = E[Σ_v g̅ g̅ᵀ]`` with ``ā`` the mean and ``g̅`` the sum over positions (Eschenhagen et al. 2023).
     """
 
     name: ClassVar[str] = "kfac"
+    weight_sharing: WeightSharing | str = WeightSharing.EXPAND
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_sharing", choice(WeightSharing, self.weight_sharing, "weight_sharing"))
+
+    def _reduces(self, layer: Layer) -> bool:
+        return self.weight_sharing is WeightSharing.REDUCE and not isinstance(layer, ConvolutionLayer)
 
     def start(self, layer: Layer) -> State:
-        q, p = layer.shape
-        weight = next(layer.module.parameters(recurse=False))
-        return {
-            "activation": torch.zeros(p, p, dtype=layer.dtype, device=weight.device),
-            "gradient": torch.zeros(q, q, dtype=layer.dtype, device=weight.device),
-        }
+        return {}
 
-    def add_inputs(self, state: State, layer: Layer, x: Tensor) -> None:
-        layer.add_activation_moment(x, state["activation"])
+    def add_inputs(self, state: State, calls: Calls) -> None:
+        if not self._reduces(calls.layer):
+            calls.add_activation_moment(state)
 
-    def add_gradients(self, state: State, layer: Layer, x: Tensor, grad: Tensor) -> None:
-        layer.add_gradient_moment(grad, state["gradient"])
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        if not self._reduces(calls.layer):
+            moment = calls.gradient_moment(grads)
+        else:
+            if "positions" not in state:
+                state["positions"] = calls.positions(grads)
+            g = calls.gradients(grads).sum(2)
+            moment = g.mT @ g
+        state["gradient"] = moment if "gradient" not in state else state["gradient"].add_(moment)
 
-    def finish(self, state: State, layer: Layer, n_examples: int) -> KroneckerBlock:
+    def end_batch(self, state: State, calls: Calls) -> None:
+        positions = state.pop("positions", None)
+        if positions is not None:
+            a = calls.activations().sum(2) / positions
+            moment = a.mT @ a
+            state["activation"] = moment if "activation" not in state else state["activation"].add_(moment)
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
         # In place: the factors of a wide layer are larger than all else in a pass.
-        return KroneckerBlock(
-            state["gradient"].div_(n_examples), state["activation"].div_(n_examples), scale=1.0, name=layer.name
-        )
+        activation = layer.activation_moment(state).div_(weight)
+        return KroneckerBlock(squeezed(state["gradient"].div_(weight)), squeezed(activation), name=layer.name)
+
+
+@dataclass(frozen=True)
+class SUA(Estimator):
+    """Spatially uncorrelated activations and white derivatives, the limit of PRONG (KFC §4.2 and Theorem 4).
+
+    Activations are correlated within a pixel only, with the same moments everywhere:
+    ``A[(j,δ), (j',δ')] = β(δ,δ') · (Σ(j,j') 1[δ=δ'] + M(j) M(j'))`` with the channels' covariance ``Σ`` and mean ``M`` and
+    the number ``β`` of output positions at which both taps of the kernel are on the image. Derivatives are white:
+    ``G = I``, and ``scale`` is their mean square. On layers that are no convolutions ``A`` is K-FAC's.
+    """
+
+    name: ClassVar[str] = "sua"
+    constants: ClassVar[frozenset[str]] = frozenset({"uses"})
+
+    def start(self, layer: Layer) -> State:
+        return {}
+
+    def add_inputs(self, state: State, calls: Calls) -> None:
+        layer = calls.layer
+        if not isinstance(layer, ConvolutionLayer):
+            calls.add_activation_moment(state)
+            return
+        for call in calls.calls:
+            layer.add_pixel_moments(call.x, state, 1 / (call.fold * len(calls.calls)))
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        groups = calls.layer.groups
+        positions = calls.positions(grads)
+        square = torch.zeros(groups, 1, 1, dtype=calls.layer.dtype, device=calls.layer.device)
+        for grad in grads:
+            square += calls.layer.gradients(grad).square().sum((1, 2, 3)).view(groups, 1, 1)
+        square /= positions
+        state["square"] = square if "square" not in state else state["square"] + square
+        if isinstance(calls.layer, ConvolutionLayer) and "uses" not in state:
+            state["uses"] = square.new_tensor(float(sum(call.fold for call in calls.calls)))
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        rows = layer.shape[0] // layer.groups
+        uses = state.pop("uses", None)
+        if isinstance(layer, ConvolutionLayer):
+            activation = layer.uncorrelated_moment(state, weight) * uses
+        else:
+            activation = layer.activation_moment(state).div_(weight)
+        scale = squeezed(state["square"][:, 0, 0] / (rows * weight))
+        identity = torch.eye(rows, dtype=layer.dtype, device=layer.device).expand(layer.groups, rows, rows)
+        return KroneckerBlock(squeezed(identity), squeezed(activation), scale, layer.name)

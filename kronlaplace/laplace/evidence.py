@@ -21,8 +21,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from kronlaplace.blocks import Block
 from kronlaplace.inversion import DampedInverse
-from kronlaplace.kronecker import KroneckerBlock
 from kronlaplace.likelihoods import Gaussian, Likelihood
 
 __all__ = ["Evidence", "PriorStructure", "TuningResult", "maximise"]
@@ -54,7 +54,7 @@ class Evidence:
         noise_exponent: The Fisher is proportional to ``noise_std`` to this power.
     """
 
-    blocks: Sequence[KroneckerBlock]
+    blocks: Sequence[Block]
     squared_norms: Tensor
     likelihood: Likelihood
     statistics: Tensor

@@ -22,7 +22,7 @@ from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, PriorStructure, maximise, noise_rescaling
 from kronlaplace.laplace.predictive import functional_covariance
-from kronlaplace.layers import Layer, find_layers
+from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import choice, positive_integer, seed_number
@@ -47,6 +47,7 @@ class KronLaplace:
         prior_precision: ``δ``: one number, or one per block, in the order of the blocks.
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Names of the modules that get a posterior; None means all with trainable parameters.
+        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
@@ -65,11 +66,12 @@ class KronLaplace:
         prior_precision: float | Sequence[float] | Tensor = 1.0,
         temperature: float = 1.0,
         layers: Sequence[str] | None = None,
+        unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
-        self._layers = find_layers(model, layers)
+        self._layers = find_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
         self._fisher: KroneckerFisher | None = None
         self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
@@ -336,11 +338,9 @@ class KronLaplace:
         mean = f.unsqueeze(1) if f.ndim == 1 else f
         prediction = self.likelihood.predictive(mean, covariance.to(mean.dtype), link, n_samples, generator)
         if isinstance(prediction, Prediction):
-            return replace(
-                prediction,
-                mean=prediction.mean.reshape(f.shape),
-                variance=prediction.variance.reshape(f.shape),
-            )
+            if f.ndim == 1:
+                prediction = replace(prediction, mean=prediction.mean[:, 0], variance=prediction.variance[:, 0])
+            return prediction
         return prediction.reshape(f.shape)
 
     def sample(self, n: int, *, seed: int = 0) -> dict[str, Tensor]:
@@ -468,7 +468,7 @@ class KronLaplace:
         inverses = self.covariance()
         for layer in self._layers:
             noise = torch.randn(
-                n, *layer.shape, generator=generator, device=generator.device, dtype=self.fisher[layer.name].scale.dtype
+                n, *layer.shape, generator=generator, device=generator.device, dtype=self.fisher[layer.name].dtype
             )
             matrices = self._mean[layer.name] + inverses[layer.name].sqrt_solve(noise)
             draws |= layer.split(matrices.to(self._mean[layer.name].dtype))

@@ -7,7 +7,8 @@ A layer's per-example Jacobian of output ``c`` is ``X_c = Σ_t g_c,t a_tᵀ``. W
 
 Where the layer is used once per example this is ``Σ_i h_c,i h_c',i (Σ_j w_ij b_j²)``, and ``R`` is never formed. Else
 either ``R`` (``q·p`` numbers per example and output) or ``h`` (``T·q``) is kept until all outputs are there, whichever
-is smaller, and in the second case ``R`` is formed a few rows at a time.
+is smaller, and in the second case ``R`` is formed a few rows at a time. Blocks with another eigenbasis ``U`` than a
+Kronecker product, and layers with groups of rows, have ``R_c = Uᵀ vec(X_c)``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kronlaplace.batches import Inputs
+from kronlaplace.blocks import EigenBlock, KroneckerBlock
 from kronlaplace.collect import recording
 from kronlaplace.inversion import DampedInverse
-from kronlaplace.layers import Layer
+from kronlaplace.layers import Calls, Layer
 
 __all__ = ["functional_covariance"]
 
@@ -71,17 +74,19 @@ def _one_chunk(
 ) -> tuple[Tensor, Tensor, int]:
     terms: dict[str, _Term] = {}
 
-    def receive(layer: Layer, layer_input: Tensor, grad: Tensor) -> None:
-        g = layer.gradients(grad)
+    def receive(calls: Calls, grads: list[Tensor]) -> None:
+        layer = calls.layer
         if layer.name not in terms:
-            inverse = inverses[layer.name]
-            b = layer.project(layer_input.to(layer.dtype), inverse.activation_basis)
-            make = _SingleUse if g.shape[1] == 1 else _SharedWeights
-            terms[layer.name] = make(inverse, b, diagonal)
-        terms[layer.name].add(g.to(layer.dtype) @ inverses[layer.name].gradient_basis)
+            terms[layer.name] = _make_term(inverses[layer.name], calls, grads, diagonal)
+        terms[layer.name].add(calls, grads)
 
     with recording(model, layers, receive) as recorder:
-        f = recorder.forward(x)
+        f = recorder.forward(Inputs(x))
+        if f.ndim > 2:
+            raise NotImplementedError(
+                f"the linearised predictive needs outputs of shape (N, C) or (N,); the network returned {tuple(f.shape)}. "
+                'Use predict(x, method="sample"), or a module that returns the outputs of interest as columns.'
+            )
         n, n_outputs = len(f), f.shape[1] if f.ndim == 2 else 1
         for c in range(n_outputs):
             direction = torch.zeros(n, n_outputs, dtype=f.dtype, device=f.device)
@@ -98,8 +103,8 @@ def _one_chunk(
 class _Term(Protocol):
     """What one layer adds to the covariance; `add` is called once per output, in order."""
 
-    def add(self, h: Tensor) -> None:
-        """Take ``h = g Q_G`` of the next output, shape ``(N, T, q)``."""
+    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+        """Take the gradients of the next output."""
 
     def result(self) -> Tensor:
         """The layer's part: ``(N, C, C)``, or ``(N, C)`` if only the diagonal is wanted."""
@@ -108,21 +113,31 @@ class _Term(Protocol):
         """How many numbers are kept for each example."""
 
 
+def _make_term(inverse: DampedInverse, calls: Calls, grads: list[Tensor], diagonal: bool) -> _Term:
+    block = inverse.block
+    if not isinstance(block, (KroneckerBlock, EigenBlock)) or calls.layer.groups > 1:
+        return _AnyBlock(inverse, diagonal)
+    gradient_basis, activation_basis = block.bases()
+    b = calls.project(activation_basis)[0]
+    make = _SingleUse if b.shape[1] == 1 else _SharedWeights
+    return make(inverse, gradient_basis[0], b, diagonal)
+
+
 class _SingleUse:
     """A layer that each example uses once: ``h_c √(Σ_j w_ij b_j²)`` is all that is needed of output ``c``."""
 
-    def __init__(self, inverse: DampedInverse, b: Tensor, diagonal: bool) -> None:
+    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, diagonal: bool) -> None:
         self._root = (b.squeeze(1).square() @ inverse.weights.T).clamp_min(0).sqrt()  # (N, q)
+        self._basis = gradient_basis
         self._diagonal = diagonal
         self._rows: list[Tensor] = []
 
-    def add(self, h: Tensor) -> None:
-        row = h.squeeze(1) * self._root
+    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+        row = (calls.gradients(grads)[0] @ self._basis).squeeze(1) * self._root
         self._rows.append(row.square().sum(1) if self._diagonal else row)
 
     def result(self) -> Tensor:
-        rows = torch.stack(self._rows, dim=1)
-        return rows if self._diagonal else rows @ rows.mT
+        return _joined(self._rows, self._diagonal)
 
     def kept_per_example(self, n_outputs: int) -> int:
         return self._root.shape[1] * (1 if self._diagonal else n_outputs)
@@ -131,15 +146,17 @@ class _SingleUse:
 class _SharedWeights:
     """A layer that each example uses at ``T`` positions."""
 
-    def __init__(self, inverse: DampedInverse, b: Tensor, diagonal: bool) -> None:
+    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, diagonal: bool) -> None:
         self._root = inverse.weights.sqrt()  # (q, p)
+        self._basis = gradient_basis
         self._b = b  # (N, T, p)
         self._diagonal = diagonal
         _, positions, p = b.shape
         self._keep_h = not diagonal and positions < p
         self._rows: list[Tensor] = []
 
-    def add(self, h: Tensor) -> None:
+    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+        h = calls.gradients(grads)[0] @ self._basis
         if self._keep_h:
             self._rows.append(h)
         else:
@@ -148,8 +165,7 @@ class _SharedWeights:
 
     def result(self) -> Tensor:
         if not self._keep_h:
-            rows = torch.stack(self._rows, dim=1)
-            return rows if self._diagonal else rows @ rows.mT
+            return _joined(self._rows, self._diagonal)
         h = torch.stack(self._rows, dim=1)  # (N, C, T, q)
         n, n_outputs, _, q = h.shape
         p = self._b.shape[2]
@@ -168,3 +184,32 @@ class _SharedWeights:
         if self._diagonal:
             return positions * p + q * p
         return positions * p + n_outputs * q * min(positions, p)
+
+
+class _AnyBlock:
+    """A block of any kind: the example's whole gradient ``X_c`` in the block's eigenbasis."""
+
+    def __init__(self, inverse: DampedInverse, diagonal: bool) -> None:
+        self._block = inverse.block
+        self._root = inverse.weights.sqrt()  # (q, p)
+        self._diagonal = diagonal
+        self._rows: list[Tensor] = []
+
+    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+        rows = []
+        for part, part_grads in calls.parts(grads):
+            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1, 2)  # (N, q, p)
+            r = self._block.to_eigenbasis(x) * self._root
+            rows.append(r.square().sum((1, 2)) if self._diagonal else r.flatten(1))
+        self._rows.append(torch.cat(rows))
+
+    def result(self) -> Tensor:
+        return _joined(self._rows, self._diagonal)
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        return self._root.numel() * (1 if self._diagonal else n_outputs)
+
+
+def _joined(rows: list[Tensor], diagonal: bool) -> Tensor:
+    joined = torch.stack(rows, dim=1)
+    return joined if diagonal else joined @ joined.mT

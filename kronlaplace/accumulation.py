@@ -1,0 +1,87 @@
+"""The accumulation of a Fisher: every layer's state, batch by batch, pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from kronlaplace.blocks import Block
+from kronlaplace.estimators import Diagonal, Estimator, State
+from kronlaplace.layers import Calls, Layer
+
+__all__ = ["Accumulation"]
+
+
+class Accumulation:
+    """Sums of one estimator over batches, for all layers.
+
+    By default all examples count the same. With ``ema_decay`` it is a moving average: with every batch, what was
+    seen before counts ``ema_decay`` times as much. That holds for every estimator, and the weights are accounted for, so
+    that the first batches are not biased towards zero.
+
+    Args:
+        estimator: The estimator. Layers without Kronecker structure get a diagonal block, unless it suits them.
+        layers: The layers.
+        ema_decay: From 0 to 1, or None for a plain mean.
+    """
+
+    def __init__(self, estimator: Estimator, layers: Sequence[Layer], ema_decay: float | None = None) -> None:
+        self._layers = {layer.name: layer for layer in layers}
+        self.estimators = {
+            layer.name: estimator if layer.factors or estimator.for_any_layer else Diagonal() for layer in layers
+        }
+        self._states: dict[str, State] = {
+            name: self.estimators[name].start(layer) for name, layer in self._layers.items()
+        }
+        self._ema_decay = ema_decay
+        self._pass = 1
+        self.weight = 0.0
+        """Number of examples seen in this pass, or their total weight in a moving average."""
+
+    def begin_batch(self, calls: Mapping[str, Calls]) -> None:
+        """Take the inputs of all layers, after the forward pass."""
+        if self._ema_decay is not None:
+            self.weight *= self._ema_decay
+        for name, state in self._states.items():
+            if self._ema_decay is not None:
+                self.estimators[name].decay(state, self._ema_decay)
+            if self._wants_data(name):
+                self.estimators[name].add_inputs(state, calls[name])
+
+    def add_gradients(self, calls: Calls, grads: list[Tensor]) -> None:
+        """Take the gradients of one layer along one direction."""
+        name = calls.layer.name
+        if self._wants_data(name):
+            self.estimators[name].add_gradients(self._states[name], calls, grads)
+
+    def end_batch(self, calls: Mapping[str, Calls], n_examples: int) -> None:
+        """All directions of a batch have come."""
+        for name, state in self._states.items():
+            if self._wants_data(name):
+                self.estimators[name].end_batch(state, calls[name])
+        self.weight += n_examples
+
+    def merge(self, other: Accumulation) -> None:
+        """Add what another accumulation of the same estimator, layers and pass has seen."""
+        for name, estimator in self.estimators.items():
+            self._states[name] = estimator.merge(self._states[name], other._states[name])
+        self.weight += other.weight
+
+    def next_pass(self) -> None:
+        """Begin the next pass over the data."""
+        for name, estimator in self.estimators.items():
+            if self._pass < estimator.passes:
+                self._states[name] = estimator.next_pass(self._states[name], self._layers[name], self.weight)
+        self._pass += 1
+        self.weight = 0.0
+
+    def finish(self) -> dict[str, Block]:
+        """The blocks; the accumulation is used up."""
+        return {
+            name: estimator.finish(self._states.pop(name), self._layers[name], self.weight)
+            for name, estimator in self.estimators.items()
+        }
+
+    def _wants_data(self, name: str) -> bool:
+        return self._pass <= self.estimators[name].passes

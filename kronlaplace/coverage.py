@@ -1,0 +1,108 @@
+"""What a Fisher covers: a table of the network's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+__all__ = ["Coverage", "CoverageRow"]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One block, or the parameters of one module that have none.
+
+    Attributes:
+        layer: Name of the block, or of the module.
+        module: Type of the module.
+        block: Kind of the block, or "none".
+        estimator: What made it, or "".
+        shape: ``(q, p)`` of the block, or None.
+        parameters: Number of the network's parameters.
+        share: Their share of all the network's parameters, from 0 to 1.
+        note: Why there is no block; what else to know.
+    """
+
+    layer: str
+    module: str
+    block: str
+    estimator: str
+    shape: tuple[int, int] | None
+    parameters: int
+    share: float
+    note: str = ""
+
+
+class Coverage(Sequence[CoverageRow]):
+    """The rows, blocks first, in the order of the network; ``print`` shows them as a table.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: Sequence[CoverageRow] = ()) -> None:
+        self._rows = tuple(rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coverage) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    @property
+    def share(self) -> float:
+        """Share of the network's parameters that have a block, from 0 to 1."""
+        return sum(row.share for row in self if row.shape is not None)
+
+    def __str__(self) -> str:
+        heading = ["layer", "module", "block", "estimator", "shape", "parameters", "share", ""]
+        cells = [
+            [
+                row.layer or "(the model itself)",
+                row.module,
+                row.block,
+                row.estimator,
+                "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
+                f"{row.parameters:,}",
+                f"{row.share:.1%}",
+                row.note,
+            ]
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in [heading, *cells]) for i in range(len(heading))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *cells]
+        ]
+        return "\n".join([*lines, f"{self.share:.1%} of the parameters have a block"])
+
+    __repr__ = __str__
+
+    def restricted_to(self, layers: set[str]) -> Coverage:
+        """The same with the blocks of all other layers left out."""
+        return Coverage(
+            [
+                row
+                if row.shape is None or row.layer in layers
+                else replace(row, block="none", estimator="", shape=None, note="left out")
+                for row in self
+            ]
+        )
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As JSON-compatible values."""
+        return [asdict(row) for row in self]
+
+    @classmethod
+    def from_json(cls, values: list[dict[str, Any]]) -> Coverage:
+        """Inverse of `to_json`."""
+        return cls([CoverageRow(**{**row, "shape": tuple(row["shape"]) if row["shape"] else None}) for row in values])

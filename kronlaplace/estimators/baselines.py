@@ -1,0 +1,73 @@
+"""The baselines: the diagonal of the Fisher's block, and the block itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
+from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.layers import Calls, Layer
+from kronlaplace.options import positive_integer
+
+__all__ = ["Diagonal", "ExactBlock"]
+
+
+@dataclass(frozen=True)
+class Diagonal(Estimator):
+    """The exact diagonal of each block, ``E[Σ_v X ∘ X]``."""
+
+    name: ClassVar[str] = "diagonal"
+    for_any_layer: ClassVar[bool] = True
+
+    def start(self, layer: Layer) -> State:
+        return {"values": torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)}
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        calls.add_squared_weight_gradients(grads, state["values"])
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        return DiagonalBlock(state["values"].div_(weight), layer.name)
+
+
+@dataclass(frozen=True)
+class ExactBlock(Estimator):
+    """The block itself, ``E[Σ_v vec(X) vec(X)ᵀ]``: the ground truth for small layers.
+
+    Args:
+        max_size: Most parameters of a layer; a block takes that number squared of memory.
+
+    Raises:
+        ValueError: Before any work, if a layer is larger, with the memory that its block would take.
+    """
+
+    name: ClassVar[str] = "exact"
+    for_any_layer: ClassVar[bool] = True
+    max_size: int = 5000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_size", positive_integer(self.max_size, "max_size"))
+
+    def start(self, layer: Layer) -> State:
+        q, p = layer.shape
+        size = q * p
+        if size > self.max_size:
+            memory = size**2 * torch.finfo(layer.dtype).bits / 8 / 2**30
+            raise ValueError(
+                f"the exact block of layer {layer.name!r} is a matrix of {size} x {size} numbers and would take "
+                f"{memory:.1f} GiB; ExactBlock goes up to max_size={self.max_size} parameters. Leave the layer out with "
+                f"layers=[...], use a Kronecker estimator such as KFOC(), or give ExactBlock(max_size={size})."
+            )
+        return {"matrix": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)}
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        for part, part_grads in calls.parts(grads):
+            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1)  # (N, K·q/K·p)
+            state["matrix"].addmm_(x.T, x)
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        return DenseBlock(state["matrix"].div_(weight), layer.shape, name=layer.name)

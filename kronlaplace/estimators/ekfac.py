@@ -1,0 +1,104 @@
+"""EKFAC: a Kronecker eigenbasis with the exact second moments of the gradient in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
+from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.estimators.kfac import KFAC
+from kronlaplace.estimators.moments import once_per_example
+from kronlaplace.layers import Calls, Layer
+
+__all__ = ["EKFAC"]
+
+
+@dataclass(frozen=True)
+class EKFAC(Estimator):
+    """Eigenvalue-corrected K-FAC (George et al. 2018): ``λ_ij = E[(Q_Gᵀ X Q_A)_ij²]`` in the eigenbasis of ``basis``.
+
+    One pass over the data more than the basis needs. Its trace is the Fisher's, and its error is never larger than that
+    of the Kronecker factors that the basis comes from.
+
+    Args:
+        basis: The estimator of the Kronecker factors, such as ``KFAC()``, ``TKFAC()`` or ``KFOC()``.
+
+    Raises:
+        TypeError: If it does not make Kronecker factors.
+    """
+
+    name: ClassVar[str] = "ekfac"
+    constants: ClassVar[frozenset[str]] = frozenset({"gradient basis", "activation basis"})
+    basis: Estimator = field(default_factory=KFAC)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis, Estimator) or self.basis.for_any_layer or isinstance(self.basis, EKFAC):
+            raise TypeError(
+                f"basis must be an estimator of Kronecker factors, such as KFAC() or KFOC(); got {self.basis!r}."
+            )
+
+    @property
+    def passes(self) -> int:
+        return self.basis.passes + 1
+
+    def start(self, layer: Layer) -> State:
+        return {"basis": self.basis.start(layer), "passes": 1}
+
+    def add_inputs(self, state: State, calls: Calls) -> None:
+        if "basis" in state:
+            self.basis.add_inputs(state["basis"], calls)
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        if "basis" in state:
+            self.basis.add_gradients(state["basis"], calls, grads)
+            return
+        gradient_basis, activation_basis = state["gradient basis"], state["activation basis"]
+        if once_per_example(calls, grads):
+            squares = (calls.gradients(grads)[:, :, 0] @ gradient_basis).square()
+            state["pending"] = squares if "pending" not in state else state["pending"] + squares
+            return
+        for part, part_grads in calls.parts(grads):
+            g = part.gradients(part_grads)
+            if g.shape[2] <= g.shape[3]:
+                rotated = (g @ gradient_basis.unsqueeze(1)).mT @ part.project(activation_basis)
+            else:
+                x = part.weight_gradients(part_grads)
+                rotated = gradient_basis.mT.unsqueeze(1) @ (x @ activation_basis.unsqueeze(1))
+            state["values"] += rotated.square().sum(1)
+
+    def end_batch(self, state: State, calls: Calls) -> None:
+        if "basis" in state:
+            self.basis.end_batch(state["basis"], calls)
+        elif "pending" in state:
+            b = calls.activations()[:, :, 0] @ state["activation basis"]
+            state["values"].baddbmm_(state.pop("pending").mT, b.square())
+
+    def merge(self, state: State, other: State) -> State:
+        if "basis" in state:
+            return {"basis": self.basis.merge(state["basis"], other["basis"]), "passes": state["passes"]}
+        return super().merge(state, other)
+
+    def decay(self, state: State, factor: float) -> None:
+        if "basis" in state:
+            self.basis.decay(state["basis"], factor)
+        else:
+            super().decay(state, factor)
+
+    def next_pass(self, state: State, layer: Layer, weight: float) -> State:
+        if state["passes"] < self.basis.passes:
+            return {"basis": self.basis.next_pass(state["basis"], layer, weight), "passes": state["passes"] + 1}
+        block = self.basis.finish(state["basis"], layer, weight)
+        assert isinstance(block, KroneckerBlock)
+        gradient, activation = block.bases()
+        (q, p), groups = layer.shape, layer.groups
+        values = torch.zeros(groups, q // groups, p, dtype=layer.dtype, device=layer.device)
+        return {"gradient basis": gradient, "activation basis": activation, "values": values}
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        values = state["values"].flatten(0, 1).div_(weight)
+        return EigenBlock(state["gradient basis"], state["activation basis"], values, layer.name)

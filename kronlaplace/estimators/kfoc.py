@@ -1,0 +1,220 @@
+"""K-FOC: the Kronecker product that is nearest to the Fisher in Frobenius norm.
+
+The Fisher, rearranged, is an operator from the space of activation factors to that of gradient factors,
+``A ↦ Σ_n X_n A X_nᵀ``; the best ``G ⊗ A`` is its leading singular pair (K-FOC Lemma 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.estimators.moments import (
+    add_pair_sums,
+    add_row_sums,
+    frobenius,
+    once_per_example,
+    squeezed,
+    zeros,
+)
+from kronlaplace.estimators.power import Items, compress, leading_pair, nearest_psd
+from kronlaplace.estimators.tkfac import trace_preserving_block
+from kronlaplace.layers import Calls, Layer
+from kronlaplace.options import choice, positive_integer, positive_number, seed_number
+
+__all__ = ["KFOC", "Aggregation", "Initialisation"]
+
+
+class Aggregation(str, Enum):
+    """How K-FOC merges batches.
+
+    ``SWEEPS``: power iteration over the whole data set by passing over it several times; the result depends neither on
+    batch size nor on order. ``RUNNING``: the best pair of each batch is merged into a running sum of ``rank`` Kronecker
+    products. ``APPROX``: factors of batches are added. ``FULL``: all examples are kept, the ground truth.
+    """
+
+    SWEEPS = "sweeps"
+    RUNNING = "running"
+    APPROX = "approx"
+    FULL = "full"
+
+
+class Initialisation(str, Enum):
+    """Where the power iteration starts: at the identity, or at a random symmetric matrix (the paper's)."""
+
+    IDENTITY = "identity"
+    NORMAL = "normal"
+
+
+@dataclass(frozen=True)
+class KFOC(Estimator):
+    """Kronecker-factored optimal curvature (K-FOC Algorithms 1 and 2).
+
+    Both factors are positive semidefinite: the power iteration keeps that cone if it starts in it. On shared weights
+    the terms between positions are kept (Eq. 13–15).
+
+    Args:
+        aggregation: How batches are merged, see `Aggregation`. ``"sweeps"`` (the default) is within half a percent of the
+            best possible after two passes over the data, needs no power iteration per batch and never waits for the
+            device. ``"running"`` and ``"approx"`` are the paper's, for one pass over the data.
+        rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible.
+        sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
+        max_iter: Most steps of the power iteration of a batch (of all data in ``"full"``).
+        tol: It stops when the relative residual of the singular pair is smaller (``tol²`` in ``"full"``).
+        init: Where it starts.
+        seed: Seed of ``init="normal"``.
+
+    Raises:
+        ValueError: For values out of range, or ``rank`` or ``sweeps`` where they would have no effect.
+    """
+
+    name: ClassVar[str] = "kfoc"
+    constants: ClassVar[frozenset[str]] = frozenset({"previous activation", "previous gradient"})
+    aggregation: Aggregation | str = Aggregation.SWEEPS
+    rank: int = 1
+    sweeps: int = 2
+    max_iter: int = 100
+    tol: float = 1e-5
+    init: Initialisation | str = Initialisation.IDENTITY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregation", choice(Aggregation, self.aggregation, "aggregation"))
+        object.__setattr__(self, "init", choice(Initialisation, self.init, "init"))
+        for key in ("rank", "sweeps", "max_iter"):
+            object.__setattr__(self, key, positive_integer(getattr(self, key), key))
+        object.__setattr__(self, "tol", positive_number(self.tol, "tol"))
+        object.__setattr__(self, "seed", seed_number(self.seed))
+        for key, default, where in (("rank", 1, Aggregation.RUNNING), ("sweeps", 2, Aggregation.SWEEPS)):
+            if getattr(self, key) != default and self.aggregation is not where:
+                raise ValueError(
+                    f'{key}={getattr(self, key)} has a meaning with aggregation="{where.value}" only; aggregation is '
+                    f"{Aggregation(self.aggregation).value!r}."
+                )
+        if self.aggregation is Aggregation.SWEEPS and self.init is not Initialisation.IDENTITY:
+            raise ValueError('init="normal" is for the power iterations of a batch; aggregation="sweeps" has none.')
+
+    @property
+    def passes(self) -> int:
+        return self.sweeps if self.aggregation is Aggregation.SWEEPS else 1
+
+    def start(self, layer: Layer) -> State:
+        if self.aggregation is Aggregation.SWEEPS:
+            return zeros(layer)
+        return {"items": []} if self.aggregation is Aggregation.FULL else {"batch": []}
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        if self.aggregation is Aggregation.SWEEPS:
+            add_pair_sums(state, calls, grads, state.get("previous activation"), state.get("previous gradient"))
+        elif self.aggregation is Aggregation.FULL:
+            state["items"].append(_items(calls, grads))
+        else:
+            state["batch"].append(_items(calls, grads))
+
+    def end_batch(self, state: State, calls: Calls) -> None:
+        if self.aggregation is Aggregation.SWEEPS:
+            add_row_sums(state, calls)
+        if self.aggregation not in (Aggregation.RUNNING, Aggregation.APPROX):
+            return
+        items = Items.joined(state["batch"], same_inputs=True)
+        state["batch"] = []
+        warm = state.get("activation terms")
+        start = self._start(items) if warm is None or self.init is Initialisation.NORMAL else warm[0]
+        gradient, activation = leading_pair(items, start, self.max_iter, self.tol)
+        if self.aggregation is Aggregation.APPROX:
+            for key, value in (("activation", activation), ("gradient", gradient)):
+                state[key] = value if key not in state else state[key] + value
+            state["batches"] = state.get("batches", 0) + activation.new_ones(())
+            return
+        self._append(state, gradient.unsqueeze(0), activation.unsqueeze(0))
+
+    def merge(self, state: State, other: State) -> State:
+        if self.aggregation is not Aggregation.RUNNING or "gradient terms" not in other:
+            return super().merge(state, other)
+        merged = dict(state)
+        self._append(merged, other["gradient terms"], other["activation terms"])
+        return merged
+
+    def decay(self, state: State, factor: float) -> None:
+        if self.aggregation is Aggregation.RUNNING:
+            if "gradient terms" in state:
+                state["gradient terms"] = state["gradient terms"] * factor
+        elif self.aggregation is Aggregation.FULL:
+            for items in state["items"]:
+                items.scale(factor)
+        elif self.aggregation is Aggregation.APPROX:
+            for key in ("activation", "gradient", "batches"):
+                if key in state:
+                    state[key] = state[key] * factor
+        else:
+            super().decay(state, factor)
+
+    def next_pass(self, state: State, layer: Layer, weight: float) -> State:
+        result: State = zeros(layer)
+        for key in ("activation", "gradient"):
+            result[f"previous {key}"] = _unit(state[key])
+        return result
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        if self.aggregation is Aggregation.SWEEPS:
+            return self._finish_sweeps(state, layer, weight)
+        if self.aggregation is Aggregation.FULL:
+            items = Items.joined(state["items"], same_inputs=False)
+            gradient, activation = leading_pair(items, self._start(items), self.max_iter, self.tol**2)
+        elif self.aggregation is Aggregation.APPROX:
+            gradient, activation = state["gradient"] / state["batches"], state["activation"]
+        else:
+            best = compress(state["gradient terms"], state["activation terms"], rank=1)
+            gradient, activation = best[0][0], best[1][0]
+        gradient, activation = nearest_psd(gradient, layer.name), nearest_psd(activation, layer.name)
+        return KroneckerBlock(squeezed(gradient / weight), squeezed(activation), name=layer.name)
+
+    def _finish_sweeps(self, state: State, layer: Layer, weight: float) -> Block:
+        if "previous activation" not in state:
+            return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
+        # Two half steps, from the previous G to a new A and from the previous A to a new G. The product of the new one
+        # with the one that it came from has the scale that is best for it; the longer one captures more.
+        new = state["activation"], state["gradient"]
+        takes_activation = frobenius(new[0]) >= frobenius(new[1])
+        activation = torch.where(takes_activation, new[0], state["previous activation"])
+        gradient = torch.where(takes_activation, state["previous gradient"], new[1])
+        return KroneckerBlock(squeezed(gradient), squeezed(activation / weight), name=layer.name)
+
+    def _append(self, state: dict[str, Any], gradient: Tensor, activation: Tensor) -> None:
+        """Add Kronecker products, shape ``(r, K, ·, ·)``, to the running sum and cut it to ``rank`` terms."""
+        if "gradient terms" in state:
+            gradient = torch.cat([state["gradient terms"], gradient])
+            activation = torch.cat([state["activation terms"], activation])
+        if len(gradient) > self.rank:
+            gradient, activation = compress(gradient, activation, self.rank)
+        state["gradient terms"], state["activation terms"] = gradient, activation
+
+    def _start(self, items: Items) -> Tensor:
+        groups, p = items.groups, items.p
+        if self.init is Initialisation.IDENTITY:
+            return torch.eye(p, dtype=items.dtype, device=items.device).expand(groups, p, p)
+        generator = torch.Generator(device=items.device).manual_seed(self.seed)
+        draw = torch.randn(groups, p, p, generator=generator, dtype=items.dtype, device=items.device)
+        return (draw + draw.mT) / 2  # the operator does not see the rest
+
+
+def _items(calls: Calls, grads: Sequence[Tensor]) -> Items:
+    """All that the power iteration needs of one direction, in the form that takes the least memory."""
+    p = calls.layer.shape[1]
+    g = calls.gradients(grads)
+    if once_per_example(calls, grads) or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
+        return Items(calls.activations(), g)
+    return Items.of_weight_gradients(
+        torch.cat([part.weight_gradients(part_grads) for part, part_grads in calls.parts(grads)], dim=1)
+    )
+
+
+def _unit(matrices: Tensor) -> Tensor:
+    return matrices / frobenius(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)

@@ -1,0 +1,135 @@
+"""The weighted second moments that all estimators are made of.
+
+With ``X_n = Σ_t g_t a_tᵀ`` and symmetric ``A``, ``G``, the two maps
+
+    G ↦ Σ_n X_nᵀ G X_n        A ↦ Σ_n X_n A X_nᵀ
+
+are the Fisher, rearranged, as an operator between the spaces of the two factors (DESIGN: weighted second moments; K-FOC
+Eq. 13–15). With the identity on the right they are TKFAC's sums, repeated they are K-FOC's power iteration.
+
+Where each example uses the weights once they are second moments of ``a`` with weights ``gᵀ G g`` and of ``g`` with weights
+``aᵀ A a``. Else either ``X`` is formed or, where positions are few, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ`` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronlaplace.layers import Calls
+
+__all__ = [
+    "activation_sum",
+    "add_pair_sums",
+    "add_row_sums",
+    "frobenius",
+    "gradient_sum",
+    "once_per_example",
+    "squeezed",
+    "trace",
+    "zeros",
+]
+
+_PENDING = "pending"
+
+
+def zeros(calls_or_layer: Any) -> dict[str, Tensor]:
+    """Empty sums for both factors of a layer: ``activation`` of shape ``(K, p, p)``, ``gradient`` ``(K, q/K, q/K)``."""
+    layer = calls_or_layer
+    (q, p), groups = layer.shape, layer.groups
+    options = {"dtype": layer.dtype, "device": layer.device}
+    return {
+        "activation": torch.zeros(groups, p, p, **options),
+        "gradient": torch.zeros(groups, q // groups, q // groups, **options),
+    }
+
+
+def once_per_example(calls: Calls, grads: Sequence[Tensor]) -> bool:
+    """Whether each example uses the layer's weights at one position only."""
+    return isinstance(positions := calls.positions(grads), int) and positions == 1
+
+
+def add_pair_sums(
+    sums: dict[str, Any],
+    calls: Calls,
+    grads: Sequence[Tensor],
+    activation_factor: Tensor | None = None,
+    gradient_factor: Tensor | None = None,
+) -> None:
+    """Add ``Σ_n Xᵀ G X`` to ``sums["activation"]`` and ``Σ_n X A Xᵀ`` to ``sums["gradient"]``, for one direction.
+
+    Where weights are used once per example the first of them waits until `add_row_sums`, after all directions: then the
+    inputs are multiplied out once and not once per direction.
+
+    Args:
+        sums: As `zeros` makes them.
+        calls: The layer's calls.
+        grads: The gradients at their outputs.
+        activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
+        gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
+    """
+    if once_per_example(calls, grads):
+        a, g = calls.activations()[:, :, 0], calls.gradients(grads)[:, :, 0]
+        weight = _quadratic_form(g, gradient_factor)
+        sums[_PENDING] = weight if _PENDING not in sums else sums[_PENDING] + weight
+        sums["gradient"].baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
+        return
+    for part, part_grads in calls.parts(grads):
+        g = part.gradients(part_grads)
+        if g.shape[2] <= g.shape[3]:
+            a = part.activations()
+            sums["activation"] += _mixed(a, g, gradient_factor)
+            sums["gradient"] += _mixed(g, a, activation_factor)
+        else:
+            x = part.weight_gradients(part_grads)
+            sums["activation"] += activation_sum(x, gradient_factor)
+            sums["gradient"] += gradient_sum(x, activation_factor)
+
+
+def add_row_sums(sums: dict[str, Any], calls: Calls) -> None:
+    """After all directions of a batch: add what `add_pair_sums` has put off."""
+    weight = sums.pop(_PENDING, None)
+    if weight is not None:
+        a = calls.activations()[:, :, 0]
+        sums["activation"].baddbmm_((a * weight.unsqueeze(2)).mT, a)
+
+
+def activation_sum(x: Tensor, gradient_factor: Tensor | None) -> Tensor:
+    """``Σ_n X_nᵀ G X_n`` of shape ``(K, p, p)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    left = x if gradient_factor is None else gradient_factor.unsqueeze(1) @ x
+    return x.flatten(1, 2).mT @ left.flatten(1, 2)
+
+
+def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
+    """``Σ_n X_n A X_nᵀ`` of shape ``(K, q/K, q/K)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    left = x if activation_factor is None else (x.flatten(1, 2) @ activation_factor).view_as(x)
+    return (left @ x.mT).sum(1)
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """Traces over the last two axes."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norms over the last two axes, which stay."""
+    return torch.linalg.matrix_norm(matrices, keepdim=True)
+
+
+def squeezed(matrices: Tensor) -> Tensor:
+    """Without the axis of the groups if there is one group only."""
+    return matrices[0] if len(matrices) == 1 else matrices
+
+
+def _quadratic_form(vectors: Tensor, matrix: Tensor | None) -> Tensor:
+    """``vᵀ M v`` for vectors ``(K, N, d)``: shape ``(K, N)``."""
+    return (vectors * (vectors if matrix is None else vectors @ matrix)).sum(2)
+
+
+def _mixed(u: Tensor, v: Tensor, matrix: Tensor | None) -> Tensor:
+    """``Σ_n Σ_tt' (v_tᵀ M v_t') u_t u_t'ᵀ`` for ``u``, ``v`` of shape ``(K, N, T, ·)``."""
+    kernel = (v if matrix is None else v @ matrix.unsqueeze(1)) @ v.mT  # (K, N, T, T)
+    return u.flatten(1, 2).mT @ (kernel @ u).flatten(1, 2)

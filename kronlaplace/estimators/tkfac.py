@@ -1,0 +1,78 @@
+"""TKFAC: Kronecker factors that preserve the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, once_per_example, squeezed, trace, zeros
+from kronlaplace.layers import Calls, Layer
+from kronlaplace.options import choice
+
+__all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]
+
+
+class SpatialCorrelation(str, Enum):
+    """What is assumed of products ``g_t a_tᵀ`` at different positions.
+
+    ``EXACT`` assumes nothing, ``UNCORRELATED`` that they are uncorrelated (TKFAC Assumption 4.1).
+    """
+
+    EXACT = "exact"
+    UNCORRELATED = "uncorrelated"
+
+
+@dataclass(frozen=True)
+class TKFAC(Estimator):
+    """Trace-restricted K-FAC: ``A ∝ E[Σ ‖g‖² a aᵀ]`` and ``G ∝ E[Σ ‖a‖² g gᵀ]`` with unit traces (TKFAC Eq. 4.9).
+
+    ``scale`` is the trace ``δ`` of the block, on linear layers exactly that of the Fisher's block.
+
+    Args:
+        spatial: The rule on shared weights. ``"exact"`` (the default): ``A ∝ E[XᵀX]``, ``G ∝ E[XXᵀ]`` with the example's
+            whole gradient ``X``, so that the trace is exact on every layer; the first half step of K-FOC.
+            ``"uncorrelated"``: the paper's Eq. 4.13, positions one by one; the trace is that of the Fisher without
+            the terms between positions.
+    """
+
+    name: ClassVar[str] = "tkfac"
+    spatial: SpatialCorrelation | str = SpatialCorrelation.EXACT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spatial", choice(SpatialCorrelation, self.spatial, "spatial"))
+
+    def start(self, layer: Layer) -> State:
+        return zeros(layer)
+
+    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        if self.spatial is SpatialCorrelation.EXACT or once_per_example(calls, grads):
+            add_pair_sums(state, calls, grads)
+            return
+        for part, part_grads in calls.parts(grads):
+            a, g = part.activations().flatten(1, 2), part.gradients(part_grads).flatten(1, 2)
+            for key, u, v in (("activation", a, g), ("gradient", g, a)):
+                state[key].baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)
+
+    def end_batch(self, state: State, calls: Calls) -> None:
+        add_row_sums(state, calls)
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
+
+
+def trace_preserving_block(gradient: Tensor, activation: Tensor, weight: float, layer: Layer) -> KroneckerBlock:
+    """The block of the two partial traces ``Σ X Xᵀ`` and ``Σ Xᵀ X``, which have the same trace."""
+    total = trace(activation)
+    tiny = torch.finfo(total.dtype).tiny
+    divisor = total.clamp_min(tiny).view(-1, 1, 1)
+    other = trace(gradient).clamp_min(tiny).view(-1, 1, 1)
+    return KroneckerBlock(
+        squeezed(gradient / other), squeezed(activation / divisor), squeezed(total / weight), layer.name
+    )

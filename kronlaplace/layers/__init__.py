@@ -1,0 +1,30 @@
+"""How each layer type turns its input and its output gradient into ``a`` and ``g``; which modules get a block."""
+
+from kronlaplace.layers.base import Layer, LinearLayer, Sums
+from kronlaplace.layers.calls import Call, Calls
+from kronlaplace.layers.convolution import ConvolutionLayer
+from kronlaplace.layers.find import (
+    SUPPORTED_LAYERS,
+    LayerSearch,
+    LeftOut,
+    Unsupported,
+    find_layers,
+    search_layers,
+    written_out,
+)
+
+__all__ = [
+    "SUPPORTED_LAYERS",
+    "Call",
+    "Calls",
+    "ConvolutionLayer",
+    "Layer",
+    "LayerSearch",
+    "LeftOut",
+    "LinearLayer",
+    "Sums",
+    "Unsupported",
+    "find_layers",
+    "search_layers",
+    "written_out",
+]

@@ -1,0 +1,121 @@
+"""Multi-head attention: its projections are functions, not modules, so they are written out while a pass is recorded.
+
+The projections of query, key and value are one block, ``in_proj``: a matrix with three groups of rows that see inputs of
+their own. The output projection is a block of its own, a plain linear layer. All between them stays torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronlaplace.layers.base import Layer, LinearLayer
+
+__all__ = ["attention_forward", "attention_layers", "attention_refusal"]
+
+
+class InProjectionLayer(LinearLayer):
+    """Query, key and value projections: ``[in_proj_weight in_proj_bias]``, three groups of rows.
+
+    Inputs have shape ``(N, T, 3, E + 1)`` and end with a 1. Where key and value have another length than the query, the
+    shorter ones are padded with zeros, the 1 too, so that sums over positions are right and positions can be counted.
+    """
+
+    @property
+    def groups(self) -> int:
+        return 3
+
+    def positions(self, x: Tensor, grad: Tensor) -> Tensor:
+        return x[0, ..., -1].sum(0).to(self.dtype).view(3, 1, 1)
+
+    def activations(self, x: Tensor) -> Tensor:
+        return x[..., : self.shape[1]].permute(2, 0, 1, 3).to(self.dtype)
+
+    def gradients(self, grad: Tensor) -> Tensor:
+        return grad.permute(2, 0, 1, 3).to(self.dtype)
+
+    add_activation_moment = Layer.add_activation_moment
+    project = Layer.project
+
+    def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
+        return False
+
+
+def attention_refusal(module: Any) -> str | None:
+    """Why this module cannot have a block, or None."""
+    if not module._qkv_same_embed_dim:
+        return "key and value dimensions other than the query's (kdim=, vdim=) are not supported"
+    if module.bias_k is not None:
+        return "add_bias_kv=True is not supported: those parameters are no weights of a layer"
+    return None
+
+
+def attention_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> list[Layer]:
+    """The block of the input projections; the output projection is found as a module."""
+    prefix = f"{name}." if name else ""
+    weight = {f"{prefix}in_proj_weight": module.in_proj_weight}
+    bias = {} if module.in_proj_bias is None else {f"{prefix}in_proj_bias": module.in_proj_bias}
+    return [InProjectionLayer(f"{prefix}in_proj", module, weight, bias, also=also)]
+
+
+def attention_forward(
+    module: Any,
+    record: Callable[[int, Tensor, Tensor], None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The module's forward pass with its projections written out, so that they can be observed.
+
+    Raises:
+        NotImplementedError: For inputs that are not in batches.
+    """
+    if query.ndim != 3:
+        raise NotImplementedError("attention needs batches, inputs with three axes; add one with x[None].")
+    inputs = [x if module.batch_first else x.transpose(0, 1) for x in (query, key, value)]
+    size = module.embed_dim
+    longest = max(x.shape[1] for x in inputs)
+    # The gradient at a zero that is added to the projections is theirs, padded to one length.
+    probe = query.new_zeros(len(inputs[0]), longest, 3, size).requires_grad_()
+    weights = module.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q, k, v = (
+        (F.linear(x, w, b) + probe[:, : x.shape[1], i]).transpose(0, 1)
+        for i, (x, w, b) in enumerate(zip(inputs, weights, biases, strict=True))
+    )
+    padded = [F.pad(F.pad(x, (0, 1), value=1.0), (0, 0, 0, longest - x.shape[1])) for x in inputs]
+    record(0, torch.stack(padded, dim=2), probe)
+    # torch's own attention between projections that are the identity: multiplying by it is exact.
+    identity = torch.eye(size, dtype=query.dtype, device=query.device)
+    attended, attention = F.multi_head_attention_forward(
+        q,
+        k,
+        v,
+        size,
+        module.num_heads,
+        torch.cat([identity] * 3),
+        None,
+        None,
+        None,
+        module.add_zero_attn,
+        module.dropout,
+        identity,
+        None,
+        training=module.training,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
+    output = module.out_proj(attended)
+    return output.transpose(0, 1) if module.batch_first else output, attention

@@ -1,0 +1,273 @@
+"""What a layer is to an estimator: a matrix ``W̄ = [W b]``, its inputs ``a`` and its output gradients ``g``.
+
+A layer's parameters form one matrix ``W̄`` of shape ``(q, p)``: ``q`` outputs, ``p`` inputs with the homogeneous 1 of
+the bias last. On one example the layer uses that matrix at ``T`` positions (1 for a plain linear layer; the output pixels
+of a convolution, tokens, time steps; all of them together if it is called several times), with inputs ``a`` and output
+gradients ``g``; its per-example weight gradient is ``X = Σ_t g_t a_tᵀ``.
+
+The rows of ``W̄`` may fall into ``K`` groups of equal size that see different inputs (grouped convolutions; query, key
+and value of attention): then ``a`` has shape ``(K, N, T, p)``, ``g`` ``(K, N, T, q/K)``, and a group's rows have factors
+of their own. ``K = 1`` for all others.
+
+Layers whose weights do not multiply inputs (scale and shift of a normalisation, an embedding) have no ``a`` and ``g`` in
+this sense, only ``X``; they get a diagonal block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Layer", "LinearLayer"]
+
+Sums = dict[str, Tensor]
+"""Named sums over examples; they add up over batches, key by key."""
+
+
+class Layer(ABC):
+    """One block of the Fisher: parameters of the user's network, and how they are used.
+
+    Args:
+        name: The block's name.
+        module: The module that has the parameters.
+        parameters: They, by their names in `nn.Module.named_parameters`, in the order of the columns of ``W̄``.
+        also: Other modules that share all of these parameters.
+    """
+
+    redundant: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """Parameters that act only through their sum with one of the block's."""
+
+    factors: ClassVar[bool] = True
+    """Whether it has ``a`` and ``g``, so that a Kronecker block is possible."""
+
+    def __init__(
+        self, name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], also: Sequence[nn.Module] = ()
+    ) -> None:
+        self.name = name
+        self.module: Any = module
+        self.parameters = dict(parameters)
+        self.also = tuple(also)
+        self.slot = 0
+        """Which of the module's blocks it is."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.shape})"
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules whose calls are uses of the parameters."""
+        return (self.module, *self.also)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """``(q, p)`` of ``W̄``."""
+
+    @property
+    def groups(self) -> int:
+        """``K``, the number of groups of rows with inputs of their own."""
+        return 1
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the block's parameters, in the order of the columns of ``W̄``."""
+        return tuple(self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that sums accumulate in: that of the parameters, at least float32."""
+        return torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """A detached copy of ``W̄``, shape ``(q, p)``."""
+
+    @abstractmethod
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        """Cut matrices ``(..., q, p)`` into parameters ``{name: (..., *shape of the parameter)}`` whose ``W̄`` they are."""
+
+    def example_axes(self, x: Tensor) -> tuple[int, ...]:
+        """The axes of an input on which the examples may be; the first is where they usually are."""
+        return (0,)
+
+    @abstractmethod
+    def input_shape(self) -> str:
+        """The shape that inputs must have, for error messages."""
+
+    def is_input(self, x: Tensor) -> bool:
+        """Whether ``x`` has a shape that is handled."""
+        return x.ndim >= 1
+
+    @abstractmethod
+    def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
+        """``T`` of one call; shape ``(K, 1, 1)`` if it differs between the groups."""
+
+    @abstractmethod
+    def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        """``X`` of one call, shape ``(K, N, q/K, p)``, in `dtype`.
+
+        Args:
+            x: The call's input, examples first.
+            grad: The gradient at its output, examples first.
+        """
+
+    def activations(self, x: Tensor) -> Tensor:
+        """``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def gradients(self, grad: Tensor) -> Tensor:
+        """``g`` of one call, shape ``(K, N, T, q/K)``, in `dtype`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def project(self, x: Tensor, basis: Tensor) -> Tensor:
+        """The inputs in another basis, ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        return self.activations(x) @ basis.unsqueeze(1)
+
+    def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
+        """Add ``Σ_n Σ_t a aᵀ`` of one call to ``sums``, in a form that `activation_moment` understands."""
+        a = self.activations(x).flatten(1, 2)
+        add(sums, "activation", lambda: a.mT @ a, lambda out: out.baddbmm_(a.mT, a))
+
+    def activation_moment(self, sums: Sums) -> Tensor:
+        """The sum that `add_activation_moment` made, shape ``(K, p, p)``; ``sums`` is used up."""
+        return sums.pop("activation")
+
+    def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
+        """Add ``Σ_n Σ_t g gᵀ`` of one call to ``out`` of shape ``(K, q/K, q/K)``, in place."""
+        g = self.gradients(grad).flatten(1, 2)
+        out.baddbmm_(g.mT, g)
+
+    def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
+        """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)`` without forming ``X``, where there is such a way.
+
+        Args:
+            calls: Input and output gradient of every call.
+            out: The sum.
+
+        Returns:
+            Whether it was done; otherwise ``X`` must be formed.
+        """
+        return False
+
+
+def add(sums: Sums, key: str, first: Any, more: Any) -> None:
+    """Add to the sum ``key``: ``first()`` makes it, ``more(out)`` adds in place."""
+    if key in sums:
+        more(sums[key])
+    else:
+        sums[key] = first()
+
+
+class LinearLayer(Layer):
+    """A matrix that multiplies the last axis of its input: `nn.Linear`, and one block of a recurrent layer.
+
+    Axes between the examples and the features are positions.
+
+    Args:
+        weights: The parameters that are matrices, side by side in ``W̄``.
+        bias: The bias, or None.
+        redundant: A second bias that the layer adds to the first, and not part of the block (recurrent layers: both
+            act through their sum only). The block's last column is the sum, and `split` attributes it to ``bias``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        bias: Mapping[str, nn.Parameter],
+        redundant: Mapping[str, nn.Parameter] | None = None,
+        also: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__(name, module, {**weights, **bias}, also)
+        self._weights = dict(weights)
+        self._bias = next(iter(bias.items()), None)
+        self.redundant = dict(redundant or {})
+        self._constant = next(iter(self.redundant.values()), None)
+
+    @property
+    def bias(self) -> bool:
+        """Whether ``a`` ends with the homogeneous 1."""
+        return self._bias is not None
+
+    @property
+    def in_features(self) -> int:
+        """``p`` without the homogeneous 1."""
+        return sum(w[0].numel() for w in self._weights.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(next(iter(self._weights.values()))), self.in_features + self.bias
+
+    def matrix(self) -> Tensor:
+        columns = [w.detach().flatten(1) for w in self._weights.values()]
+        if self._bias is not None:
+            bias = self._bias[1].detach()
+            columns.append((bias if self._constant is None else bias + self._constant.detach()).unsqueeze(1))
+        return torch.cat(columns, dim=1)
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        widths = [w[0].numel() for w in self._weights.values()]
+        *parts, rest = matrices.split([*widths, int(self.bias)], dim=-1)
+        result = {
+            name: part.unflatten(-1, w.shape[1:]) for (name, w), part in zip(self._weights.items(), parts, strict=True)
+        }
+        if self._bias is not None:
+            bias = rest.squeeze(-1)
+            result[self._bias[0]] = bias if self._constant is None else bias - self._constant.detach()
+        return result
+
+    def example_axes(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(range(x.ndim - 1))
+
+    def input_shape(self) -> str:
+        return f"(examples, ..., {self.in_features})"
+
+    def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
+        return grad[0, ..., 0].numel()
+
+    def activations(self, x: Tensor) -> Tensor:
+        a = x.reshape(1, len(x), -1, x.shape[-1]).to(self.dtype)
+        return F.pad(a, (0, 1), value=1.0) if self.bias else a
+
+    def gradients(self, grad: Tensor) -> Tensor:
+        return grad.reshape(1, len(grad), -1, grad.shape[-1]).to(self.dtype)
+
+    def project(self, x: Tensor, basis: Tensor) -> Tensor:
+        a = x.reshape(len(x), -1, x.shape[-1]).to(self.dtype)
+        weight, offset = (basis[0, :-1], basis[0, -1]) if self.bias else (basis[0], None)
+        return F.linear(a, weight.T, offset).unsqueeze(0)
+
+    def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self.gradients(grad).mT @ self.activations(x)
+
+    def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
+        a = x.flatten(0, -2).to(self.dtype)
+        p = a.shape[1]
+        if "activation" not in sums:
+            sums["activation"] = a.new_zeros(1, self.shape[1], self.shape[1])
+        out = sums["activation"][0]
+        out[:p, :p].addmm_(a.T, a)  # without a copy of the input that has the 1
+        if self.bias:
+            total = a.sum(0)
+            out[:p, p] += total
+            out[p, :p] += total
+            out[p, p] += len(a)
+
+    def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
+        if len(calls) > 1 or calls[0][1].ndim > 2:
+            return False
+        a, g = self.activations(calls[0][0])[0, :, 0], self.gradients(calls[0][1])[0, :, 0]
+        out.addmm_(g.square().T, a.square())
+        return True

@@ -1,0 +1,347 @@
+"""Convolutions: output pixels are the positions, patches of the input are ``a``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronlaplace.layers.base import Layer, Sums, add
+
+__all__ = ["ConvolutionLayer"]
+
+_SMALL = 2**16
+"""Numbers that a temporary may always hold, however small the layer."""
+
+_COPY = 60
+"""Price of copying one number into a matrix of patches, in multiplications."""
+
+
+class ConvolutionLayer(Layer):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with stride, padding of every mode, dilation and groups.
+
+    ``p = C_in/groups · k_h · k_w`` (+ 1 with a bias); the groups of the convolution are the groups of rows of ``W̄``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: Mapping[str, nn.Parameter],
+        bias: Mapping[str, nn.Parameter],
+        also: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__(name, module, {**weight, **bias}, also)
+        self.bias = bool(bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_channels, self.module.weight[0].numel() + self.bias
+
+    @property
+    def groups(self) -> int:
+        return cast(int, self.module.groups)
+
+    @property
+    def _n_dims(self) -> int:
+        return len(self.module.kernel_size)
+
+    def matrix(self) -> Tensor:
+        weight = self.module.weight.detach().flatten(1)
+        return torch.cat([weight, self.module.bias.detach().unsqueeze(1)], dim=1) if self.bias else weight.clone()
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        shape = self.module.weight.shape[1:]
+        if not self.bias:
+            return {self.parameter_names[0]: matrices.unflatten(-1, shape)}
+        weight_name, bias_name = self.parameter_names
+        return {weight_name: matrices[..., :-1].unflatten(-1, shape), bias_name: matrices[..., -1]}
+
+    def input_shape(self) -> str:
+        size = ", ".join(("depth", "height", "width")[-self._n_dims :])
+        return f"(examples, {self.module.in_channels}, {size})"
+
+    def is_input(self, x: Tensor) -> bool:
+        return x.ndim == self._n_dims + 2
+
+    def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
+        return grad[0, 0].numel()
+
+    def activations(self, x: Tensor) -> Tensor:
+        view = self._windows(self.padded(x))  # (N, C, *kernel, *out)
+        dims = self._n_dims
+        n, channels = view.shape[:2]
+        kernel, out = view.shape[2 : 2 + dims], view.shape[2 + dims :]
+        groups = self.groups
+        p = self.shape[1]
+        a = torch.empty(groups, n, math.prod(out), p, dtype=self.dtype, device=x.device)
+        target = a[..., : p - self.bias].unflatten(-1, (channels // groups, *kernel)).unflatten(2, out)
+        source = view.unflatten(1, (groups, channels // groups))
+        # (N, K, C/K, *kernel, *out) -> (K, N, *out, C/K, *kernel)
+        order = [1, 0, *range(3 + dims, 3 + 2 * dims), *range(2, 3 + dims)]
+        target.copy_(source.permute(order))
+        if self.bias:
+            a[..., -1] = 1
+        return a
+
+    def gradients(self, grad: Tensor) -> Tensor:
+        return grad.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).to(self.dtype)
+
+    def project(self, x: Tensor, basis: Tensor) -> Tensor:
+        kernels = basis.mT.to(x.dtype)  # (K, k, p)
+        weight = kernels[..., : self.shape[1] - self.bias].flatten(0, 1).unflatten(-1, self.module.weight.shape[1:])
+        offset = kernels[..., -1].flatten() if self.bias else None
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self._n_dims - 1]
+        out = convolve(self.padded(x), weight, offset, self.module.stride, 0, self.module.dilation, self.groups)
+        return out.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+
+    def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        stride, dilation, kernel = self.module.stride, self.module.dilation, self.module.kernel_size
+        if self._n_dims != 2 or self.groups > 1 or stride[0] > 1 or kernel == (1, 1):
+            return self.gradients(grad).mT @ self.activations(x)
+        # Windows of whole rows: k_w copies of the input instead of k_h·k_w. A row of the kernel sees a contiguous part.
+        padded = self.padded(x).to(self.dtype)
+        n, channels, height, _ = padded.shape
+        rows, columns = grad.shape[2:]
+        windows = padded.unfold(3, dilation[1] * (kernel[1] - 1) + 1, stride[1])[..., :: dilation[1]]
+        unfolded = windows.permute(0, 2, 3, 1, 4).reshape(n, height * columns, channels * kernel[1])
+        g = grad.flatten(2).to(self.dtype)
+        parts = torch.stack(
+            [
+                torch.bmm(g, unfolded[:, i * dilation[0] * columns : (i * dilation[0] + rows) * columns])
+                for i in range(kernel[0])
+            ],
+            dim=3,
+        )  # (N, q, C·k_w, k_h)
+        x_weights = parts.unflatten(2, (channels, kernel[1])).transpose(3, 4).flatten(2)
+        if self.bias:
+            x_weights = torch.cat([x_weights, g.sum(2, keepdim=True)], dim=2)
+        return x_weights.unsqueeze(0)
+
+    def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
+        n = len(grad)
+        # As (q, n·T), one matrix product for many examples; an eighth of the batch at a time keeps the copy small.
+        for part in grad.flatten(2).split(max(1, n // 8)):
+            g = part.transpose(0, 1).reshape(self.groups, -1, len(part) * part.shape[2]).to(out.dtype)
+            out.baddbmm_(g, g.mT)
+
+    def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
+        if self._rows_pay(x):
+            self._add_row_moments(x, sums)
+            return
+        for patches in self._patches(x):
+            add(sums, "activation", lambda p=patches: p @ p.mT, lambda out, p=patches: out.baddbmm_(p, p.mT))
+
+    def activation_moment(self, sums: Sums) -> Tensor:
+        p = self.shape[1]
+        total = sums.pop("activation", None)
+        for size in [key.removeprefix("rows ") for key in sums if key.startswith("rows ")]:
+            parts = (sums.pop(f"{key} {size}") for key in ("rows", "pixels", "count"))
+            moment = self._from_row_moments(tuple(map(int, size.split("x"))), *parts)
+            total = moment if total is None else total + moment
+        assert total is not None and total.shape[-1] == p
+        return total
+
+    # The second moment of patches depends on the second moment of pixels only, and of those only pairs that one kernel
+    # can see. Summed over examples alone, pixel by pixel, that is a handful of matrix products over the batch axis, with
+    # k_w·k_h times fewer multiplications than patches need on small images, and no patches. What belongs to which window
+    # is sorted out once, at the end.
+
+    def _rows_pay(self, x: Tensor) -> bool:
+        """Whether second moments of whole image rows cost less than patches, and take no more memory than the input."""
+        if self._n_dims != 2 or self.groups > 1 or self.module.padding_mode != "zeros":
+            return False
+        _, channels, height, width = x.shape
+        pairs = height * self._reach(height)
+        p = self.shape[1]
+        out = self._output_size(self.padded_size((height, width)))
+        by_rows = pairs * (channels * width) ** 2
+        by_patches = math.prod(out) * p * (p + _COPY)
+        return by_rows < by_patches and pairs * (channels * width) ** 2 <= 4 * max(x.numel(), _SMALL)
+
+    def _add_row_moments(self, x: Tensor, sums: Sums) -> None:
+        n, channels, height, width = x.shape
+        size = f"{channels}x{height}x{width}"
+        rows = x.permute(2, 0, 1, 3).reshape(height, n, channels * width).to(self.dtype)
+        reach, dilation = self._reach(height), self.module.dilation[0]
+        key = f"rows {size}"
+        if key not in sums:
+            sums[key] = rows.new_zeros(reach, height, channels * width, channels * width)
+            sums[f"pixels {size}"] = rows.new_zeros(height, channels * width)
+            sums[f"count {size}"] = rows.new_zeros(())
+        moments = sums[key]
+        for gap in range(reach):  # rows i and i + gap·dilation meet in a window, gap taps apart
+            count = height - gap * dilation
+            moments[gap, :count].baddbmm_(rows[:count].mT, rows[gap * dilation :])
+        sums[f"pixels {size}"] += rows.sum(1)
+        sums[f"count {size}"] += n
+
+    def _reach(self, height: int) -> int:
+        """How many taps apart two rows of an image can be within one window."""
+        return min(self.module.kernel_size[0], (height - 1) // self.module.dilation[0] + 1)
+
+    def _from_row_moments(self, size: tuple[int, ...], moments: Tensor, pixels: Tensor, count: Tensor) -> Tensor:
+        """Sum the moments of pixels over the windows: ``A[(c,δ), (c',δ')] = Σ_t M[(c, t+δ), (c', t+δ')]``."""
+        channels, height, width = size
+        (k_h, k_w), (d_h, d_w), (s_h, s_w) = self.module.kernel_size, self.module.dilation, self.module.stride
+        (top, _), (left, _) = self._padding()
+        out_h, out_w = self._output_size(self.padded_size((height, width)))
+        p = self.shape[1]
+        total = moments.new_zeros(p, p)
+        full = moments.new_zeros(channels, k_h, k_w, channels, k_h, k_w)
+        by_row = moments.unflatten(3, (channels, width)).unflatten(2, (channels, width))  # (reach, H, C, W, C, W)
+        # Padded columns are zero and add nothing: a window's columns are cut to the image, tap by tap.
+        for i in range(k_h):
+            for j in range(i, k_h):
+                # Output rows t whose taps i and j both fall on the image.
+                first = max(0, -(-(top - i * d_h) // s_h))
+                last = min(out_h - 1, (height - 1 + top - j * d_h) // s_h)
+                if j - i >= len(by_row) or first > last:
+                    continue
+                start = first * s_h + i * d_h - top
+                block = by_row[j - i, start : start + (last - first) * s_h + 1 : s_h].sum(0)  # (C, W, C, W)
+                padded = F.pad(block, (left, left + d_w * k_w + s_w, 0, 0, left, left + d_w * k_w + s_w))
+                # A diagonal through both column axes: column t·s_w + u·d_w against t·s_w + v·d_w, summed over t.
+                s = padded.stride()
+                view = padded.as_strided(
+                    (channels, k_w, channels, k_w, out_w),
+                    (s[0], d_w * s[1], s[2], d_w * s[3], s_w * (s[1] + s[3])),
+                )
+                taps = view.sum(-1)
+                full[:, i, :, :, j] = taps
+                full[:, j, :, :, i] = taps.permute(2, 3, 0, 1)
+        flat = p - self.bias
+        total[:flat, :flat] = full.reshape(flat, flat)
+        if self.bias:
+            image = F.pad(
+                pixels.unflatten(1, (channels, width)).transpose(0, 1),
+                [w for pair in reversed(self._padding()) for w in pair],
+            )
+            sums = self._windows(image.unsqueeze(0)).flatten(4).sum(-1).flatten()
+            total[:flat, -1] = sums
+            total[-1, :flat] = sums
+            total[-1, -1] = count * (out_h * out_w)
+        return total.unsqueeze(0)
+
+    def add_pixel_moments(self, x: Tensor, sums: Sums, weight: float) -> None:
+        """Add ``weight`` times the sums over examples that `uncorrelated_moment` needs: moments of a pixel's channels.
+
+        Args:
+            x: The input of a call. Where padding repeats pixels, the padded image counts as the image.
+            sums: Where to.
+            weight: One over the number of calls.
+        """
+        n = len(x)
+        image = x if self.module.padding_mode == "zeros" else self.padded(x)
+        pixels = image.flatten(2).to(self.dtype)
+        count = pixels.shape[2]
+        grouped = pixels.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (K, C/K, n·pixels)
+        inside = torch.ones(1, 1, *x.shape[2:], dtype=self.dtype, device=x.device)
+        taps = self._windows(self.padded(inside)).reshape(math.prod(self.module.kernel_size), -1)
+        parts = {
+            "pixel": grouped @ grouped.mT * (weight / count),
+            "mean": grouped.sum(2) * (weight / count),
+            "overlap": taps @ taps.T * (n * weight),
+            "inside": taps.sum(1) * (n * weight),
+            "positions": taps.new_full((), float(n * weight * taps.shape[1])),
+        }
+        for key, value in parts.items():
+            add(sums, key, lambda v=value: v, lambda out, v=value: out.add_(v))
+
+    def uncorrelated_moment(self, sums: Sums, weight: float) -> Tensor:
+        """``E[Σ_t a aᵀ]`` if pixels were uncorrelated (KFC Theorem 4), shape ``(K, p, p)``, from `add_pixel_moments`.
+
+        Args:
+            sums: The sums; used up.
+            weight: Number of examples.
+        """
+        pixel, mean, overlap, inside, positions = (
+            sums.pop(key) / weight for key in ("pixel", "mean", "overlap", "inside", "positions")
+        )
+        taps = len(overlap)
+        means = torch.einsum("kc,kd->kcd", mean, mean)
+        same = torch.eye(taps, dtype=pixel.dtype, device=pixel.device)
+        moment = torch.einsum("st,kcd->kcsdt", overlap * (1 - same), means)
+        moment += torch.einsum("st,kcd->kcsdt", overlap * same, pixel)
+        flat = moment.flatten(3).flatten(1, 2)
+        if not self.bias:
+            return flat
+        total = flat.new_empty(self.groups, self.shape[1], self.shape[1])
+        total[:, :-1, :-1] = flat
+        total[:, :-1, -1] = total[:, -1, :-1] = torch.einsum("kc,s->kcs", mean, inside).flatten(1)
+        total[:, -1, -1] = positions
+        return total
+
+    def _patches(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the patches ``a``, transposed: ``(K, p, n·T)`` for a few examples at a time.
+
+        That layout needs one copy and makes the second moment one matrix product. The number of examples is
+        chosen so that a matrix is no larger than the layer's own input and output together: unfolding all of a
+        batch would take ``k_h·k_w`` times its input.
+        """
+        padded = self.padded(x)
+        groups = self.groups
+        out = self._output_size(padded.shape[2:])
+        positions = math.prod(out)
+        p = self.shape[1]
+        n = len(x)
+        budget = max(x.numel() + n * self.module.out_channels * positions, _SMALL)
+        chunk = max(1, min(n, budget // (groups * p * positions)))
+        for part in padded.split(chunk):
+            view = self._windows(part)
+            view = view.movedim(0, 1 + self._n_dims).unflatten(0, (groups, -1))  # (K, C/K, *kernel, n, *out)
+            patches = torch.empty(groups, p, len(part) * positions, dtype=self.dtype, device=x.device)
+            patches[:, : p - self.bias].view(view.shape).copy_(view)
+            if self.bias:
+                patches[:, -1] = 1
+            yield patches
+
+    def _windows(self, padded: Tensor) -> Tensor:
+        """All windows of a padded input, as a view of shape ``(N, C, *kernel, *out)``."""
+        kernel, stride, dilation = self.module.kernel_size, self.module.stride, self.module.dilation
+        out = self._output_size(padded.shape[2:])
+        n_stride, c_stride, *strides = padded.stride()
+        return padded.as_strided(
+            (*padded.shape[:2], *kernel, *out),
+            (
+                n_stride,
+                c_stride,
+                *(st * d for st, d in zip(strides, dilation, strict=True)),
+                *(st * s for st, s in zip(strides, stride, strict=True)),
+            ),
+            padded.storage_offset(),
+        )
+
+    def _output_size(self, padded_size: Sequence[int]) -> list[int]:
+        module = self.module
+        return [
+            (length - d * (k - 1) - 1) // s + 1
+            for length, k, s, d in zip(padded_size, module.kernel_size, module.stride, module.dilation, strict=True)
+        ]
+
+    def _padding(self) -> list[tuple[int, int]]:
+        """Padding before and after, by axis."""
+        module = self.module
+        if module.padding == "valid":
+            return [(0, 0)] * self._n_dims
+        if module.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            return [(total // 2, total - total // 2) for total in totals]
+        return [(w, w) for w in module.padding]
+
+    def padded_size(self, size: Sequence[int]) -> list[int]:
+        """Height and width of an input with its padding."""
+        return [length + sum(pair) for length, pair in zip(size, self._padding(), strict=True)]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with the layer's own padding written out, so that only "valid" positions are left."""
+        widths = self._padding()
+        if not any(map(any, widths)):
+            return x
+        flat = [w for pair in reversed(widths) for w in pair]
+        mode = self.module.padding_mode
+        return F.pad(x, flat, mode="constant" if mode == "zeros" else mode)

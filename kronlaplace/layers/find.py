@@ -1,0 +1,308 @@
+"""Which parts of a network get a block, which do not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from kronlaplace.layers.attention import attention_forward, attention_layers, attention_refusal
+from kronlaplace.layers.base import Layer, LinearLayer
+from kronlaplace.layers.convolution import ConvolutionLayer
+from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer, embedding_refusal
+from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
+
+__all__ = ["SUPPORTED_LAYERS", "LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layers", "written_out"]
+
+
+class Unsupported(str, Enum):
+    """What happens to trainable parameters that cannot have a block.
+
+    ``ERROR`` names them, with the ways out; ``FIXED`` keeps them at their trained values and lists them in
+    `KroneckerFisher.coverage`.
+    """
+
+    ERROR = "error"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Parameters without a block.
+
+    Attributes:
+        name: The module's name.
+        module: Its type.
+        parameters: Number of parameters.
+        reason: Why.
+    """
+
+    name: str
+    module: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerSearch:
+    """What `search_layers` found: the layers that get a block, and all parameters that have none."""
+
+    layers: list[Layer]
+    left_out: list[LeftOut]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How modules of one type become layers."""
+
+    make: Callable[..., list[Layer]]
+    refusal: Callable[[Any], str | None] = lambda module: None
+    forward: Callable[..., Any] | None = None
+    only_weight_and_bias: bool = True
+
+
+def _weight_and_bias(kind: Any) -> Callable[..., list[Layer]]:
+    def make(name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
+        prefix = f"{name}." if name else ""
+        bias = getattr(module, "bias", None)
+        has_bias = bias is not None and bias.requires_grad
+        return [
+            kind(
+                name,
+                module,
+                {f"{prefix}weight": module.weight},
+                {f"{prefix}bias": bias} if has_bias else {},
+                also=also,
+            )
+        ]
+
+    return make
+
+
+def _embedding(name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
+    return [EmbeddingLayer(name, module, {f"{name}.weight" if name else "weight": module.weight}, also)]
+
+
+_LINEAR = _Family(_weight_and_bias(LinearLayer))
+_CONVOLUTION = _Family(_weight_and_bias(ConvolutionLayer))
+_NORMALIZATION = _Family(_weight_and_bias(NormalizationLayer))
+_RECURRENT = _Family(recurrent_layers, recurrent_refusal, recurrent_forward, only_weight_and_bias=False)
+_FAMILIES: dict[type[nn.Module], _Family] = {
+    nn.Linear: _LINEAR,
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+    nn.RNN: _RECURRENT,
+    nn.LSTM: _RECURRENT,
+    nn.GRU: _RECURRENT,
+    nn.RNNCell: _RECURRENT,
+    nn.LSTMCell: _RECURRENT,
+    nn.GRUCell: _RECURRENT,
+    nn.MultiheadAttention: _Family(attention_layers, attention_refusal, attention_forward, only_weight_and_bias=False),
+    nn.LayerNorm: _NORMALIZATION,
+    nn.RMSNorm: _NORMALIZATION,
+    nn.GroupNorm: _NORMALIZATION,
+    nn.BatchNorm1d: _NORMALIZATION,
+    nn.BatchNorm2d: _NORMALIZATION,
+    nn.BatchNorm3d: _NORMALIZATION,
+    nn.SyncBatchNorm: _NORMALIZATION,
+    nn.InstanceNorm1d: _NORMALIZATION,
+    nn.InstanceNorm2d: _NORMALIZATION,
+    nn.InstanceNorm3d: _NORMALIZATION,
+    nn.Embedding: _Family(_embedding, embedding_refusal),
+}
+
+SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = tuple(_FAMILIES)
+"""The layer types that get a block, for ``isinstance``."""
+
+
+def written_out(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward pass that replaces the module's own while a pass is recorded, or None if the module can be observed."""
+    family = _family_of(module)
+    return None if family is None else _FAMILIES[family].forward
+
+
+def find_layers(
+    model: nn.Module, names: Sequence[str] | None = None, unsupported: Unsupported = Unsupported.ERROR
+) -> list[Layer]:
+    """The layers of `search_layers`."""
+    return search_layers(model, names, unsupported).layers
+
+
+def search_layers(
+    model: nn.Module, names: Sequence[str] | None = None, unsupported: Unsupported = Unsupported.ERROR
+) -> LayerSearch:
+    """The layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
+
+    Args:
+        model: The network; its trainable parameters decide (``requires_grad``).
+        names: Only these modules, or single blocks of them; None means every module with trainable parameters.
+        unsupported: What happens to trainable parameters that cannot have a block.
+
+    Raises:
+        ValueError: If a name is unknown, twice, or without trainable parameters, or nothing is left.
+        NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
+    """
+    owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+    if names is None and not owners:
+        raise ValueError(
+            "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
+            "estimate. Set requires_grad_(True) on the layers that are to get a block."
+        )
+    found, refusals = _layers_of(owners)
+    if names is not None:
+        found, refusals = _selected(model, owners, found, refusals, names)
+    if refusals and unsupported is Unsupported.ERROR:
+        raise NotImplementedError(_refusal_message(owners, refusals))
+    if not found:
+        raise NotImplementedError(_refusal_message(owners, refusals))
+    return LayerSearch(found, _left_out(model, found, refusals, names is not None))
+
+
+def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str]]:
+    """Layers of all supported modules, and the reasons for all others, by module name."""
+    refusals: dict[str, str] = {}
+    supported: dict[str, nn.Module] = {}
+    for name, module in owners.items():
+        reason = _refusal(module)
+        if reason is None:
+            supported[name] = module
+        else:
+            refusals[name] = reason
+    layers: list[Layer] = []
+    for members in _tied(supported):
+        if len(members) == 1:
+            layers += _made(*members[0])
+            continue
+        reason = _refusal_of_tie(members)
+        if reason is not None:
+            refusals.update({name: reason for name, _ in members})
+            continue
+        # An embedding that is also an output layer is a table first: no Kronecker factors.
+        first = next((m for m in members if isinstance(m[1], nn.Embedding)), members[0])
+        layers += _made(*first, also=[module for _, module in members if module is not first[1]])
+    order = {id(module): i for i, module in enumerate(owners.values())}
+    layers.sort(key=lambda layer: min(order[id(m)] for m in layer.modules))
+    return layers, refusals
+
+
+def _made(name: str, module: nn.Module, also: Sequence[nn.Module] = ()) -> list[Layer]:
+    family = _family_of(module)
+    assert family is not None
+    layers = _FAMILIES[family].make(name, module, also)
+    for slot, layer in enumerate(layers):
+        layer.slot = slot
+    return layers
+
+
+def _family_of(module: nn.Module) -> type[nn.Module] | None:
+    return next((family for family in _FAMILIES if isinstance(module, family)), None)
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why the module cannot have a block, or None."""
+    family = _family_of(module)
+    own = dict(module.named_parameters(recurse=False))
+    trainable = {key for key, p in own.items() if p.requires_grad}
+    if family is None:
+        return f"this layer type is not supported; its parameters: {', '.join(sorted(trainable))}"
+    if type(module).forward is not family.forward or "forward" in vars(module):
+        return f"it overrides {family.__name__}.forward, so its gradient is unknown"
+    if not _FAMILIES[family].only_weight_and_bias:
+        if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):
+            return f"either all of its parameters must be trainable or none; only {sorted(trainable)} are"
+    elif "weight" not in trainable or not trainable <= {"weight", "bias"}:
+        return (
+            f"its trainable parameters must be the weight, with or without the bias; they are {sorted(trainable)} "
+            "(if that is weight_norm or the like, bake it in: torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return _FAMILIES[family].refusal(module)
+
+
+def _tied(modules: dict[str, nn.Module]) -> list[list[tuple[str, nn.Module]]]:
+    """Modules in groups that share a parameter."""
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, module in modules.items():
+        mine = {id(p) for p in module.parameters(recurse=False)}
+        related = [g for g in groups if any(mine & {id(p) for p in m.parameters(recurse=False)} for _, m in g)]
+        merged = [member for g in related for member in g] + [(name, module)]
+        groups = [g for g in groups if g not in related] + [merged]
+    return groups
+
+
+def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
+    names = [name for name, _ in members]
+    sets = [{id(p) for p in module.parameters(recurse=False)} for _, module in members]
+    if any(s != sets[0] for s in sets):
+        return f"{names} share some of their parameters but not all; only modules that share all of them are supported"
+    kinds = {_family_of(module) for _, module in members}
+    if len(kinds) > 1 and kinds != {nn.Linear, nn.Embedding}:
+        return f"{names} share parameters but are of different types"
+    if kinds <= {nn.Conv1d, nn.Conv2d, nn.Conv3d} and len({_geometry(module) for _, module in members}) > 1:
+        return f"{names} share a weight but not stride, padding and dilation"
+    if any(_FAMILIES[kind].forward is not None for kind in kinds if kind is not None):
+        return f"{names} share parameters, which is not supported for this layer type"
+    return None
+
+
+def _geometry(module: Any) -> tuple[Any, ...]:
+    return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+
+
+def _selected(
+    model: nn.Module,
+    owners: dict[str, nn.Module],
+    found: list[Layer],
+    refusals: dict[str, str],
+    names: Sequence[str],
+) -> tuple[list[Layer], dict[str, str]]:
+    if isinstance(names, str):
+        raise ValueError(f"layers must be a list of module names, got the string {names!r}; use [{names!r}].")
+    names = list(names)
+    if not names:
+        raise ValueError(f"layers is empty; name at least one of {list(owners)}, or leave it out for all.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"layers: a name stands there twice in {names}.")
+    known = dict(model.named_modules())
+    blocks = {layer.name for layer in found}
+    for name in names:
+        if name in blocks or name in owners:
+            continue
+        if name not in known:
+            raise ValueError(f"layers: the model has no module {name!r}; with trainable parameters are {list(owners)}.")
+        raise ValueError(
+            f"layers: module {name!r} ({type(known[name]).__name__}) has no trainable parameters of its own; "
+            f"those that have are {list(owners)}."
+        )
+    wanted = {id(owners[name]) for name in names if name in owners}
+    layers = [layer for layer in found if layer.name in names or any(id(m) in wanted for m in layer.modules)]
+    return layers, {name: reason for name, reason in refusals.items() if name in names}
+
+
+def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> str:
+    lines = [
+        f"  {name or '(the model itself)'} ({type(owners[name]).__name__}): {why}" for name, why in refusals.items()
+    ]
+    return (
+        "no block for\n"
+        + "\n".join(lines)
+        + f"\nSupported: {', '.join(family.__name__ for family in _FAMILIES)}. The ways out: leave the module out with "
+        "layers=[...] (names of the modules that get a block), freeze it with module.requires_grad_(False), or ask for "
+        'unsupported="fixed". Its parameters then stay at their trained values.'
+    )
+
+
+def _left_out(model: nn.Module, layers: list[Layer], refusals: dict[str, str], selected: bool) -> list[LeftOut]:
+    covered = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False) if p.requires_grad}
+    rows = []
+    for name, module in model.named_modules():
+        rest = [p for p in module.parameters(recurse=False) if id(p) not in covered]
+        why = refusals.get(name, "left out by layers=" if selected else "no block")
+        for trainable, reason in ((False, "frozen: requires_grad is False"), (True, why)):
+            count = sum(p.numel() for p in rest if p.requires_grad is trainable)
+            if count:
+                rows.append(LeftOut(name, type(module).__name__, count, reason))
+    return rows

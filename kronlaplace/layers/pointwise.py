@@ -1,0 +1,173 @@
+"""Layers whose parameters do not mix features: normalisations, embeddings. They get diagonal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronlaplace.layers.base import Layer
+
+__all__ = ["EmbeddingLayer", "NormalizationLayer", "embedding_refusal"]
+
+
+class NormalizationLayer(Layer):
+    """Scale and shift of a normalisation layer: ``W̄ = [weight bias]``, one row per feature, shape ``(features, 2)``."""
+
+    factors = False
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: Mapping[str, nn.Parameter],
+        bias: Mapping[str, nn.Parameter],
+        also: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__(name, module, {**weight, **bias}, also)
+        self._bias = bool(bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.weight.numel(), 1 + self._bias
+
+    def matrix(self) -> Tensor:
+        return torch.stack([p.detach().flatten() for p in self.parameters.values()], dim=1)
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        shape = self.module.weight.shape
+        return {name: matrices[..., i].unflatten(-1, shape) for i, name in enumerate(self.parameters)}
+
+    @property
+    def _trailing(self) -> int:
+        """Number of axes at the end that the features are on; 0 if they are on axis 1."""
+        return len(self.module.normalized_shape) if hasattr(self.module, "normalized_shape") else 0
+
+    def example_axes(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(range(x.ndim - self._trailing)) if self._trailing else (0,)
+
+    def input_shape(self) -> str:
+        return f"(examples, ..., {', '.join(map(str, self.module.weight.shape))})"
+
+    def is_input(self, x: Tensor) -> bool:
+        return x.ndim > max(1, self._trailing)
+
+    def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
+        return grad[0].numel() // self.shape[0]
+
+    def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        g = self._by_feature(grad)
+        columns = [(g * self._by_feature(self._normalised(x.to(grad.dtype)))).sum(1)]
+        if self._bias:
+            columns.append(g.sum(1))
+        return torch.stack(columns, dim=-1).unsqueeze(0)
+
+    def _by_feature(self, values: Tensor) -> Tensor:
+        """As ``(N, T, features)``."""
+        values = values.to(self.dtype)
+        if self._trailing:
+            return values.flatten(-self._trailing).reshape(len(values), -1, self.shape[0])
+        return values.flatten(2).mT if values.ndim > 2 else values.unsqueeze(1)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """The input as it is before scale and shift."""
+        module = self.module
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            use_input = not module.track_running_stats
+            return F.instance_norm(x, module.running_mean, module.running_var, None, None, use_input, 0.0, module.eps)
+        return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+
+
+class EmbeddingLayer(Layer):
+    """An embedding: ``W̄`` is its table, shape ``(tokens, features)``, and ``X`` has the rows of an example's tokens.
+
+    The table may also be the weight of a linear layer without bias (tied input and output embeddings): calls with
+    integer inputs are look-ups, calls with floating-point inputs are products.
+    """
+
+    factors = False
+
+    def __init__(
+        self, name: str, module: nn.Module, weight: Mapping[str, nn.Parameter], also: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__(name, module, weight, also)
+
+    @property
+    def _table(self) -> nn.Parameter:
+        return next(iter(self.parameters.values()))
+
+    @property
+    def _padding_index(self) -> int | None:
+        embedding: Any = next(m for m in self.modules if isinstance(m, nn.Embedding))
+        return embedding.padding_idx
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        q, p = self._table.shape
+        return q, p
+
+    def matrix(self) -> Tensor:
+        return self._table.detach().clone()
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        return {self.parameter_names[0]: matrices}
+
+    def example_axes(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(range(x.ndim - x.is_floating_point()))
+
+    def input_shape(self) -> str:
+        return "(examples, ...)"
+
+    def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
+        return grad[0, ..., 0].numel()
+
+    def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        g = grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype)
+        if x.is_floating_point():
+            return (g.mT @ x.reshape(len(x), -1, x.shape[-1]).to(self.dtype)).unsqueeze(0)
+        index, g = self._look_ups(x, g)
+        result = g.new_zeros(1, len(x), *self.shape)
+        result[0].scatter_add_(1, index.unsqueeze(2).expand_as(g), g)
+        return result
+
+    def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
+        """Sorted by example and token, gradients of one token in one example are summed before they are squared."""
+        if any(x.is_floating_point() for x, _ in calls):
+            return False
+        looked_up = [self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype)) for x, grad in calls]
+        index = torch.cat([index for index, _ in looked_up], dim=1)
+        g = torch.cat([g for _, g in looked_up], dim=1)
+        token, order = index.sort(dim=1)
+        g = g.take_along_dim(order.unsqueeze(2), dim=1).flatten(0, 1)
+        starts = torch.ones_like(token, dtype=torch.bool)
+        starts[:, 1:] = token[:, 1:] != token[:, :-1]
+        segment = starts.flatten().cumsum(0) - 1
+        # As many sums as there are look-ups would be the most; those that are left over stay zero.
+        sums = torch.zeros_like(g).index_add_(0, segment, g)
+        owner = torch.zeros_like(segment).scatter_(0, segment, token.flatten())
+        out.index_add_(0, owner, sums.square())
+        return True
+
+    def _look_ups(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        index = x.reshape(len(x), -1)
+        if self._padding_index is not None:
+            g = g.masked_fill((index == self._padding_index).unsqueeze(2), 0)
+        return index, g
+
+
+def embedding_refusal(module: Any) -> str | None:
+    """Why this module cannot have a block, or None."""
+    if module.max_norm is not None:
+        return "max_norm changes the weights in every forward pass"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq scales gradients by what else is in the batch"
+    return None

@@ -1,0 +1,170 @@
+"""Recurrent layers: time steps are the positions, ``a_t = (x_t, h_{t−1}, 1)`` (coordinate-free K-FAC, Eq. 4.7).
+
+torch computes them in one fused call, in which nothing can be observed. While a pass is recorded the module runs
+written out instead, the same formulas step by step: the outputs are equal up to rounding.
+
+`nn.RNN` and `nn.LSTM` have one block ``[W_ih W_hh b]`` per layer and direction. Their two biases act through their sum
+only, so ``b`` is the sum. In a GRU input and hidden state meet behind a gate, so ``[W_ih b_ih]`` and ``[W_hh b_hh]`` see
+different gradients and have a block each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronlaplace.layers.base import Layer, LinearLayer
+
+__all__ = ["recurrent_forward", "recurrent_layers", "recurrent_refusal"]
+
+Record = Callable[[int, Tensor, Tensor], None]
+"""Takes the number of one of the module's blocks, its input and its output (or a zero added to it), examples first."""
+
+State = tuple[Tensor, ...]
+
+
+def recurrent_refusal(module: Any) -> str | None:
+    """Why this module cannot have a block, or None."""
+    if getattr(module, "proj_size", 0):
+        return f"projections are not supported (proj_size={module.proj_size})"
+    return None
+
+
+def recurrent_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> list[Layer]:
+    """The blocks of a recurrent module or cell."""
+    prefix = f"{name}." if name else ""
+    cell = isinstance(module, nn.RNNCellBase)
+    suffixes = [""] if cell else [f"_{suffix}" for suffix in _suffixes(module)]
+    layers: list[Layer] = []
+    for suffix in suffixes:
+        named = {key: getattr(module, key + suffix) for key in ("weight_ih", "weight_hh")}
+        weights = {f"{prefix}{key}{suffix}": value for key, value in named.items()}
+        biases = {}
+        if module.bias:
+            biases = {f"{prefix}{key}{suffix}": getattr(module, key + suffix) for key in ("bias_ih", "bias_hh")}
+        if isinstance(module, (nn.GRU, nn.GRUCell)):
+            for i, part in enumerate(("ih", "hh")):
+                layers.append(
+                    LinearLayer(
+                        f"{prefix}{part}{suffix}",
+                        module,
+                        dict([list(weights.items())[i]]),
+                        dict(list(biases.items())[i : i + 1]),
+                        also=also,
+                    )
+                )
+            continue
+        several = len(suffixes) > 1
+        block = f"{prefix}{suffix.removeprefix('_')}" if several else name
+        first, second = dict(list(biases.items())[:1]), dict(list(biases.items())[1:])
+        layers.append(LinearLayer(block, module, weights, first, second, also=also))
+    return layers
+
+
+def recurrent_forward(module: Any, record: Record, *args: Any, **kwargs: Any) -> Any:
+    """The module's forward pass, written out, with its blocks (as `recurrent_layers` orders them) reporting.
+
+    Raises:
+        NotImplementedError: For inputs that are packed or not in batches.
+    """
+    x, hx = _arguments(*args, **kwargs)
+    if isinstance(module, nn.RNNCellBase):
+        if x.ndim != 2:
+            raise NotImplementedError("cells need inputs of shape (examples, features).")
+        state = _initial(module, hx, x)
+        steps, state = _run(module, "", 0, record, x.unsqueeze(1), state)
+        return state if isinstance(module, nn.LSTMCell) else state[0]
+    if not isinstance(x, Tensor):
+        raise NotImplementedError(
+            "packed sequences are not supported: pad them, or leave the layer out with layers=[...] or freeze it."
+        )
+    if x.ndim != 3:
+        raise NotImplementedError("recurrent layers need batches, inputs with three axes; add one with x[None].")
+    x = x if module.batch_first else x.transpose(0, 1)
+    directions = 2 if module.bidirectional else 1
+    n_states = 2 if isinstance(module, nn.LSTM) else 1
+    if hx is None:
+        zero = x.new_zeros(module.num_layers * directions, len(x), module.hidden_size, dtype=module.weight_ih_l0.dtype)
+        hx = (zero,) * n_states
+    elif isinstance(hx, Tensor):
+        hx = (hx,)
+    per_step = 2 if isinstance(module, nn.GRU) else 1
+    finals: list[State] = []
+    for i in range(module.num_layers):
+        outputs = []
+        for d in range(directions):
+            index = i * directions + d
+            suffix = f"_l{i}{'_reverse' if d else ''}"
+            steps, final = _run(
+                module, suffix, index * per_step, record, x.flip(1) if d else x, tuple(state[index] for state in hx)
+            )
+            outputs.append(steps.flip(1) if d else steps)
+            finals.append(final)
+        x = torch.cat(outputs, dim=2) if directions == 2 else outputs[0]
+    last = tuple(torch.stack(states) for states in zip(*finals, strict=True))
+    return x if module.batch_first else x.transpose(0, 1), last if isinstance(module, nn.LSTM) else last[0]
+
+
+def _run(module: Any, suffix: str, block: int, record: Record, x: Tensor, state: State) -> tuple[Tensor, State]:
+    """One layer in one direction over ``x`` of shape ``(N, T, features)``; ``block`` is the first of its blocks."""
+    weights = [getattr(module, f"weight_{part}{suffix}") for part in ("ih", "hh")]
+    biases = [getattr(module, f"bias_{part}{suffix}") if module.bias else None for part in ("ih", "hh")]
+    from_input = F.linear(x, weights[0], biases[0])
+    gru = isinstance(module, (nn.GRU, nn.GRUCell))
+    # The gradient at a zero that is added to the pre-activations of all steps is theirs, stacked.
+    probe = torch.zeros_like(from_input).requires_grad_() if gru else None
+    step = _gru if gru else _lstm if isinstance(module, (nn.LSTM, nn.LSTMCell)) else _ACTIVATIONS[module.nonlinearity]
+    hidden, outputs = [], []
+    for t in range(x.shape[1]):
+        hidden.append(state[0])
+        from_hidden = F.linear(state[0], weights[1], biases[1])
+        if probe is not None:
+            from_hidden = from_hidden + probe[:, t]
+        state = step(from_input[:, t], from_hidden, state)
+        outputs.append(state[0])
+    before = torch.stack(hidden, dim=1)
+    if probe is not None:
+        record(block, x, from_input)
+        record(block + 1, before, probe)
+    else:
+        record(block, torch.cat([x, before], dim=2), from_input)
+    return torch.stack(outputs, dim=1), state
+
+
+def _lstm(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    i, f, g, o = (from_input + from_hidden).chunk(4, dim=1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = from_input.chunk(3, dim=1), from_hidden.chunk(3, dim=1)
+    z = torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h)
+    return ((1 - z) * n + z * state[0],)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
+    "tanh": lambda from_input, from_hidden, state: (torch.tanh(from_input + from_hidden),),
+    "relu": lambda from_input, from_hidden, state: (torch.relu(from_input + from_hidden),),
+}
+
+
+def _arguments(input: Any, hx: Any = None) -> tuple[Any, Any]:
+    return input, hx
+
+
+def _initial(module: Any, hx: Any, x: Tensor) -> State:
+    if hx is None:
+        zero = x.new_zeros(len(x), module.hidden_size, dtype=module.weight_ih.dtype)
+        return (zero, zero) if isinstance(module, nn.LSTMCell) else (zero,)
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def _suffixes(module: Any) -> list[str]:
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    return [f"l{i}{direction}" for i in range(module.num_layers) for direction in directions]
