@@ -205,7 +205,17 @@ class Recorder:
         self._report(layer, x, output, module, axis, fold)
         return None
 
-    def _report(self, layer: Layer, x: Tensor, output: Tensor, module: nn.Module, axis: int = 0, fold: int = 1) -> None:
+    def _report(
+        self,
+        layer: Layer,
+        x: Tensor,
+        output: Tensor,
+        module: nn.Module,
+        axis: int = 0,
+        fold: int = 1,
+        *,
+        is_source: bool = False,
+    ) -> None:
         """Keep the input, and have the extension run when the gradient of the output is there."""
         if not output.requires_grad:
             raise RuntimeError(
@@ -215,7 +225,7 @@ class Recorder:
         calls = self._calls[layer.name]
         index = len(calls)
         calls.append(Call(x.detach().movedim(axis, 0), fold))
-        if not x.requires_grad:
+        if is_source or not x.requires_grad:
             self._sources.append(get_gradient_edge(output))
         hand_on = partial(self._take, layer, index, axis)
         output.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
@@ -228,19 +238,17 @@ class Recorder:
         else:
             self._receive(Calls(layer, self._calls[layer.name]), [grad])
 
-    def _report_block(
-        self, layers: Mapping[int, Layer], module: nn.Module, slot: int, x: Tensor, output: Tensor
-    ) -> None:
+    def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
-        if slot not in layers or self._shapes is not None:
+        if self._shapes is not None:
             return
         if len(x) != self._n_examples:
             raise _UnknownAxisError(
-                f"layer {layers[slot].name!r} ran on {len(x)} sequences in a batch of {self._n_examples} examples. Keep the "
+                f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {self._n_examples} examples. Keep the "
                 f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
                 "with layers=[...]."
             )
-        self._report(layers[slot], x, output, module)
+        self._report(layer, x, output, module, is_source=True)
 
     def _example_axis(self, layer: Layer, x: Tensor) -> tuple[int | None, int]:
         """On which axis the examples are (None: the input is the same for all), and how many rows there are for each."""
@@ -304,6 +312,22 @@ class Recorder:
             self._shapes = None
 
 
+class _BlockReport:
+    """What a module that runs written out reports to."""
+
+    def __init__(self, recorder: Recorder, module: nn.Module, layers: Mapping[int, Layer]) -> None:
+        self._recorder = recorder
+        self._module = module
+        self._layers = layers
+
+    def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
+        if slot in self._layers:
+            self._recorder._report_block(self._layers[slot], self._module, x, output)
+
+    def probe(self, slot: int, zeros: Tensor) -> Tensor:
+        return zeros.requires_grad_() if slot in self._layers else zeros
+
+
 class _Axes:
     """Where the examples are: the axis of the inputs, and for every call of every layer the axis and the fold."""
 
@@ -338,7 +362,7 @@ def recording(model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> I
                 # Also where only a child is wanted: attention calls its output projection as a function.
                 if any(m in blocks for m in module.modules()):
                     replaced.append(module)
-                    module.forward = partial(forward, module, partial(recorder._report_block, mine, module))
+                    module.forward = partial(forward, module, _BlockReport(recorder, module, mine))
             elif mine:
                 hook = partial(recorder._observe, mine[0])
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -354,10 +378,8 @@ def recording(model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> I
 
 
 def _ordinary(inputs: Inputs) -> Inputs:
-    """Inputs that autograd can keep."""
-    if any(t.is_inference() for t in tensors_of(inputs)):
-        return inputs.map(lambda t: t.clone() if t.is_inference() else t)
-    return inputs
+    """Inputs that autograd can keep, without a graph of their own."""
+    return inputs.map(lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Eigen", "eigendecompose"]
+__all__ = ["Eigen", "eigendecompose", "eigendecompose_symmetric"]
 
 
 class Eigen(NamedTuple):
-    """``M = Q diag(d) Qᵀ`` of a positive semidefinite matrix: ``d`` ascending, shape ``(n,)``, ``Q`` ``(n, n)``."""
+    """``M = Q diag(d) Qᵀ`` of a symmetric matrix: ``d`` ascending, shape ``(n,)``, ``Q`` ``(n, n)``."""
 
     values: Tensor
     vectors: Tensor
@@ -22,9 +22,17 @@ class Eigen(NamedTuple):
 def eigendecompose(matrices: Mapping[str, Tensor]) -> dict[str, Eigen]:
     """Eigendecompositions of named positive semidefinite matrices.
 
-    The matrices are symmetrised first and decomposed in float64, equal shapes in one batched call; eigenvalues below
-    zero by rounding become zero. The results have the dtype of the matrices. If a decomposition fails on an
-    accelerator, it is tried once more on the CPU.
+    As `eigendecompose_symmetric`; eigenvalues below zero by rounding become zero.
+    """
+    parts = eigendecompose_symmetric(matrices)
+    return {name: Eigen(part.values.clamp_min(0), part.vectors) for name, part in parts.items()}
+
+
+def eigendecompose_symmetric(matrices: Mapping[str, Tensor]) -> dict[str, Eigen]:
+    """Eigendecompositions of named symmetric matrices.
+
+    The matrices are symmetrised first and decomposed in float64, equal shapes in one batched call. The results have the
+    dtype of the matrices. If a decomposition fails on an accelerator, it is tried once more on the CPU.
 
     Args:
         matrices: Square matrices by name; the names are for the errors.
@@ -41,7 +49,7 @@ def eigendecompose(matrices: Mapping[str, Tensor]) -> dict[str, Eigen]:
     for (_, dtype, device), names in groups.items():
         stack = torch.stack([matrices[name] for name in names])
         values, vectors = _eigh((stack + stack.mT) / 2, names)
-        values, vectors = values.clamp_min(0).to(device, dtype), vectors.to(device, dtype)
+        values, vectors = values.to(device, dtype), vectors.to(device, dtype)
         result.update({name: Eigen(values[i], vectors[i]) for i, name in enumerate(names)})
     return {name: result[name] for name in matrices}
 

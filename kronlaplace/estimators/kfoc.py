@@ -24,7 +24,7 @@ from kronlaplace.estimators.moments import (
     squeezed,
     zeros,
 )
-from kronlaplace.estimators.power import Items, compress, leading_pair, nearest_psd
+from kronlaplace.estimators.power import Items, best_of_krylov, compress, leading_pair, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.options import choice, positive_integer, positive_number, seed_number
@@ -76,7 +76,9 @@ class KFOC(Estimator):
     """
 
     name: ClassVar[str] = "kfoc"
-    constants: ClassVar[frozenset[str]] = frozenset({"previous activation", "previous gradient"})
+    constants: ClassVar[frozenset[str]] = frozenset(
+        f"{which} {key}" for which in ("older", "previous", "length") for key in ("activation", "gradient")
+    )
     aggregation: Aggregation | str = Aggregation.SWEEPS
     rank: int = 1
     sweeps: int = 2
@@ -159,7 +161,15 @@ class KFOC(Estimator):
     def next_pass(self, state: State, layer: Layer, weight: float) -> State:
         result: State = zeros(layer)
         for key in ("activation", "gradient"):
+            older = state.get(f"previous {key}")
+            if older is None:
+                size = result[key].shape[-1]
+                older = torch.eye(size, dtype=layer.dtype, device=layer.device).expand_as(result[key]) / size**0.5
+            # The first pass had the identity on the other side, not the identity of unit norm.
+            norm = 1.0 if "previous gradient" in state else _other_size(layer, key) ** 0.5
+            result[f"older {key}"] = older
             result[f"previous {key}"] = _unit(state[key])
+            result[f"length {key}"] = frobenius(state[key]) / (weight * norm)
         return result
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
@@ -173,19 +183,20 @@ class KFOC(Estimator):
         else:
             best = compress(state["gradient terms"], state["activation terms"], rank=1)
             gradient, activation = best[0][0], best[1][0]
-        gradient, activation = nearest_psd(gradient, layer.name), nearest_psd(activation, layer.name)
+        gradient, activation = made_psd(gradient, layer.name), made_psd(activation, layer.name)
         return KroneckerBlock(squeezed(gradient / weight), squeezed(activation), name=layer.name)
 
     def _finish_sweeps(self, state: State, layer: Layer, weight: float) -> Block:
         if "previous activation" not in state:
             return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
-        # Two half steps, from the previous G to a new A and from the previous A to a new G. The product of the new one
-        # with the one that it came from has the scale that is best for it; the longer one captures more.
-        new = state["activation"], state["gradient"]
-        takes_activation = frobenius(new[0]) >= frobenius(new[1])
-        activation = torch.where(takes_activation, new[0], state["previous activation"])
-        gradient = torch.where(takes_activation, state["previous gradient"], new[1])
-        return KroneckerBlock(squeezed(gradient), squeezed(activation / weight), name=layer.name)
+        new = {key: state[key] / weight for key in ("activation", "gradient")}
+        activations, gradients = (
+            [state[f"older {key}"], state[f"previous {key}"], _unit(new[key])] for key in ("activation", "gradient")
+        )
+        lengths = [state["length activation"], state["length gradient"], *(frobenius(new[key]) for key in new)]
+        gradient, activation = best_of_krylov(gradients, activations, *(length.double() for length in lengths))
+        gradient, activation = made_psd(gradient, layer.name), made_psd(activation, layer.name)
+        return KroneckerBlock(squeezed(gradient), squeezed(activation), name=layer.name)
 
     def _append(self, state: dict[str, Any], gradient: Tensor, activation: Tensor) -> None:
         """Add Kronecker products, shape ``(r, K, ·, ·)``, to the running sum and cut it to ``rank`` terms."""
@@ -214,6 +225,12 @@ def _items(calls: Calls, grads: Sequence[Tensor]) -> Items:
     return Items.of_weight_gradients(
         torch.cat([part.weight_gradients(part_grads) for part, part_grads in calls.parts(grads)], dim=1)
     )
+
+
+def _other_size(layer: Layer, key: str) -> int:
+    """Size of the factor that is not ``key``'s."""
+    q, p = layer.shape
+    return q // layer.groups if key == "activation" else p
 
 
 def _unit(matrices: Tensor) -> Tensor:

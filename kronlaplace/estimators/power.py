@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, trace
-from kronlaplace.linalg import eigendecompose
+from kronlaplace.linalg import eigendecompose_symmetric
 
-__all__ = ["Items", "compress", "leading_pair", "nearest_psd"]
+__all__ = ["Items", "best_of_krylov", "compress", "leading_pair", "made_psd"]
 
 
 class Items:
@@ -220,10 +220,80 @@ def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * root.unsqueeze(1), inverse.unsqueeze(2) * vectors.mT
 
 
-def nearest_psd(matrices: Tensor, name: str) -> Tensor:
-    """The nearest positive semidefinite matrices, shape ``(K, n, n)``."""
-    parts = eigendecompose({f"a factor of layer {name!r}{' ' * k}": m for k, m in enumerate(matrices)})
-    return torch.stack([(e.vectors * e.values) @ e.vectors.T for e in parts.values()])
+def best_of_krylov(
+    gradients: Sequence[Tensor],
+    activations: Sequence[Tensor],
+    length_activation: Tensor,
+    length_gradient: Tensor,
+    new_length_activation: Tensor,
+    new_length_gradient: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The best pair in the span of three successive iterates, from what two passes have seen of the operator ``R``.
+
+    With unit iterates ``u_0, u_1, u_2`` (activations) and ``v_0, v_1, v_2`` (gradients), a pass gives ``R u_i = l v_{i+1}``
+    and ``Rᵀ v_i = l' u_{i+1}``. So all entries ``v_iᵀ R u_j`` are known but that of the two newest; of the part of it that
+    the others do not imply we take the least in norm, zero. The leading singular pair of that 3x3 matrix is nearer to the
+    operator's than the newest iterates are.
+
+    Args:
+        gradients: ``v_0, v_1, v_2``, shape ``(K, q/K, q/K)``.
+        activations: ``u_0, u_1, u_2``, shape ``(K, p, p)``.
+        length_activation: ``|Rᵀ v_0|``, shape ``(K, 1, 1)``, float64.
+        length_gradient: ``|R u_0|``.
+        new_length_activation: ``|Rᵀ v_1|``.
+        new_length_gradient: ``|R u_1|``.
+
+    Returns:
+        ``G`` with the scale, and ``A`` of unit norm.
+    """
+    u, v = (torch.stack([m.flatten(1) for m in some], dim=1).double() for some in (activations, gradients))
+    gram_u, gram_v = u @ u.mT, v @ v.mT
+    known = torch.zeros_like(gram_u)
+    known[:, :, 0] = length_gradient[:, 0] * gram_v[:, :, 1]
+    known[:, :, 1] = new_length_gradient[:, 0] * gram_v[:, :, 2]
+    known[:, 0, 2] = length_activation[:, 0, 0] * gram_u[:, 1, 2]
+    known[:, 1, 2] = new_length_activation[:, 0, 0]
+    tolerance = torch.finfo(activations[0].dtype).eps ** (1 / 3)
+    to_u, to_v = _orthonormal(gram_u, tolerance), _orthonormal(gram_v, tolerance)
+    inner = to_v @ known @ to_u.mT
+    inner[:, 2, 2] = 0
+    left, values, right = torch.linalg.svd(inner)
+    activation = _combination(right[:, 0], to_u, activations)
+    gradient = _combination(left[:, :, 0], to_v, gradients) * values[:, :1, None].to(gradients[0].dtype)
+    sign = torch.sign(trace(activation)).view(-1, 1, 1)
+    return gradient * sign, activation * sign
+
+
+def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
+    """Coefficients that make three unit vectors with this Gram matrix orthonormal, ``(K, 3, 3)``, in the order 1, 0, 2.
+
+    The last row is of the newest vector. Where it is hardly a new direction, rounding would be blown up: rows shorter than
+    the tolerance fade out (smoothly, so that nothing hangs on which side of a threshold rounding puts it).
+    """
+    rows: list[Tensor] = []
+    for index in (1, 0, 2):
+        row = torch.zeros_like(gram[:, 0])
+        row[:, index] = 1
+        for earlier in rows:
+            row = row - earlier * torch.einsum("ki,kij,kj->k", earlier, gram, row).unsqueeze(1)
+        square = torch.einsum("ki,kij,kj->k", row, gram, row).clamp_min(0).unsqueeze(1)
+        floor = tolerance**4 if rows else torch.finfo(square.dtype).tiny
+        rows.append(row * square**1.5 / (square.square() + floor))
+    return torch.stack(rows, dim=1)
+
+
+def _combination(inner: Tensor, basis: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    coefficients = (inner.unsqueeze(1) @ basis).squeeze(1).to(matrices[0].dtype)  # (K, 3)
+    return torch.einsum("ki,ikab->kab", coefficients, torch.stack(list(matrices)))
+
+
+def made_psd(matrices: Tensor, name: str) -> Tensor:
+    """Symmetric matrices ``(K, n, n)`` with their eigenvalues below zero, which are small, reflected.
+
+    Cut off, they would leave eigenvectors of zero that are arbitrary, and `EKFAC` takes the eigenvectors.
+    """
+    parts = eigendecompose_symmetric({f"a factor of layer {name!r}{' ' * k}": m for k, m in enumerate(matrices)})
+    return torch.stack([(e.vectors * e.values.abs()) @ e.vectors.T for e in parts.values()])
 
 
 def _norm(matrices: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ their own. The output projection is a block of its own, a plain linear layer. Al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.layers.base import Layer, LinearLayer
+from kronlaplace.layers.base import Layer, LinearLayer, Report
 
 __all__ = ["attention_forward", "attention_layers", "attention_refusal"]
 
@@ -64,7 +64,7 @@ def attention_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> 
 
 def attention_forward(
     module: Any,
-    record: Callable[[int, Tensor, Tensor], None],
+    report: Report,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -85,7 +85,7 @@ def attention_forward(
     size = module.embed_dim
     longest = max(x.shape[1] for x in inputs)
     # The gradient at a zero that is added to the projections is theirs, padded to one length.
-    probe = query.new_zeros(len(inputs[0]), longest, 3, size).requires_grad_()
+    probe = report.probe(0, query.new_zeros(len(inputs[0]), longest, 3, size))
     weights = module.in_proj_weight.chunk(3)
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
@@ -93,7 +93,7 @@ def attention_forward(
         for i, (x, w, b) in enumerate(zip(inputs, weights, biases, strict=True))
     )
     padded = [F.pad(F.pad(x, (0, 1), value=1.0), (0, 0, 0, longest - x.shape[1])) for x in inputs]
-    record(0, torch.stack(padded, dim=2), probe)
+    report(0, torch.stack(padded, dim=2), probe)
     # torch's own attention between projections that are the identity: multiplying by it is exact.
     identity = torch.eye(size, dtype=query.dtype, device=query.device)
     attended, attention = F.multi_head_attention_forward(

@@ -18,16 +18,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "LinearLayer"]
+__all__ = ["Layer", "LinearLayer", "Report", "Sums"]
 
 Sums = dict[str, Tensor]
 """Named sums over examples; they add up over batches, key by key."""
+
+
+class Report(Protocol):
+    """How a module that runs written out tells of its blocks; ``slot`` is the number of the block in the module."""
+
+    def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
+        """Report one call: its input, and its output or the `probe` that was added to it, examples first."""
+
+    def probe(self, slot: int, zeros: Tensor) -> Tensor:
+        """The zeros, ready to be added to an output whose gradient is wanted: the gradient at them is the output's."""
 
 
 class Layer(ABC):

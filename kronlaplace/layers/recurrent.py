@@ -17,12 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.layers.base import Layer, LinearLayer
+from kronlaplace.layers.base import Layer, LinearLayer, Report
 
 __all__ = ["recurrent_forward", "recurrent_layers", "recurrent_refusal"]
-
-Record = Callable[[int, Tensor, Tensor], None]
-"""Takes the number of one of the module's blocks, its input and its output (or a zero added to it), examples first."""
 
 State = tuple[Tensor, ...]
 
@@ -65,7 +62,7 @@ def recurrent_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> 
     return layers
 
 
-def recurrent_forward(module: Any, record: Record, *args: Any, **kwargs: Any) -> Any:
+def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) -> Any:
     """The module's forward pass, written out, with its blocks (as `recurrent_layers` orders them) reporting.
 
     Raises:
@@ -76,7 +73,7 @@ def recurrent_forward(module: Any, record: Record, *args: Any, **kwargs: Any) ->
         if x.ndim != 2:
             raise NotImplementedError("cells need inputs of shape (examples, features).")
         state = _initial(module, hx, x)
-        steps, state = _run(module, "", 0, record, x.unsqueeze(1), state)
+        steps, state = _run(module, "", 0, report, x.unsqueeze(1), state)
         return state if isinstance(module, nn.LSTMCell) else state[0]
     if not isinstance(x, Tensor):
         raise NotImplementedError(
@@ -100,7 +97,7 @@ def recurrent_forward(module: Any, record: Record, *args: Any, **kwargs: Any) ->
             index = i * directions + d
             suffix = f"_l{i}{'_reverse' if d else ''}"
             steps, final = _run(
-                module, suffix, index * per_step, record, x.flip(1) if d else x, tuple(state[index] for state in hx)
+                module, suffix, index * per_step, report, x.flip(1) if d else x, tuple(state[index] for state in hx)
             )
             outputs.append(steps.flip(1) if d else steps)
             finals.append(final)
@@ -109,14 +106,14 @@ def recurrent_forward(module: Any, record: Record, *args: Any, **kwargs: Any) ->
     return x if module.batch_first else x.transpose(0, 1), last if isinstance(module, nn.LSTM) else last[0]
 
 
-def _run(module: Any, suffix: str, block: int, record: Record, x: Tensor, state: State) -> tuple[Tensor, State]:
+def _run(module: Any, suffix: str, block: int, report: Report, x: Tensor, state: State) -> tuple[Tensor, State]:
     """One layer in one direction over ``x`` of shape ``(N, T, features)``; ``block`` is the first of its blocks."""
     weights = [getattr(module, f"weight_{part}{suffix}") for part in ("ih", "hh")]
     biases = [getattr(module, f"bias_{part}{suffix}") if module.bias else None for part in ("ih", "hh")]
     from_input = F.linear(x, weights[0], biases[0])
     gru = isinstance(module, (nn.GRU, nn.GRUCell))
     # The gradient at a zero that is added to the pre-activations of all steps is theirs, stacked.
-    probe = torch.zeros_like(from_input).requires_grad_() if gru else None
+    probe = report.probe(block + 1, torch.zeros_like(from_input)) if gru else None
     step = _gru if gru else _lstm if isinstance(module, (nn.LSTM, nn.LSTMCell)) else _ACTIVATIONS[module.nonlinearity]
     hidden, outputs = [], []
     for t in range(x.shape[1]):
@@ -128,10 +125,10 @@ def _run(module: Any, suffix: str, block: int, record: Record, x: Tensor, state:
         outputs.append(state[0])
     before = torch.stack(hidden, dim=1)
     if probe is not None:
-        record(block, x, from_input)
-        record(block + 1, before, probe)
+        report(block, x, from_input)
+        report(block + 1, before, probe)
     else:
-        record(block, torch.cat([x, before], dim=2), from_input)
+        report(block, torch.cat([x, before], dim=2), from_input)
     return torch.stack(outputs, dim=1), state
 
 
