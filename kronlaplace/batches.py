@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 __all__ = [
     "Batch",
+    "all_finite",
     "DeferredChecks",
     "Inputs",
     "device_of",
@@ -138,6 +139,13 @@ class DeferredChecks:
         if broken:
             index, message = min(broken)
             raise ValueError(f"batch {index}: {message}")
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no value is NaN or infinite, as a boolean 0-dim tensor, in one pass over them."""
+    if values.dtype in (torch.float32, torch.float16, torch.bfloat16) and values.device.type in ("cpu", "cuda"):
+        return torch.isfinite(values.sum(dtype=torch.float64))  # cannot overflow
+    return torch.isfinite(values).all()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.accumulation import Accumulation
-from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state, tensors_of
+from kronlaplace.batches import (
+    Batch,
+    DeferredChecks,
+    all_finite,
+    device_of,
+    iterate,
+    preserved_random_state,
+    tensors_of,
+)
 from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
@@ -119,7 +127,7 @@ def estimate_fisher(
             for batch in iterate(data, device, progress=progress, description=description):
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
-                        checks.require(torch.isfinite(t).all(), batch, "the inputs contain NaN or infinite values.")
+                        checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
                 outputs = recorder.forward(batch.inputs)
                 detached = outputs.detach()
                 _check_batch(likelihood, detached, batch, checks, sampling)
@@ -167,7 +175,7 @@ def _check_batch(
 ) -> None:
     """Check one batch's outputs and targets."""
     message = "the network's outputs are NaN or infinite on finite inputs; did the training diverge?"
-    checks.require(torch.isfinite(outputs).all(), batch, message)
+    checks.require(all_finite(outputs), batch, message)
     if batch.targets is None and sampling is Sampling.EMPIRICAL:
         raise ValueError(f'batch {batch.index}: sampling="empirical" needs (inputs, targets) batches.')
     try:

@@ -67,7 +67,9 @@ class KFOC(Estimator):
         rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible.
         sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
         max_iter: Most steps of the power iteration of a batch (of all data in ``"full"``).
-        tol: It stops when the relative residual of the singular pair is smaller (``tol²`` in ``"full"``).
+        tol: Relative error of the factors at which it stops (in single precision it may stop at some 1e-4, where the
+            captured norm has converged to rounding). In ``"full"``, the ground truth, it goes on until the relative
+            residual of the singular pair is below ``tol²``.
         init: Where it starts.
         seed: Seed of ``init="normal"``.
 
@@ -177,7 +179,7 @@ class KFOC(Estimator):
             return self._finish_sweeps(state, layer, weight)
         if self.aggregation is Aggregation.FULL:
             items = Items.joined(state["items"], same_inputs=False)
-            gradient, activation = leading_pair(items, self._start(items), self.max_iter, self.tol**2)
+            gradient, activation = leading_pair(items, self._start(items), self.max_iter, self.tol**2, to_rounding=True)
         elif self.aggregation is Aggregation.APPROX:
             gradient, activation = state["gradient"] / state["batches"], state["activation"]
         else:

@@ -96,6 +96,36 @@ class Items:
         left, right = u[:, :, :1] * s[:, None, :1], vh[:, :1]
         return left @ left.mT, right.mT @ right
 
+    def by_weights(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+        """The pair by power iteration on the weights of the examples, where that is the cheaper space.
+
+        With weights used once, all iterates are ``Σ_n α_n a_n a_nᵀ`` and ``Σ_n β_n g_n g_nᵀ``, and the maps are
+        ``α = K_g β``, ``β = K_a α`` with the squared inner products of the examples: two small matrices. It goes on to
+        rounding, which costs next to nothing.
+        """
+        if self._x is not None or self._a.shape[2] > 1:
+            return None
+        (groups, n, _, p), q = self._a.shape, self._g.shape[3]
+        directions = self._g.shape[1] // n
+        if n**2 * (p + directions**2 * q) > 3 * n * (p**2 + directions * q**2):
+            return None
+        a, g = self._a[:, :, 0], self._g[:, :, 0]
+        by_input = (a @ a.mT).square_()
+        by_gradient = (g @ g.mT).square_().view(groups, directions, n, directions, n).sum((1, 3))
+        beta = torch.diagonal(by_input, dim1=1, dim2=2).sqrt().unsqueeze(2)  # from A = I
+        tolerance = 4 * torch.finfo(a.dtype).eps
+        alpha = beta
+        for _ in range(max_iter):
+            alpha = by_gradient @ beta
+            alpha = alpha / torch.linalg.vector_norm(alpha, dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+            new = by_input @ alpha
+            change = torch.linalg.vector_norm(new - beta, dim=1) - tolerance * torch.linalg.vector_norm(new, dim=1)
+            beta = new
+            if bool((change <= 0).all()):
+                break
+        activation = (a * alpha).mT @ a
+        return (g * beta.repeat(1, directions, 1)).mT @ g / _norm(activation) / _norm(activation), activation
+
     def to_gradient(self, activation: Tensor) -> Tensor:
         """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
         if self._x is not None:
@@ -120,63 +150,87 @@ class Items:
         return self._a.flatten(1, 2).mT @ mixed.flatten(1, 2)
 
 
-def leading_pair(items: Items, start: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
+def leading_pair(
+    items: Items, start: Tensor, max_iter: int, tol: float, *, to_rounding: bool = False
+) -> tuple[Tensor, Tensor]:
     """The best ``G ⊗ A`` for the sum over all items: ``A`` of unit Frobenius norm, ``G`` with the scale.
 
     The power iteration (K-FOC Algorithm 1), with the best combination of all iterates taken instead of the last one
-    (Golub and Kahan's bidiagonalisation): the same limit, reached in fewer steps. Each step waits for the device once,
+    (Golub and Kahan's bidiagonalisation): the same limit, reached in fewer steps. It waits for the device in every step,
     to see whether it is over.
 
     Args:
         items: The items.
         start: Where ``A`` starts, shape ``(K, p, p)``.
-        max_iter: Most steps.
-        tol: Relative residual at which it stops.
+        max_iter: Most steps. One step is an evaluation of both maps.
+        tol: Relative error of the factors at which it stops. The error is seen in what more steps would still add to the
+            captured norm, by extrapolation of what the last ones gained: that is its square. In single precision it
+            stops too where the square is lost in the rounding of the norm.
+        to_rounding: Go on until the residual ``|Rᵀ v − σ u|`` is below ``tol · σ`` instead.
     """
-    direct = items.rank_one()
+    rounding = 4 * torch.finfo(start.dtype).eps
+    loss = 0.0 if to_rounding else tol**2
+    if 0 < loss < rounding:  # in double precision the residual tells the factors' error from there on
+        loss = 0.0 if start.dtype == torch.float64 else rounding
+    direct = items.rank_one() or items.by_weights(max_iter)
     if direct is not None:
         gradient, activation = direct
         norm = _norm(activation)
         return gradient * norm, activation / norm
-    u = start / _norm(start)
-    v = items.to_gradient(u)
-    alpha = frobenius(v)
-    v = v / alpha.clamp_min(torch.finfo(v.dtype).tiny)
-    us, vs, alphas = [u], [v], [alpha]
-    betas: list[Tensor] = []
-    coefficients, value = _leading(alphas, betas)
-    for _ in range(max_iter - 1 if max_iter > 1 else 0):
-        w = _orthogonal(items.to_activation(vs[-1]), us)
-        beta = frobenius(w)
-        if bool((beta * coefficients[:, -1:, None].abs() <= tol * value).all()):
+    tiny = torch.finfo(start.dtype).tiny
+    us = [start / _norm(start)]
+    vs: list[Tensor] = []
+    ws: list[Tensor] = []
+    captured: list[Tensor] = []
+    matrix = start.new_zeros(len(start), 0, 0, dtype=torch.float64)  # R u_j = Σ_i matrix[i, j] v_i
+    for step in range(max_iter):
+        z = items.to_gradient(us[-1])
+        inner = [(z * v).sum((1, 2)) for v in vs]
+        z = _orthogonal(z, vs)
+        inner.append(frobenius(z)[:, 0, 0])
+        matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+        matrix[:, :, -1] = torch.stack(inner, dim=1).double()
+        vs.append(z / inner[-1].clamp_min(tiny).view(-1, 1, 1))
+        left, value, right = _leading_vectors(matrix)
+        captured.append(value)
+        if step and _settled(captured, loss):
             break
-        us.append(w / beta.clamp_min(torch.finfo(w.dtype).tiny))
-        z = _orthogonal(items.to_gradient(us[-1]), vs)
-        alphas.append(frobenius(z))
-        betas.append(beta)
-        vs.append(z / alphas[-1].clamp_min(torch.finfo(z.dtype).tiny))
-        coefficients, value = _leading(alphas, betas)
-    # A last half step, from the gradient factor: for one iterate only it is the power iteration's.
-    gradient = torch.einsum("ki,ikab->kab", coefficients, torch.stack(vs))
-    activation = items.to_activation(gradient)
-    activation = activation * torch.sign(trace(activation)).view(-1, 1, 1)
-    activation = activation / _norm(activation)
-    return items.to_gradient(activation), activation
+        ws.append(items.to_activation(vs[-1]))
+        activation = _combination(left, ws)
+        captured.append(frobenius(activation)[:, 0, 0].double())
+        w = _orthogonal(ws[-1], us)
+        beta = frobenius(w)
+        remaining = (beta[:, 0, 0] * left[:, -1].abs()).double()
+        if bool((remaining <= tol * captured[-1]).all()) or _settled(captured, loss):
+            break
+        us.append(w / beta.clamp_min(tiny))
+    gradient = _combination(left, vs)
+    if len(ws) < len(vs):
+        activation = _combination(right, us)
+        scale = value.to(start.dtype).view(-1, 1, 1)
+    else:  # from the best v the best u for it: its length is the scale
+        scale = _norm(activation)
+        activation = activation / scale
+    sign = torch.sign(trace(activation)).view(-1, 1, 1)
+    return gradient * (scale * sign), activation * sign
 
 
-def _leading(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Leading left singular vector, ``(K, m)``, and singular value, ``(K, 1, 1)``, of the bidiagonal matrix."""
-    m = len(alphas)
-    groups = len(alphas[0])
-    # R u_1 = α_1 v_1,  R u_{i+1} = β_i v_i + α_{i+1} v_{i+1}
-    matrix = alphas[0].new_zeros(groups, m, m, dtype=torch.float64)
-    for i, alpha in enumerate(alphas):
-        matrix[:, i, i] = alpha[:, 0, 0]
-    for i, beta in enumerate(betas):
-        matrix[:, i, i + 1] = beta[:, 0, 0]
-    left, values, _ = torch.linalg.svd(matrix)
-    dtype = alphas[0].dtype
-    return left[:, :, 0].to(dtype), values[:, :1, None].to(dtype)
+def _leading_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular vectors, ``(K, m)`` each, and value, ``(K,)``, of matrices ``(K, m, m)``."""
+    if matrix.shape[1] == 1:
+        one = torch.ones_like(matrix[:, 0])
+        return one, matrix[:, 0, 0], one
+    left, values, right = torch.linalg.svd(matrix)
+    return left[:, :, 0], values[:, 0], right[:, 0]
+
+
+def _settled(captured: list[Tensor], loss: float) -> bool:
+    """Whether the gains of the last half steps, continued as a geometric series, come to less than ``loss``."""
+    if len(captured) < 3 or not loss:
+        return False
+    before, last = captured[-2] - captured[-3], captured[-1] - captured[-2]
+    ratio = (last / before.clamp_min(torch.finfo(last.dtype).tiny)).clamp(0, 0.95)
+    return bool((last.clamp_min(0) * ratio / (1 - ratio) <= loss * captured[-1]).all())
 
 
 def _orthogonal(w: Tensor, basis: list[Tensor]) -> Tensor:
@@ -197,6 +251,8 @@ def compress(gradients: Tensor, activations: Tensor, rank: int) -> tuple[Tensor,
     Returns:
         Terms of the same shapes, ``m = rank``; the first is the best one, with activation factors of unit norm.
     """
+    if len(gradients) == 2 and rank == 1:
+        return _best_of_two(gradients, activations)
     left, left_inverse = _root_of_gram(gradients)
     right, right_inverse = _root_of_gram(activations)
     p, s, qh = torch.linalg.svd(left.mT @ right)
@@ -207,6 +263,26 @@ def compress(gradients: Tensor, activations: Tensor, rank: int) -> tuple[Tensor,
     signs = torch.sign(trace(new_activations))[..., None, None]
     signs = torch.where(signs == 0, torch.ones_like(signs), signs)
     return new_gradients * signs, new_activations * signs
+
+
+def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
+    """`compress` from two positive semidefinite terms to one, in closed form.
+
+    For ``u = Σ c_i A_i`` the map ``Rᵀ R`` is ``c ↦ K_G K_A c`` with the Gram matrices, which have no negative entries.
+    """
+    gram_g, gram_a = (
+        torch.einsum("ikab,jkab->kij", some, some).double().clamp_min(0) for some in (gradients, activations)
+    )
+    m = gram_g @ gram_a
+    half = (m[:, 0, 0] - m[:, 1, 1]) / 2
+    root = torch.sqrt(half.square() + m[:, 0, 1] * m[:, 1, 0])
+    # (λ − m_11, m_10) and (m_01, λ − m_00) are both eigenvectors, or zero; their sum is one.
+    c = torch.stack([half + root + m[:, 0, 1], root - half + m[:, 1, 0]], dim=1)
+    c = c / c.sum(1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
+    activation = _combination(c, list(activations))
+    inner = (gram_a @ c.unsqueeze(2))[:, :, 0]  # <A_i, u>
+    norm = _norm(activation)
+    return (_combination(inner, list(gradients)) / norm).unsqueeze(0), (activation / norm).unsqueeze(0)
 
 
 def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +334,8 @@ def best_of_krylov(
     inner = to_v @ known @ to_u.mT
     inner[:, 2, 2] = 0
     left, values, right = torch.linalg.svd(inner)
-    activation = _combination(right[:, 0], to_u, activations)
-    gradient = _combination(left[:, :, 0], to_v, gradients) * values[:, :1, None].to(gradients[0].dtype)
+    activation = _combination((right[:, :1] @ to_u)[:, 0], activations)
+    gradient = _combination((left[:, None, :, 0] @ to_v)[:, 0], gradients) * values[:, :1, None].to(gradients[0].dtype)
     sign = torch.sign(trace(activation)).view(-1, 1, 1)
     return gradient * sign, activation * sign
 
@@ -282,9 +358,13 @@ def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _combination(inner: Tensor, basis: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    coefficients = (inner.unsqueeze(1) @ basis).squeeze(1).to(matrices[0].dtype)  # (K, 3)
-    return torch.einsum("ki,ikab->kab", coefficients, torch.stack(list(matrices)))
+def _combination(coefficients: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``Σ_i c_i M_i`` for coefficients ``(K, m)`` and ``m`` matrices ``(K, ·, ·)``."""
+    weights = coefficients.to(matrices[0].dtype).unsqueeze(2).unsqueeze(3)
+    total = weights[:, 0] * matrices[0]
+    for i in range(1, len(matrices)):
+        total = total + weights[:, i] * matrices[i]
+    return total
 
 
 def made_psd(matrices: Tensor, name: str) -> Tensor:

@@ -132,6 +132,12 @@ class Layer(ABC):
             grad: The gradient at its output, examples first.
         """
 
+    def temporaries(self, x: Tensor, grad: Tensor) -> int:
+        """How many numbers it takes to work with ``a``, ``g`` and ``X`` of a call."""
+        (q, p), groups = self.shape, self.groups
+        rows = grad.numel() // max(q // groups, 1)  # N·T·K
+        return (rows * p if self.factors else 0) + len(x) * q * p
+
     def activations(self, x: Tensor) -> Tensor:
         """``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
         raise NotImplementedError(type(self).__name__)

@@ -12,7 +12,7 @@ from kronlaplace.layers.base import Layer, Sums
 
 __all__ = ["Call", "Calls"]
 
-_SMALL = 2**18
+_SMALL = 2**20
 """Numbers that a temporary may always hold."""
 
 
@@ -102,17 +102,13 @@ class Calls:
             out += part.weight_gradients(part_grads).square_().sum(1).view_as(out)
 
     def parts(self, grads: Sequence[Tensor]) -> Iterator[tuple[Calls, list[Tensor]]]:
-        """The same a few examples at a time, so that ``a``, ``g`` and ``X`` of a part are no larger than what the whole
-        batch has in inputs and outputs anyway.
+        """The same a few examples at a time, so that what is made of a part (``a``, ``g`` or ``X``) is no larger than what
+        the whole batch has in inputs and outputs anyway.
         """
         layer, n = self.layer, self.n_examples
-        q, p = layer.shape
-        held = sum(call.x.numel() + grad.numel() for call, grad in zip(self.calls, grads, strict=True))
-        if layer.factors:
-            rows = sum(g.numel() for g in grads) // max(q // layer.groups, 1)  # N·T·K
-            needed = rows * p + n * q * p
-        else:
-            needed = n * q * p
+        pairs = [(call.x, grad) for call, grad in zip(self.calls, grads, strict=True)]
+        held = sum(x.numel() + grad.numel() for x, grad in pairs)
+        needed = sum(layer.temporaries(x, grad) for x, grad in pairs)
         count = max(1, min(n, n * max(held, _SMALL) // max(needed, 1)))
         if count >= n:
             yield self, list(grads)

@@ -99,31 +99,48 @@ class ConvolutionLayer(Layer):
         out = convolve(self.padded(x), weight, offset, self.module.stride, 0, self.module.dilation, self.groups)
         return out.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
 
+    @property
+    def _unfolds_rows_only(self) -> bool:
+        """Whether `weight_gradients` can do without whole patches."""
+        return (
+            self._n_dims == 2 and self.groups == 1 and self.module.stride[0] == 1 and self.module.kernel_size != (1, 1)
+        )
+
+    def temporaries(self, x: Tensor, grad: Tensor) -> int:
+        q, p = self.shape
+        if not self._unfolds_rows_only or grad[0, 0].numel() <= q:  # few positions: patches are needed anyway
+            return super().temporaries(x, grad)
+        height = self.padded_size(x.shape[2:])[0]
+        return len(x) * (x.shape[1] * self.module.kernel_size[1] * height * grad.shape[3] + q * p)
+
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
         stride, dilation, kernel = self.module.stride, self.module.dilation, self.module.kernel_size
-        if self._n_dims != 2 or self.groups > 1 or stride[0] > 1 or kernel == (1, 1):
+        if not self._unfolds_rows_only:
             return self.gradients(grad).mT @ self.activations(x)
-        # Windows of whole rows: k_w copies of the input instead of k_h·k_w. A row of the kernel sees a contiguous part.
+        # Unfolded along rows only: k_w copies of the input instead of k_h·k_w, and a row of the kernel sees a contiguous
+        # part of them. The axis of the sum is last on both sides: faster, and hardly anything is copied.
         padded = self.padded(x).to(self.dtype)
         n, channels, height, _ = padded.shape
         rows, columns = grad.shape[2:]
         windows = padded.unfold(3, dilation[1] * (kernel[1] - 1) + 1, stride[1])[..., :: dilation[1]]
-        unfolded = windows.permute(0, 2, 3, 1, 4).reshape(n, height * columns, channels * kernel[1])
+        unfolded = windows.permute(0, 1, 4, 2, 3).reshape(n, channels * kernel[1], height * columns)
         g = grad.flatten(2).to(self.dtype)
-        parts = torch.stack(
-            [
-                torch.bmm(g, unfolded[:, i * dilation[0] * columns : (i * dilation[0] + rows) * columns])
-                for i in range(kernel[0])
-            ],
-            dim=3,
-        )  # (N, q, C·k_w, k_h)
-        x_weights = parts.unflatten(2, (channels, kernel[1])).transpose(3, 4).flatten(2)
+        q, p = self.shape
+        result = torch.empty(n, q, p, dtype=self.dtype, device=x.device)
+        taps = result[..., : p - self.bias].unflatten(2, (channels, *kernel))
+        for i in range(kernel[0]):
+            seen = unfolded[..., i * dilation[0] * columns : (i * dilation[0] + rows) * columns]
+            taps[:, :, :, i] = torch.bmm(g, seen.mT).unflatten(2, (channels, kernel[1]))
         if self.bias:
-            x_weights = torch.cat([x_weights, g.sum(2, keepdim=True)], dim=2)
-        return x_weights.unsqueeze(0)
+            result[..., -1] = g.sum(2)
+        return result.unsqueeze(0)
 
     def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
         n = len(grad)
+        g = grad.flatten(2).unflatten(1, (self.groups, -1)).to(out.dtype)  # (n, K, q/K, T)
+        if g.shape[2] <= g.shape[3]:  # products by example take no more memory than the gradient, and no copy of it
+            out += (g @ g.mT).sum(0)
+            return
         # As (q, n·T), one matrix product for many examples; an eighth of the batch at a time keeps the copy small.
         for part in grad.flatten(2).split(max(1, n // 8)):
             g = part.transpose(0, 1).reshape(self.groups, -1, len(part) * part.shape[2]).to(out.dtype)
