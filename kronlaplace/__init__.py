@@ -10,7 +10,10 @@ The public names are those below; DESIGN in the docs explains the conventions.
 from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
+from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.coverage import Coverage, CoverageRow
+from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
@@ -29,12 +32,17 @@ from kronlaplace.links import Link
 
 __all__ = [
     "estimate_fisher",
+    "relative_error",
+    "RelativeError",
     "KroneckerFisher",
     "Block",
     "KroneckerBlock",
     "EigenBlock",
     "DiagonalBlock",
     "DenseBlock",
+    "Coverage",
+    "CoverageRow",
+    "Accumulation",
     "Estimator",
     "KFAC",
     "SUA",

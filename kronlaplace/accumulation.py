@@ -27,7 +27,10 @@ class Accumulation:
     """
 
     def __init__(self, estimator: Estimator, layers: Sequence[Layer], ema_decay: float | None = None) -> None:
+        self.layers = list(layers)
         self._layers = {layer.name: layer for layer in layers}
+        self.passes = estimator.passes
+        """How many times the data must be seen."""
         self.estimators = {
             layer.name: estimator if layer.factors or estimator.for_any_layer else Diagonal() for layer in layers
         }
@@ -75,6 +78,10 @@ class Accumulation:
                 self._states[name] = estimator.next_pass(self._states[name], self._layers[name], self.weight)
         self._pass += 1
         self.weight = 0.0
+
+    def state(self, name: str) -> State:
+        """What has been accumulated for a layer."""
+        return self._states[name]
 
     def finish(self) -> dict[str, Block]:
         """The blocks; the accumulation is used up."""

@@ -24,13 +24,13 @@ from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.estimators import Estimator, resolve_estimator
-from kronlaplace.fingerprint import fingerprint
+from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
-from kronlaplace.layers import LayerSearch, Unsupported, search_layers
+from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
 
-__all__ = ["estimate_fisher"]
+__all__ = ["accumulate", "check_belongs", "estimate_fisher"]
 
 
 def estimate_fisher(
@@ -98,62 +98,25 @@ def estimate_fisher(
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, or be None for a plain mean; got {ema_decay!r}.")
     check_model(model)
-    device = device_of(model)
     search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
-    accumulation = Accumulation(estimator, search.layers, ema_decay)
-    if estimator.passes > 1 and isinstance(data, Iterator):
-        raise TypeError(
-            f"{estimator} makes {estimator.passes} passes over the data, but an iterator can be read only once. Give a "
-            "DataLoader or a list."
-        )
     if sampling is Sampling.EMPIRICAL:
         warnings.warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
             'where the network fits its data. Use "mc" or "exact" unless you mean it.',
             stacklevel=2,
         )
-
-    n_examples = 0
-    statistics: Tensor | None = None
-    checks = DeferredChecks()
-    with preserved_random_state(device), recording(model, search.layers, accumulation.add_gradients) as recorder:
-        for i in range(estimator.passes):
-            if i:
-                accumulation.next_pass()
-            description = (
-                f"Fisher ({estimator.name}{f', pass {i + 1} of {estimator.passes}' if estimator.passes > 1 else ''})"
-            )
-            seen = 0
-            for batch in iterate(data, device, progress=progress, description=description):
-                for t in tensors_of(batch.inputs):
-                    if t.is_floating_point():
-                        checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
-                outputs = recorder.forward(batch.inputs)
-                detached = outputs.detach()
-                _check_batch(likelihood, detached, batch, checks, sampling)
-                if i == 0:
-                    if batch.index and (batch.targets is None) != (statistics is None):
-                        raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
-                    if batch.targets is not None:
-                        new = likelihood.statistics(detached, batch.targets)
-                        statistics = new if statistics is None else statistics + new
-                calls = recorder.calls
-                accumulation.begin_batch(calls)
-                n_directions = likelihood.n_directions(detached, sampling, mc_samples, batch.targets)
-                directions = likelihood.directions(
-                    detached,
-                    sampling,
-                    mc_samples=mc_samples,
-                    targets=batch.targets,
-                    generator=_generator(seed, batch.index, device),
-                )
-                for v, direction in enumerate(directions, start=1):
-                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
-                accumulation.end_batch(calls, len(outputs))
-                seen += len(outputs)
-                del outputs, calls
-            n_examples = n_examples or seen
-    checks.settle()
+    accumulation = Accumulation(estimator, search.layers, ema_decay)
+    n_examples, statistics = accumulate(
+        model,
+        data,
+        likelihood,
+        accumulation,
+        sampling=sampling,
+        mc_samples=mc_samples,
+        seed=seed,
+        progress=progress,
+        description=f"Fisher ({estimator.name})",
+    )
 
     blocks = accumulation.finish()
     metadata = FisherMetadata(
@@ -168,6 +131,73 @@ def estimate_fisher(
         passes=estimator.passes,
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
+
+
+def accumulate(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood,
+    accumulation: Accumulation,
+    *,
+    sampling: Sampling,
+    mc_samples: int,
+    seed: int,
+    progress: bool,
+    description: str,
+) -> tuple[int, Tensor | None]:
+    """Show an accumulation the data, as often as its estimator needs.
+
+    Returns:
+        The number of examples, and the sufficient statistics of their log-likelihood (None without targets).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
+    """
+    passes = accumulation.passes
+    if passes > 1 and isinstance(data, Iterator):
+        raise TypeError(
+            f"this estimator makes {passes} passes over the data, but an iterator can be read only once. Give a "
+            "DataLoader or a list."
+        )
+    device = device_of(model)
+    n_examples = 0
+    statistics: Tensor | None = None
+    checks = DeferredChecks()
+    with preserved_random_state(device), recording(model, accumulation.layers, accumulation.add_gradients) as recorder:
+        for i in range(passes):
+            if i:
+                accumulation.next_pass()
+            which = f", pass {i + 1} of {passes}" if passes > 1 else ""
+            for batch in iterate(data, device, progress=progress, description=description + which):
+                for t in tensors_of(batch.inputs):
+                    if t.is_floating_point():
+                        checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
+                outputs = recorder.forward(batch.inputs)
+                detached = outputs.detach()
+                _check_batch(likelihood, detached, batch, checks, sampling)
+                if i == 0:
+                    if batch.index and (batch.targets is None) != (statistics is None):
+                        raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
+                    if batch.targets is not None:
+                        new = likelihood.statistics(detached, batch.targets)
+                        statistics = new if statistics is None else statistics + new
+                    n_examples += len(outputs)
+                calls = recorder.calls
+                accumulation.begin_batch(calls)
+                n_directions = likelihood.n_directions(detached, sampling, mc_samples, batch.targets)
+                directions = likelihood.directions(
+                    detached,
+                    sampling,
+                    mc_samples=mc_samples,
+                    targets=batch.targets,
+                    generator=_generator(seed, batch.index, device),
+                )
+                for v, direction in enumerate(directions, start=1):
+                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
+                accumulation.end_batch(calls, len(outputs))
+                del outputs, calls
+    checks.settle()
+    return n_examples, statistics
 
 
 def _check_batch(
@@ -187,6 +217,36 @@ def _check_batch(
         if str(error).startswith(f"batch {batch.index}:"):
             raise
         raise ValueError(f"batch {batch.index}: {error}") from None
+
+
+def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str) -> None:
+    """Check that a Fisher is of these layers of this network, at the network's present weights.
+
+    Args:
+        fisher: The Fisher.
+        layers: The layers that it should have.
+        model: The network.
+        what: What the Fisher is of, to begin the error with.
+        made: How it came about, "estimated" or "fitted".
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
+    names = [layer.name for layer in layers]
+    if list(fisher) != names:
+        raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
+    for layer in layers:
+        if fisher.metadata.parameters[layer.name] != layer.parameter_names or fisher[layer.name].shape != layer.shape:
+            raise ValueError(
+                f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
+                f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
+            )
+    changed = difference(fisher.metadata.weights, fingerprint(model))
+    if changed is not None:
+        raise ValueError(
+            f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
+            f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
+        )
 
 
 def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], estimators: dict[str, str]) -> Coverage:

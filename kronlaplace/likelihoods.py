@@ -198,6 +198,14 @@ class Likelihood(ABC):
     def sample_mean(self, outputs: Tensor) -> Tensor:
         """Mean of the targets given outputs: probabilities in classification, the predicted means in regression."""
 
+    def noise_variance(self, outputs: Tensor) -> Tensor | None:
+        """Variance of the observation noise given outputs, in regression; None where predictions are probabilities.
+
+        Raises:
+            NotImplementedError: If the likelihood has no noise model.
+        """
+        return None
+
     @property
     def links(self) -> tuple[Link, ...]:
         """The links that `predictive` offers; none if the predictive needs no link."""
@@ -502,11 +510,20 @@ class Gaussian(Likelihood):
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return outputs
 
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        return outputs.new_tensor(self.noise_std**2)
+
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Prediction:
         """Mean, function variance and noise; closed form."""
         return Prediction(mean, variance_of(covariance), mean.new_tensor(self.noise_std**2))
+
+
+_NO_NOISE = (
+    "Euclidean has no noise model, so it predicts no distribution of the targets. Use "
+    "kl.Gaussian(noise_std=...), which has the same metric divided by noise_std², for predictions."
+)
 
 
 @dataclass(frozen=True)
@@ -545,6 +562,9 @@ class Euclidean(Likelihood):
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return outputs
 
+    def noise_variance(self, outputs: Tensor) -> NoReturn:
+        raise NotImplementedError(_NO_NOISE)
+
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> NoReturn:
@@ -553,10 +573,7 @@ class Euclidean(Likelihood):
         Raises:
             NotImplementedError: Always, with the way out.
         """
-        raise NotImplementedError(
-            "Euclidean has no noise model, so it predicts no distribution of the targets. Use "
-            "kl.Gaussian(noise_std=...), which has the same metric divided by noise_std², for predictions."
-        )
+        raise NotImplementedError(_NO_NOISE)
 
 
 @dataclass(frozen=True)
@@ -621,6 +638,9 @@ class HeteroscedasticGaussian(Likelihood):
     def sample_mean(self, outputs: Tensor) -> Tensor:
         """The predicted means, shape ``(N, C)``."""
         return outputs.chunk(2, dim=1)[0]
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        return outputs.chunk(2, dim=1)[1].exp()
 
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None

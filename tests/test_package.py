@@ -62,6 +62,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "estimators",
         "accumulation",
         "fisher",
+        "error",
         "laplace",
         "metrics",
         "demo",

@@ -16,14 +16,14 @@ from kronlaplace.batches import device_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, resolve_estimator
-from kronlaplace.fingerprint import WeightsGuard, difference, fingerprint
-from kronlaplace.fisher import estimate_fisher
+from kronlaplace.fingerprint import WeightsGuard
+from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, PriorStructure, maximise, noise_rescaling
 from kronlaplace.laplace.predictive import functional_covariance
-from kronlaplace.layers import Layer, Unsupported, find_layers
-from kronlaplace.likelihoods import Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
+from kronlaplace.layers import Unsupported, find_layers
+from kronlaplace.likelihoods import Euclidean, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import choice, positive_integer, seed_number
 from kronlaplace.serialization import load_tensors, save_tensors
@@ -177,7 +177,7 @@ class KronLaplace:
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-            _check_same_network(fisher, self._layers, self.model, "the fisher", "estimated")
+            check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
         self._adopt(fisher)
         return self
 
@@ -404,7 +404,7 @@ class KronLaplace:
                     f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
                     f"layers are {known}."
                 )
-        _check_same_network(fisher, find_layers(model, list(fisher)), model, str(path), "fitted")
+        check_belongs(fisher, find_layers(model, list(fisher)), model, str(path), "fitted")
         posterior = cls(
             model,
             Likelihood.from_metadata(values["likelihood"]),
@@ -423,6 +423,10 @@ class KronLaplace:
 
     def _evidence(self) -> Evidence:
         fisher = self.fisher
+        if isinstance(self.likelihood, Euclidean):
+            raise NotImplementedError(
+                "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
+            )
         if fisher.statistics is None:
             raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
         fisher.decompose()
@@ -476,19 +480,22 @@ class KronLaplace:
 
     def _predict_by_sampling(self, x: Tensor, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
         x = self._checked(x)
-        average = scatter = torch.zeros((), device=x.device)
+        average = scatter = noise = torch.zeros((), device=x.device)
         with torch.no_grad():
             for i in range(n_samples):
                 parameters = {name: draw[0] for name, draw in self._draw(1, generator).items()}
-                mean = self.likelihood.sample_mean(functional_call(self.model, parameters, (x,)))
+                outputs = functional_call(self.model, parameters, (x,))
+                mean = self.likelihood.sample_mean(outputs)
                 # Welford's update: a difference of two large sums would lose a small variance to rounding.
                 deviation = mean - average
                 average = average + deviation / (i + 1)
                 scatter = scatter + deviation * (mean - average)
-        if not isinstance(self.likelihood, Gaussian):
+                variance = self.likelihood.noise_variance(outputs)
+                if variance is not None:
+                    noise = noise + (variance - noise) / (i + 1)
+        if variance is None:
             return average
-        variance = scatter / max(n_samples - 1, 1)
-        return Prediction(average, variance, average.new_tensor(self.likelihood.noise_std**2))
+        return Prediction(average, scatter / max(n_samples - 1, 1), noise)
 
 
 def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device: torch.device) -> Tensor:
@@ -503,27 +510,6 @@ def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device
     if not ((precision > 0) & torch.isfinite(precision)).all():
         raise ValueError(f"prior_precision must be positive and finite, got {precision.detach().tolist()}.")
     return precision
-
-
-def _check_same_network(
-    fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str
-) -> None:
-    """Refuse a Fisher whose blocks are not those of ``layers`` or that is of other weights, naming the first mismatch."""
-    names = [layer.name for layer in layers]
-    if list(fisher) != names:
-        raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
-    for layer in layers:
-        if fisher.metadata.parameters[layer.name] != layer.parameter_names or fisher[layer.name].shape != layer.shape:
-            raise ValueError(
-                f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
-                f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
-            )
-    changed = difference(fisher.metadata.weights, fingerprint(model))
-    if changed is not None:
-        raise ValueError(
-            f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
-            f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
-        )
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
