@@ -100,7 +100,7 @@ def add_row_sums(sums: dict[str, Any], calls: Calls) -> None:
 def activation_sum(x: Tensor, gradient_factor: Tensor | None) -> Tensor:
     """``Σ_n X_nᵀ G X_n`` of shape ``(K, p, p)``, for ``X`` of shape ``(K, N, q/K, p)``."""
     left = x if gradient_factor is None else gradient_factor.unsqueeze(1) @ x
-    return x.flatten(1, 2).mT @ left.flatten(1, 2)
+    return _symmetric_product(x.flatten(1, 2), left.flatten(1, 2))
 
 
 def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
@@ -124,6 +124,19 @@ def squeezed(matrices: Tensor) -> Tensor:
     return matrices[0] if len(matrices) == 1 else matrices
 
 
+def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:
+    """``uᵀ v`` for ``(K, m, d)`` where it is symmetric: a quarter of the work is saved."""
+    size = u.shape[2]
+    if size < 64:
+        return u.mT @ v
+    half = size // 2
+    result = u.new_empty(len(u), size, size)
+    result[:, :half] = u[..., :half].mT @ v
+    result[:, half:, half:] = u[..., half:].mT @ v[..., half:]
+    result[:, half:, :half] = result[:, :half, half:].mT
+    return result
+
+
 def _quadratic_form(vectors: Tensor, matrix: Tensor | None) -> Tensor:
     """``vᵀ M v`` for vectors ``(K, N, d)``: shape ``(K, N)``."""
     return (vectors * (vectors if matrix is None else vectors @ matrix)).sum(2)
@@ -132,4 +145,4 @@ def _quadratic_form(vectors: Tensor, matrix: Tensor | None) -> Tensor:
 def _mixed(u: Tensor, v: Tensor, matrix: Tensor | None) -> Tensor:
     """``Σ_n Σ_tt' (v_tᵀ M v_t') u_t u_t'ᵀ`` for ``u``, ``v`` of shape ``(K, N, T, ·)``."""
     kernel = (v if matrix is None else v @ matrix.unsqueeze(1)) @ v.mT  # (K, N, T, T)
-    return u.flatten(1, 2).mT @ (kernel @ u).flatten(1, 2)
+    return _symmetric_product(u.flatten(1, 2), (kernel @ u).flatten(1, 2))

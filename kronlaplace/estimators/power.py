@@ -107,13 +107,13 @@ class Items:
             return None
         (groups, n, _, p), q = self._a.shape, self._g.shape[3]
         directions = self._g.shape[1] // n
-        if n**2 * (p + directions**2 * q) > 3 * n * (p**2 + directions * q**2):
+        if n**2 * (p + directions**2 * q) > 6 * n * (p**2 + directions * q**2):
             return None
         a, g = self._a[:, :, 0], self._g[:, :, 0]
         by_input = (a @ a.mT).square_()
         by_gradient = (g @ g.mT).square_().view(groups, directions, n, directions, n).sum((1, 3))
         beta = torch.diagonal(by_input, dim1=1, dim2=2).sqrt().unsqueeze(2)  # from A = I
-        tolerance = 4 * torch.finfo(a.dtype).eps
+        tolerance = 8 * torch.finfo(a.dtype).eps
         alpha = beta
         for _ in range(max_iter):
             alpha = by_gradient @ beta
@@ -125,6 +125,23 @@ class Items:
                 break
         activation = (a * alpha).mT @ a
         return (g * beta.repeat(1, directions, 1)).mT @ g / _norm(activation) / _norm(activation), activation
+
+    def by_block(self) -> tuple[Tensor, Tensor] | None:
+        """The pair from the whole rearranged block, for layers with so few outputs that it costs less than a few steps."""
+        if self._x is None:
+            return None
+        groups, _, q, p = self._x.shape
+        if q > min(p, 8) or groups * (q * p) ** 2 > 2**22:
+            return None
+        flat = self._x.flatten(2)
+        block = (flat.mT @ flat).view(groups, q, p, q, p)
+        rearranged = block.transpose(2, 3).flatten(3).flatten(1, 2).double()  # (K, q², p²)
+        vectors = torch.linalg.eigh(rearranged @ rearranged.mT).eigenvectors
+        gradient = vectors[:, :, -1:]
+        activation = (rearranged.mT @ gradient).view(groups, p, p).to(flat.dtype)
+        gradient = gradient.view(groups, q, q).to(flat.dtype)
+        sign = torch.sign(trace(activation)).view(-1, 1, 1)
+        return gradient * sign, activation * sign
 
     def to_gradient(self, activation: Tensor) -> Tensor:
         """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
@@ -172,7 +189,7 @@ def leading_pair(
     loss = 0.0 if to_rounding else tol**2
     if 0 < loss < rounding:  # in double precision the residual tells the factors' error from there on
         loss = 0.0 if start.dtype == torch.float64 else rounding
-    direct = items.rank_one() or items.by_weights(max_iter)
+    direct = items.rank_one() or items.by_weights(max_iter) or items.by_block()
     if direct is not None:
         gradient, activation = direct
         norm = _norm(activation)
@@ -270,9 +287,7 @@ def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor
 
     For ``u = Σ c_i A_i`` the map ``Rᵀ R`` is ``c ↦ K_G K_A c`` with the Gram matrices, which have no negative entries.
     """
-    gram_g, gram_a = (
-        torch.einsum("ikab,jkab->kij", some, some).double().clamp_min(0) for some in (gradients, activations)
-    )
+    gram_g, gram_a = (_gram(some).clamp_min(0) for some in (gradients, activations))
     m = gram_g @ gram_a
     half = (m[:, 0, 0] - m[:, 1, 1]) / 2
     root = torch.sqrt(half.square() + m[:, 0, 1] * m[:, 1, 0])
@@ -285,10 +300,15 @@ def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor
     return (_combination(inner, list(gradients)) / norm).unsqueeze(0), (activation / norm).unsqueeze(0)
 
 
+def _gram(matrices: Tensor) -> Tensor:
+    """Inner products of ``m`` matrices ``(m, K, ·, ·)``, shape ``(K, m, m)``, float64."""
+    flat = matrices.flatten(2).transpose(0, 1)
+    return (flat @ flat.mT).double()
+
+
 def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """``L`` with ``L Lᵀ`` the Gram matrix of ``m`` matrices, and its (pseudo-)inverse, ``(K, m, m)``, float64."""
-    flat = matrices.flatten(2).transpose(0, 1)  # (K, m, ·)
-    gram = (flat @ flat.mT).double()
+    gram = _gram(matrices)
     values, vectors = torch.linalg.eigh(gram)
     floor = values[:, -1:] * torch.finfo(matrices.dtype).eps * len(matrices)
     root = values.clamp_min(0).sqrt()

@@ -55,7 +55,7 @@ class TKFAC(Estimator):
         if self.spatial is SpatialCorrelation.EXACT or once_per_example(calls, grads):
             add_pair_sums(state, calls, grads)
             return
-        for part, part_grads in calls.parts(grads):
+        for part, part_grads in calls.parts(grads, activations=True):
             a, g = part.activations().flatten(1, 2), part.gradients(part_grads).flatten(1, 2)
             for key, u, v in (("activation", a, g), ("gradient", g, a)):
                 state[key].baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)

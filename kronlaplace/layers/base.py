@@ -132,8 +132,8 @@ class Layer(ABC):
             grad: The gradient at its output, examples first.
         """
 
-    def temporaries(self, x: Tensor, grad: Tensor) -> int:
-        """How many numbers it takes to work with ``a``, ``g`` and ``X`` of a call."""
+    def temporaries(self, x: Tensor, grad: Tensor, activations: bool) -> int:
+        """How many numbers it takes to work with ``a``, ``g`` and ``X`` of a call, with ``a`` in any case or not."""
         (q, p), groups = self.shape, self.groups
         rows = grad.numel() // max(q // groups, 1)  # N·T·K
         return (rows * p if self.factors else 0) + len(x) * q * p

@@ -101,14 +101,18 @@ class Calls:
         for part, part_grads in self.parts(grads):
             out += part.weight_gradients(part_grads).square_().sum(1).view_as(out)
 
-    def parts(self, grads: Sequence[Tensor]) -> Iterator[tuple[Calls, list[Tensor]]]:
+    def parts(self, grads: Sequence[Tensor], *, activations: bool = False) -> Iterator[tuple[Calls, list[Tensor]]]:
         """The same a few examples at a time, so that what is made of a part (``a``, ``g`` or ``X``) is no larger than what
         the whole batch has in inputs and outputs anyway.
+
+        Args:
+            grads: The gradients of all calls.
+            activations: Whether ``a`` will be made in any case.
         """
         layer, n = self.layer, self.n_examples
         pairs = [(call.x, grad) for call, grad in zip(self.calls, grads, strict=True)]
         held = sum(x.numel() + grad.numel() for x, grad in pairs)
-        needed = sum(layer.temporaries(x, grad) for x, grad in pairs)
+        needed = sum(layer.temporaries(x, grad, activations) for x, grad in pairs)
         count = max(1, min(n, n * max(held, _SMALL) // max(needed, 1)))
         if count >= n:
             yield self, list(grads)

@@ -106,10 +106,10 @@ class ConvolutionLayer(Layer):
             self._n_dims == 2 and self.groups == 1 and self.module.stride[0] == 1 and self.module.kernel_size != (1, 1)
         )
 
-    def temporaries(self, x: Tensor, grad: Tensor) -> int:
+    def temporaries(self, x: Tensor, grad: Tensor, activations: bool) -> int:
         q, p = self.shape
-        if not self._unfolds_rows_only or grad[0, 0].numel() <= q:  # few positions: patches are needed anyway
-            return super().temporaries(x, grad)
+        if activations or not self._unfolds_rows_only or grad[0, 0].numel() <= q:  # few positions: patches anyway
+            return super().temporaries(x, grad, activations)
         height = self.padded_size(x.shape[2:])[0]
         return len(x) * (x.shape[1] * self.module.kernel_size[1] * height * grad.shape[3] + q * p)
 
