@@ -64,7 +64,8 @@ class KFOC(Estimator):
         aggregation: How batches are merged, see `Aggregation`. ``"sweeps"`` (the default) is within half a percent of the
             best possible after two passes over the data, needs no power iteration per batch and never waits for the
             device. ``"running"`` and ``"approx"`` are the paper's, for one pass over the data.
-        rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible.
+        rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible. A batch adds
+            its best pair, or all of its terms if they are few (examples that use the weights once).
         sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
         max_iter: Most steps of the power iteration of a batch (of all data in ``"full"``).
         tol: Relative error of the factors at which it stops (in single precision it may stop at some 1e-4, where the
@@ -129,6 +130,10 @@ class KFOC(Estimator):
             return
         items = Items.joined(state["batch"], same_inputs=True)
         state["batch"] = []
+        exact = items.terms(4 * self.rank) if self.rank > 1 else None
+        if exact is not None:
+            self._append(state, *exact)
+            return
         warm = state.get("activation terms")
         start = self._start(items) if warm is None or self.init is Initialisation.NORMAL else warm[0]
         gradient, activation = leading_pair(items, start, self.max_iter, self.tol)
@@ -151,8 +156,7 @@ class KFOC(Estimator):
             if "gradient terms" in state:
                 state["gradient terms"] = state["gradient terms"] * factor
         elif self.aggregation is Aggregation.FULL:
-            for items in state["items"]:
-                items.scale(factor)
+            state["items"] = [items.scaled(factor) for items in state["items"]]
         elif self.aggregation is Aggregation.APPROX:
             for key in ("activation", "gradient", "batches"):
                 if key in state:

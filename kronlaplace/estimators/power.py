@@ -71,11 +71,21 @@ class Items:
         """Device of the sums."""
         return self._some.device
 
-    def scale(self, factor: float) -> None:
-        """Make all items count ``factor`` times as much."""
-        if self._x is not None:
-            self._x = self._x * factor**0.5
-        self._g = self._g * factor**0.5
+    def scaled(self, factor: float) -> Items:
+        """The same, counting ``factor`` times as much."""
+        root = factor**0.5
+        return Items(self._a, self._g * root, None if self._x is None else self._x * root)
+
+    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
+        """The sum itself as Kronecker products, ``(m, K, q/K, q/K)`` and ``(m, K, p, p)``, if there are at most ``most``."""
+        if self._x is not None or self._a.shape[2] > 1 or self._a.shape[1] > most:
+            return None
+        n = self._a.shape[1]
+        a, g = self._a[:, :, 0].transpose(0, 1), self._g[:, :, 0].transpose(0, 1)
+        gradients = (g.unsqueeze(3) * g.unsqueeze(2)).unflatten(0, (-1, n)).sum(0)
+        activations = a.unsqueeze(3) * a.unsqueeze(2)
+        norms = _norm(activations)
+        return gradients * norms, activations / norms
 
     def rank_one(self) -> tuple[Tensor, Tensor] | None:
         """The pair itself, ``(G, A)``, where the sum has one term in the Kronecker space or is that of one matrix ``X``.
@@ -302,15 +312,15 @@ def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor
 
 def _gram(matrices: Tensor) -> Tensor:
     """Inner products of ``m`` matrices ``(m, K, ·, ·)``, shape ``(K, m, m)``, float64."""
-    flat = matrices.flatten(2).transpose(0, 1)
-    return (flat @ flat.mT).double()
+    flat = matrices.flatten(2).transpose(0, 1).double()
+    return flat @ flat.mT
 
 
 def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """``L`` with ``L Lᵀ`` the Gram matrix of ``m`` matrices, and its (pseudo-)inverse, ``(K, m, m)``, float64."""
     gram = _gram(matrices)
     values, vectors = torch.linalg.eigh(gram)
-    floor = values[:, -1:] * torch.finfo(matrices.dtype).eps * len(matrices)
+    floor = values[:, -1:] * torch.finfo(values.dtype).eps * len(matrices)
     root = values.clamp_min(0).sqrt()
     inverse = torch.where(values > floor, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
     return vectors * root.unsqueeze(1), inverse.unsqueeze(2) * vectors.mT
@@ -352,12 +362,25 @@ def best_of_krylov(
     tolerance = torch.finfo(activations[0].dtype).eps ** (1 / 3)
     to_u, to_v = _orthonormal(gram_u, tolerance), _orthonormal(gram_v, tolerance)
     inner = to_v @ known @ to_u.mT
-    inner[:, 2, 2] = 0
+    inner[:, 2, 2] = _completion(inner)
     left, values, right = torch.linalg.svd(inner)
     activation = _combination((right[:, :1] @ to_u)[:, 0], activations)
     gradient = _combination((left[:, None, :, 0] @ to_v)[:, 0], gradients) * values[:, :1, None].to(gradients[0].dtype)
     sign = torch.sign(trace(activation)).view(-1, 1, 1)
     return gradient * sign, activation * sign
+
+
+def _completion(inner: Tensor) -> Tensor:
+    """A guess at the last entry of matrices ``(K, 3, 3)``: the one that would leave them rank two, shrunk if it is large.
+
+    Large against the singular value it comes from dividing by little; then the least in norm, zero, is the better guess.
+    """
+    corner = inner[:, :2, :2]
+    size = torch.linalg.matrix_norm(corner, keepdim=True).clamp_min(1e-140)  # its square is a number yet
+    ridge = (0.03 * size) ** 2 * torch.eye(2, dtype=inner.dtype, device=inner.device)
+    guess = inner[:, 2:, :2] @ corner.mT @ torch.linalg.solve(corner @ corner.mT + ridge, inner[:, :2, 2:])
+    guess = guess[:, 0, 0]
+    return guess / (1 + 9 * (guess / size[:, 0, 0]) ** 2)
 
 
 def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
