@@ -23,7 +23,7 @@ from kronlaplace.batches import (
 from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
-from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
@@ -128,7 +128,7 @@ def estimate_fisher(
         parameters={layer.name: layer.parameter_names for layer in search.layers},
         weights=fingerprint(model),
         coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
-        passes=estimator.passes,
+        settings=estimator_to_metadata(estimator),
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
 

@@ -29,13 +29,13 @@ class FisherMetadata:
     Attributes:
         likelihood: The likelihood whose output metric was pulled back.
         estimator: The estimator's name.
+        settings: The estimator's name and settings, as JSON-compatible values.
         sampling: How directions were chosen.
         mc_samples: Label draws per example (``Sampling.MC`` only).
         seed: Seed of those draws.
         parameters: The parameters in each block, by layer: weight, then bias if the block contains it.
         weights: Fingerprint of all the network's parameters and buffers, by name.
         coverage: What has a block and what has none.
-        passes: How many passes over the data it took.
     """
 
     likelihood: Likelihood
@@ -46,7 +46,7 @@ class FisherMetadata:
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
-    passes: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -59,7 +59,7 @@ class FisherMetadata:
             "parameters": {name: list(names) for name, names in self.parameters.items()},
             "weights": self.weights,
             "coverage": self.coverage.to_json(),
-            "passes": self.passes,
+            "settings": self.settings,
         }
 
     @classmethod
@@ -74,7 +74,7 @@ class FisherMetadata:
             parameters={name: tuple(names) for name, names in values["parameters"].items()},
             weights=values["weights"],
             coverage=Coverage.from_json(values.get("coverage", [])),
-            passes=values.get("passes", 1),
+            settings=values.get("settings", {"name": values["estimator"]}),
         )
 
 

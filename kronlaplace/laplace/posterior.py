@@ -15,7 +15,7 @@ from torch.func import functional_call
 from kronlaplace.batches import device_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
-from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.estimators import Estimator, estimator_from_metadata, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard
 from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.inversion import DampedInverse
@@ -408,7 +408,7 @@ class KronLaplace:
         posterior = cls(
             model,
             Likelihood.from_metadata(values["likelihood"]),
-            fisher.metadata.estimator,
+            estimator_from_metadata(fisher.metadata.settings),
             prior_precision=tensors["prior_precision"],
             temperature=values["temperature"],
             layers=list(fisher),
