@@ -39,6 +39,7 @@ class Accumulation:
         }
         self._ema_decay = ema_decay
         self._pass = 1
+        self._final_weights: dict[str, float] = {}  # of layers that needed fewer passes
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
 
@@ -47,9 +48,9 @@ class Accumulation:
         if self._ema_decay is not None:
             self.weight *= self._ema_decay
         for name, state in self._states.items():
-            if self._ema_decay is not None:
-                self.estimators[name].decay(state, self._ema_decay)
             if self._wants_data(name):
+                if self._ema_decay is not None:
+                    self.estimators[name].decay(state, self._ema_decay)
                 self.estimators[name].add_inputs(state, calls[name])
 
     def add_gradients(self, calls: Calls, grads: list[Tensor]) -> None:
@@ -68,7 +69,8 @@ class Accumulation:
     def merge(self, other: Accumulation) -> None:
         """Add what another accumulation of the same estimator, layers and pass has seen."""
         for name, estimator in self.estimators.items():
-            self._states[name] = estimator.merge(self._states[name], other._states[name])
+            if self._wants_data(name):
+                self._states[name] = estimator.merge(self._states[name], other._states[name])
         self.weight += other.weight
 
     def next_pass(self) -> None:
@@ -76,6 +78,8 @@ class Accumulation:
         for name, estimator in self.estimators.items():
             if self._pass < estimator.passes:
                 self._states[name] = estimator.next_pass(self._states[name], self._layers[name], self.weight)
+            else:
+                self._final_weights.setdefault(name, self.weight)
         self._pass += 1
         self.weight = 0.0
 
@@ -86,7 +90,9 @@ class Accumulation:
     def finish(self) -> dict[str, Block]:
         """The blocks; the accumulation is used up."""
         return {
-            name: estimator.finish(self._states.pop(name), self._layers[name], self.weight)
+            name: estimator.finish(
+                self._states.pop(name), self._layers[name], self._final_weights.get(name, self.weight)
+            )
             for name, estimator in self.estimators.items()
         }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 __all__ = [
@@ -49,13 +50,41 @@ class Inputs:
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def run(self, model: nn.Module) -> Any:
-        """Call the network."""
+    def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call of the network."""
         if isinstance(self.value, Tensor):
-            return model(self.value)
+            return (self.value,), {}
         if isinstance(self.value, Mapping):
-            return model(**self.value) if _takes_keywords(model, self.value) else model(self.value)
-        return model(*self.value)
+            return ((), dict(self.value)) if _takes_keywords(model, self.value) else ((self.value,), {})
+        return tuple(self.value), {}
+
+    def run(self, model: nn.Module, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Call the network, with other values for some of its parameters if they are given.
+
+        Raises:
+            TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
+        """
+        args, kwargs = self.arguments(model)
+        outputs = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            outputs = outputs["logits"]
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model must return a tensor of outputs (or an object with a tensor `logits`), it returned "
+                f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
+            )
+        return outputs
+
+    def count(self, axis: int) -> int:
+        """Number of examples, if ``axis`` counts them."""
+        return tensors_of(self)[0].shape[axis]
+
+    def examples(self, axis: int, start: int, stop: int) -> Inputs:
+        """Some of the examples; tensors without that many entries on the axis are not cut."""
+        n = self.count(axis)
+        index = (slice(None),) * axis + (slice(start, stop),)
+        return self.map(lambda t: t[index] if t.ndim > axis and t.shape[axis] == n else t)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with every tensor changed."""
@@ -71,7 +100,7 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 def with_one_more(inputs: Inputs, axis: int) -> Inputs:
     """The inputs with their first example once more at the end."""
-    n = tensors_of(inputs)[0].shape[axis]
+    n = inputs.count(axis)
 
     def longer(t: Tensor) -> Tensor:
         if t.ndim <= axis or t.shape[axis] != n:
@@ -187,21 +216,22 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
         )
     total = len(data) if isinstance(data, Sized) else None
     seen = 0
-    for index, raw in enumerate(
-        tqdm(data, total=total, desc=description, leave=False, disable=None if progress else True)
-    ):
-        value, targets = _split(raw, index)
-        inputs = Inputs(value)
-        tensors = tensors_of(inputs)
-        if not tensors or tensors[0].numel() == 0:
-            shape = tuple(tensors[0].shape) if tensors else ()
-            raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
-        yield Batch(
-            index,
-            inputs.map(lambda t: t.to(device, non_blocking=True)),
-            None if targets is None else targets.to(device, non_blocking=True),
-        )
-        seen += 1
+    # The bar is moved by hand: given the data, tqdm.auto would ask it for an iterator twice, and workers start twice.
+    with tqdm(total=total, desc=description, leave=False, disable=None if progress else True) as bar:
+        for index, raw in enumerate(data):
+            value, targets = _split(raw, index)
+            inputs = Inputs(value)
+            tensors = tensors_of(inputs)
+            if not tensors or tensors[0].numel() == 0:
+                shape = tuple(tensors[0].shape) if tensors else ()
+                raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
+            yield Batch(
+                index,
+                inputs.map(lambda t: t.to(device, non_blocking=True)),
+                None if targets is None else targets.to(device, non_blocking=True),
+            )
+            seen += 1
+            bar.update()
     if not seen:
         raise ValueError("the data is empty: no batch came out of the loader. (An iterator can be read only once.)")
 

@@ -74,11 +74,19 @@ class Recorder:
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
+        self._copies: list[Tensor] = []
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
+        self._muted = False
         self._n_examples = 0
         self._axes: _Axes | None = None
         self._shapes: list[tuple[str, Tensor]] | None = None
+        self._input_storages: set[int] = set()
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the inputs that counts the examples."""
+        return 0 if self._axes is None else self._axes.inputs
 
     @property
     def calls(self) -> dict[str, Calls]:
@@ -102,9 +110,9 @@ class Recorder:
             try:
                 outputs = self._record(inputs)
             except _UnknownAxisError:
-                self._axes = self._look_for_axes(inputs)
+                self._axes, plain = self._look_for_axes(inputs)
                 try:
-                    outputs = self._record(inputs)
+                    outputs = self._record_with_copies(inputs, self._axes, plain)
                 except _UnknownAxisError as error:
                     raise NotImplementedError(str(error)) from None
         if outputs.ndim == 0 or len(outputs) != self._n_examples:
@@ -153,22 +161,71 @@ class Recorder:
                 "them off; leave them out with layers=[...] or freeze them."
             )
 
+    def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> dict[str, Tensor]:
+        """Gradients of all blocks' parameters along a direction as autograd has them, by block as ``W̄``; keeps the graph."""
+        parameters = [p for layer in self._layers for p in layer.parameters.values()]
+        self._muted = True
+        try:
+            grads = torch.autograd.grad(
+                outputs,
+                parameters,
+                grad_outputs=direction.reshape(outputs.shape),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        finally:
+            self._muted = False
+        filled = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
+        return {layer.name: layer.assemble({name: next(filled) for name in layer.parameters}) for layer in self._layers}
+
     def clear(self) -> None:
         """Forget the last pass."""
         self._calls = {}
         self._sources = []
+        self._copies = []
         self._grads = {}
 
     def _record(self, inputs: Inputs) -> Tensor:
         self.clear()
         self._calls = {layer.name: [] for layer in self._layers}
-        axis = 0 if self._axes is None else self._axes.inputs
-        self._n_examples = tensors_of(inputs)[0].shape[axis]
+        self._n_examples = inputs.count(self.input_axis)
+        self._input_storages = {t.untyped_storage().data_ptr() for t in tensors_of(inputs)}
         return self._run(inputs)
+
+    def _record_with_copies(self, inputs: Inputs, axes: _Axes, plain: Tensor) -> Tensor:
+        """`_record`, where some calls may be the same for all examples and each example gets a copy of its own.
+
+        The copies go on a new first axis, or on one of length 1 that is there. Which of them the network means is seen in
+        its outputs: they must not change, and depend on no other example's copies.
+        """
+        if not axes.shared():
+            return self._record(inputs)
+        for axes.copies_on_new_axis in (False, True):
+            try:
+                outputs = self._record(inputs)
+            except (RuntimeError, ValueError, IndexError):
+                continue  # the network does not bear copies there
+            same = outputs.shape == plain.shape and torch.allclose(outputs, plain, rtol=1e-3, atol=1e-5, equal_nan=True)
+            if same and self._copies_are_their_own(outputs):
+                return outputs
+        raise NotImplementedError(
+            f"layers {axes.shared()} get an input that is the same for all examples, and the network does not bear a copy "
+            "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
+            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them."
+        )
+
+    def _copies_are_their_own(self, outputs: Tensor) -> bool:
+        """Whether the first example's outputs depend on no other example's copies."""
+        self._muted = True
+        try:
+            grads = torch.autograd.grad(outputs[0].sum(), self._copies, retain_graph=True, allow_unused=True)
+        finally:
+            self._muted = False
+        return not any(bool(grad[1:].any()) for grad in grads if grad is not None)
 
     def _run(self, inputs: Inputs) -> Tensor:
         try:
-            outputs = inputs.run(self._model)
+            return inputs.run(self._model)
         except RuntimeError as error:
             dtype = next(iter(self._layers[0].parameters.values())).dtype
             given = [t.dtype for t in tensors_of(inputs) if t.is_floating_point()]
@@ -177,15 +234,6 @@ class Recorder:
             raise ValueError(
                 f"the model failed on inputs of dtype {given[0]}; its parameters are {dtype}. Use inputs.to({dtype})."
             ) from error
-        if isinstance(outputs, Mapping) and "logits" in outputs:
-            outputs = outputs["logits"]
-        outputs = getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the model must return a tensor of outputs (or an object with a tensor `logits`), it returned "
-                f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
-            )
-        return outputs
 
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -197,11 +245,13 @@ class Recorder:
             return None
         axis, fold = self._example_axis(layer, x)
         if axis is None:  # the same for all examples: each gets a copy of its own
-            expanded = output[None] if axis is None and output.shape[0] != 1 else output
-            expanded = expanded.expand(self._n_examples, *expanded.shape[1:])
-            x = x if output.shape[0] == 1 else x[None]
-            self._report(layer, x.expand(self._n_examples, *x.shape[1:]), expanded, module, 0, 1)
-            return expanded
+            assert self._axes is not None
+            if output.shape[0] != 1 or self._axes.copies_on_new_axis:
+                x, output = x[None], output[None]
+            copies = output.expand(self._n_examples, *output.shape[1:])
+            self._report(layer, x.expand(self._n_examples, *x.shape[1:]), copies, module)
+            self._copies.append(copies)
+            return copies
         self._report(layer, x, output, module, axis, fold)
         return None
 
@@ -231,6 +281,8 @@ class Recorder:
         output.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
 
     def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
+        if self._muted:
+            return
         grad = grad.detach().movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._grads:
@@ -268,16 +320,18 @@ class Recorder:
         candidates = layer.example_axes(x)
         lookup = not x.is_floating_point()
         clear = candidates and x.shape[candidates[0]] == n and all(x.shape[axis] != n for axis in candidates[1:])
-        if not clear or (lookup and x.ndim == 1):
+        # Whatever comes neither from the inputs nor from a layer that was seen may be the same for all examples.
+        unknown = not x.requires_grad and x.untyped_storage().data_ptr() not in self._input_storages
+        if not clear or unknown or (lookup and x.ndim == 1):
             raise _UnknownAxisError(complaint)
         return candidates[0], 1
 
-    def _look_for_axes(self, inputs: Inputs) -> _Axes:
-        """Run the network on one example more: the axes that grow are those of the examples."""
+    def _look_for_axes(self, inputs: Inputs) -> tuple[_Axes, Tensor]:
+        """Run the network on one example more: the axes that grow are those of the examples. Also returns its outputs."""
         before, outputs = self._shapes_of(inputs)
         n = len(outputs)
         for input_axis in (0, 1):
-            if any(t.ndim <= input_axis for t in tensors_of(inputs)) or tensors_of(inputs)[0].shape[input_axis] != n:
+            if tensors_of(inputs)[0].ndim <= input_axis or inputs.count(input_axis) != n:
                 continue
             after, more = self._shapes_of(with_one_more(inputs, input_axis))
             if len(more) == n + 1:
@@ -289,7 +343,7 @@ class Recorder:
             )
         axes = _Axes(input_axis, {})
         if [name for name, _ in before] != [name for name, _ in after]:
-            return axes  # control flow that depends on the data: only what is clear from shapes can be used
+            return axes, outputs  # control flow that depends on the data: only what is clear from shapes can be used
         counts: dict[str, int] = {}
         for (name, x), (_, y) in zip(before, after, strict=True):
             index = counts.get(name, 0)
@@ -302,7 +356,7 @@ class Recorder:
                 first = y.narrow(grown[0], 0, x.shape[grown[0]])
                 if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
                     axes.calls[name, index] = grown[0], fold
-        return axes
+        return axes, outputs
 
     def _shapes_of(self, inputs: Inputs) -> tuple[list[tuple[str, Tensor]], Tensor]:
         self._shapes = []
@@ -334,6 +388,11 @@ class _Axes:
     def __init__(self, inputs: int, calls: dict[tuple[str, int], tuple[int | None, int]]) -> None:
         self.inputs = inputs
         self.calls = calls
+        self.copies_on_new_axis = False
+
+    def shared(self) -> list[str]:
+        """Layers with a call whose input is the same for all examples."""
+        return list(dict.fromkeys(name for (name, _), (axis, _) in self.calls.items() if axis is None))
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def relative_error(
     layers = find_layers(model, list(fisher))
     check_belongs(fisher, layers, model, "the fisher", "estimated")
     truth = _GroundTruth(method, max_dense, n_probes, seed_number(seed))
-    accumulation = Accumulation(truth, layers)
+    accumulation = Accumulation(truth, layers, metadata.ema_decay)
     accumulate(
         model,
         data,
@@ -141,6 +141,7 @@ class _GroundTruth(Estimator):
 
     name: ClassVar[str] = "ground truth"
     for_any_layer: ClassVar[bool] = True
+    constants: ClassVar[frozenset[str]] = frozenset({"probes"})
     method: ErrorMethod
     max_dense: int
     n_probes: int
@@ -182,6 +183,8 @@ def _probed(state: State, block: Block, weight: float) -> RelativeError:
     approximate = block.matmul(state["probes"].unflatten(1, block.shape)).flatten(1)
     squared_errors = (approximate - products).double().square().sum(1)
     squared_norms = products.double().square().sum(1)
+    if not squared_norms.any():
+        return RelativeError(math.nan, 0.0, ErrorMethod.PROBING)
     ratio = float(squared_errors.mean() / squared_norms.mean())
     if not ratio > 0:
         return RelativeError(math.sqrt(ratio) if ratio == 0 else math.nan, 0.0, ErrorMethod.PROBING)

@@ -26,7 +26,7 @@ from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
-from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
+from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
 
@@ -95,8 +95,8 @@ def estimate_fisher(
             f'mc_samples={mc_samples} has a meaning with sampling="mc" only; sampling is {sampling.value!r}.'
         )
     seed = seed_number(seed)
-    if ema_decay is not None and not 0 <= ema_decay <= 1:
-        raise ValueError(f"ema_decay must lie between 0 and 1, or be None for a plain mean; got {ema_decay!r}.")
+    if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
+        raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
     check_model(model)
     search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
     if sampling is Sampling.EMPIRICAL:
@@ -106,7 +106,7 @@ def estimate_fisher(
             stacklevel=2,
         )
     accumulation = Accumulation(estimator, search.layers, ema_decay)
-    n_examples, statistics = accumulate(
+    n_examples, statistics, input_axis = accumulate(
         model,
         data,
         likelihood,
@@ -129,6 +129,8 @@ def estimate_fisher(
         weights=fingerprint(model),
         coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
         settings=estimator_to_metadata(estimator),
+        input_axis=input_axis,
+        ema_decay=ema_decay,
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
 
@@ -144,11 +146,12 @@ def accumulate(
     seed: int,
     progress: bool,
     description: str,
-) -> tuple[int, Tensor | None]:
+) -> tuple[int, Tensor | None, int]:
     """Show an accumulation the data, as often as its estimator needs.
 
     Returns:
-        The number of examples, and the sufficient statistics of their log-likelihood (None without targets).
+        The number of examples, the sufficient statistics of their log-likelihood (None without targets), and the axis of
+        the inputs that counts the examples.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -163,7 +166,14 @@ def accumulate(
     n_examples = 0
     statistics: Tensor | None = None
     checks = DeferredChecks()
-    with preserved_random_state(device), recording(model, accumulation.layers, accumulation.add_gradients) as recorder:
+    explained: dict[str, tuple[Tensor, Tensor]] | None = {}
+
+    def receive(calls: Calls, grads: list[Tensor]) -> None:
+        if explained is not None:
+            explained[calls.layer.name] = calls.total_weight_gradient(grads)
+        accumulation.add_gradients(calls, grads)
+
+    with preserved_random_state(device), recording(model, accumulation.layers, receive) as recorder:
         for i in range(passes):
             if i:
                 accumulation.next_pass()
@@ -193,11 +203,34 @@ def accumulate(
                     generator=_generator(seed, batch.index, device),
                 )
                 for v, direction in enumerate(directions, start=1):
-                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
+                    recorder.backward(outputs, direction, retain_graph=v < n_directions or explained is not None)
+                    if explained is not None:
+                        _check_gradients(explained, recorder.parameter_gradients(outputs, direction), batch, checks)
+                        explained = None
                 accumulation.end_batch(calls, len(outputs))
                 del outputs, calls
+        input_axis = recorder.input_axis
     checks.settle()
-    return n_examples, statistics
+    return n_examples, statistics, input_axis
+
+
+def _check_gradients(
+    explained: dict[str, tuple[Tensor, Tensor]], actual: dict[str, Tensor], batch: Batch, checks: DeferredChecks
+) -> None:
+    """Check once that the calls that were seen explain the whole gradient of the parameters, by autograd's own.
+
+    They do not if a weight is also used by a function (``F.linear(x, embedding.weight)``), or in some way unknown to us.
+    """
+    for name, (total, bound) in explained.items():
+        grad = actual[name].to(total)
+        difference = torch.linalg.vector_norm(total - grad)
+        checks.require(
+            difference <= 0.05 * torch.linalg.vector_norm(grad) + bound,
+            batch,
+            f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, by a "
+            "function such as F.linear(x, layer.weight), or the layer was changed by a hook. Use the module itself in both "
+            "places, or leave it out with layers=[...] or freeze it.",
+        )
 
 
 def _check_batch(

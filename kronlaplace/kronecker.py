@@ -36,6 +36,8 @@ class FisherMetadata:
         parameters: The parameters in each block, by layer: weight, then bias if the block contains it.
         weights: Fingerprint of all the network's parameters and buffers, by name.
         coverage: What has a block and what has none.
+        input_axis: The axis of the network's inputs that counts the examples.
+        ema_decay: Decay of the moving average, None for a plain mean.
     """
 
     likelihood: Likelihood
@@ -47,6 +49,8 @@ class FisherMetadata:
     weights: dict[str, str] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
     settings: dict[str, Any] = field(default_factory=dict)
+    input_axis: int = 0
+    ema_decay: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -60,6 +64,8 @@ class FisherMetadata:
             "weights": self.weights,
             "coverage": self.coverage.to_json(),
             "settings": self.settings,
+            "input_axis": self.input_axis,
+            "ema_decay": self.ema_decay,
         }
 
     @classmethod
@@ -75,6 +81,8 @@ class FisherMetadata:
             weights=values["weights"],
             coverage=Coverage.from_json(values.get("coverage", [])),
             settings=values.get("settings", {"name": values["estimator"]}),
+            input_axis=values.get("input_axis", 0),
+            ema_decay=values.get("ema_decay"),
         )
 
 

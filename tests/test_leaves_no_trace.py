@@ -2,15 +2,20 @@
 
 import copy
 import io
+import json
 import pickle
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
+from tests.architectures import ARCHITECTURES
 from tests.networks import CASES, cnn, residual
 
 
@@ -166,3 +171,118 @@ def test_importing_prints_nothing_and_extends_nothing(capsys):
     kl.estimate_fisher(case.model, case.batches(), "classification", progress=True)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""  # not a terminal: no bar
+
+
+# -- several passes, other architectures ---------------------------------------------------------------------
+
+SOME_ARCHITECTURES = ["resnet18", "norms", "transformer", "lstm", "from_dict", "tied"]
+SEVERAL_PASSES = {
+    "kfoc": lambda: kl.KFOC(),
+    "ekfac": lambda: kl.EKFAC(),
+    "ekfac of kfoc": lambda: kl.EKFAC(basis=kl.KFOC()),
+}
+
+
+@pytest.mark.parametrize("network", SOME_ARCHITECTURES)
+@pytest.mark.parametrize("name", SEVERAL_PASSES)
+def test_a_whole_life_in_other_architectures_changes_nothing(name, network):
+    case = ARCHITECTURES[network]()
+    frozen = next(iter(case.model.parameters()))
+    frozen.grad = torch.ones_like(frozen)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    before = everything(case.model)
+    posterior = kl.KronLaplace(case.model, "classification", SEVERAL_PASSES[name]())
+    posterior.fit(case.batches(), sampling="mc")
+    posterior.sample(2)
+    kl.relative_error(posterior.fisher, case.model, case.batches())
+    if network != "from_dict":
+        for options in ({}, {"link": "mc"}, {"method": "sample", "n_samples": 3}):
+            posterior.predict(case.inputs, **options)
+    assert_unchanged(case.model, before)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert random.getstate() == states[2]
+
+
+class DiesLate:
+    """A loader that ends with an exception in one of its passes."""
+
+    def __init__(self, batches, dies_in):
+        self.batches, self.dies_in, self.passes = batches, dies_in, 0
+
+    def __iter__(self):
+        number = self.passes = self.passes + 1
+        yield self.batches[0]
+        if number == self.dies_in:
+            raise LoaderDiedError
+        yield from self.batches[1:]
+
+
+@pytest.mark.parametrize("network", SOME_ARCHITECTURES)
+@pytest.mark.parametrize("name", SEVERAL_PASSES)
+def test_an_exception_in_the_last_pass_changes_nothing(name, network):
+    case = ARCHITECTURES[network]()
+    estimator = SEVERAL_PASSES[name]()
+    good = kl.KronLaplace(case.model, "classification", estimator).fit(case.batches())
+    evidence = good.log_marginal_likelihood()
+    before, state = everything(case.model), torch.get_rng_state()
+    loader = DiesLate(case.batches(), estimator.passes)
+    with pytest.raises(LoaderDiedError):
+        good.fit(loader)
+    assert loader.passes == estimator.passes  # it died where it was meant to
+    assert_unchanged(case.model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(good.log_marginal_likelihood(), evidence)  # the last good fit stays
+
+
+@pytest.mark.parametrize("network", SOME_ARCHITECTURES)
+def test_an_exception_in_the_network_changes_nothing(network):
+    """In the middle of the forward pass, in modules that run written out, too."""
+    case = ARCHITECTURES[network]()
+    modules = [m for m in case.model.modules() if not list(m.children())]
+    before = everything(case.model)
+
+    def die(module, args):
+        raise LoaderDiedError
+
+    handle = modules[-1].register_forward_pre_hook(die)
+    with pytest.raises(LoaderDiedError):
+        kl.estimate_fisher(case.model, case.batches(), "classification", "ekfac")
+    handle.remove()
+    assert_unchanged(case.model, before)
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(run):
+    """The most that torch holds while something runs, above what was there before (as experiments/fit_cost.py)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return int(np.cumsum([size for _, size in allocations]).max())
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "tkfac", "kfoc", "ekfac", "diagonal"])
+def test_a_second_fit_needs_no_more_memory_than_the_first(estimator):
+    """Nothing of a fit outlives it but the posterior."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(6 * 36, 20),
+        torch.nn.Linear(20, 4),
+    )
+    data = [(torch.randn(16, 1, 8, 8), torch.randint(4, (16,))) for _ in range(3)]
+
+    def fit():
+        kl.KronLaplace(model, "classification", estimator).fit(data).tune()
+
+    fit()  # what torch sets up once
+    one = peak_bytes(fit)
+    assert one > 10_000
+    assert peak_bytes(lambda: [fit() for _ in range(3)]) <= 1.01 * one

@@ -26,7 +26,7 @@ NETWORKS = {
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 def test_code_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    network = "batch norm" if "SUPPORTED_LAYERS" in BLOCKS[block] else "plain"
+    network = "batch norm" if "coverage" in BLOCKS[block] else "plain"
     x, y = torch.randn(60, 8), torch.randint(3, (60,))
     names = {
         "model": NETWORKS[network](),

@@ -97,7 +97,11 @@ class EKFAC(Estimator):
         gradient, activation = block.bases()
         (q, p), groups = layer.shape, layer.groups
         values = torch.zeros(groups, q // groups, p, dtype=layer.dtype, device=layer.device)
-        return {"gradient basis": gradient, "activation basis": activation, "values": values}
+        return {
+            "gradient basis": gradient.contiguous(),
+            "activation basis": activation.contiguous(),
+            "values": values,
+        }
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         values = state["values"].flatten(0, 1).div_(weight)

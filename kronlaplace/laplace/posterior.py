@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from kronlaplace.batches import device_of
+from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, resolve_estimator
@@ -275,11 +274,11 @@ class KronLaplace:
             self.likelihood = replace(self.likelihood, noise_std=result.noise_std)
         return self
 
-    def functional_variance(self, x: Tensor, diagonal: bool = False) -> Tensor:
+    def functional_variance(self, x: Any, diagonal: bool = False) -> Tensor:
         """Covariance of the network's outputs under the linearised model; the noise is not in it.
 
         Args:
-            x: Inputs, first axis examples.
+            x: Inputs as in the fit, first axis examples.
             diagonal: Whether only the variances are wanted.
 
         Returns:
@@ -289,7 +288,7 @@ class KronLaplace:
 
     def predict(
         self,
-        x: Tensor,
+        x: Any,
         *,
         method: str = "glm",
         link: Link | str | None = None,
@@ -299,7 +298,8 @@ class KronLaplace:
         """Posterior predictive distribution.
 
         Args:
-            x: Inputs, first axis examples; any number, they are worked off in chunks.
+            x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
+                worked off in chunks.
             method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
             link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs)
@@ -397,7 +397,7 @@ class KronLaplace:
         device = device_of(model)
         tensors, values = load_tensors(path, "posterior", device)
         fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-        known = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+        known = [layer.name for layer in find_layers(model, unsupported=Unsupported.FIXED)]
         for name in fisher:
             if name not in known:
                 raise ValueError(
@@ -448,24 +448,29 @@ class KronLaplace:
                 f"the model's {changed!r} changed after the posterior was fitted. Fit again, or restore the weights."
             )
 
-    def _linearised(self, x: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
-        x = self._checked(x)
-        return functional_covariance(self.model, self._layers, self.covariance(), x, diagonal=diagonal)
+    def _linearised(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
+        inputs = self._checked(x)
+        axis = self.fisher.metadata.input_axis
+        return functional_covariance(self.model, self._layers, self.covariance(), inputs, axis, diagonal=diagonal)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _checked(self, x: Any) -> Inputs:
         check_mode(self.model)
         self._check_weights()
-        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        inputs = Inputs(x)
+        tensors = tensors_of(inputs) if isinstance(x, (Tensor, tuple, list, Mapping)) else []
+        if not tensors or tensors[0].numel() == 0:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"inputs must be a tensor with at least one example on its first axis, got {got}. "
-                "Turn arrays into tensors with torch.from_numpy, and predict batch by batch from a loader."
+                f"inputs must be a tensor with at least one example on its first axis, or a tuple or dict of tensors as in "
+                f"the fit; got {got}. Turn arrays into tensors with torch.from_numpy, and predict batch by batch from a "
+                "loader."
             )
-        x = x.to(device_of(self.model))
-        # Accelerators are not waited for: there, NaN inputs give NaN predictions.
-        if x.device.type == "cpu" and x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError("the inputs contain NaN or infinite values.")
-        return x
+        device = device_of(self.model)
+        for t in tensors:
+            # Accelerators are not waited for: there, NaN inputs give NaN predictions.
+            if device.type == "cpu" and t.is_floating_point() and not torch.isfinite(t).all():
+                raise ValueError("the inputs contain NaN or infinite values.")
+        return inputs.map(lambda t: t.to(device))
 
     def _draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         draws: dict[str, Tensor] = {}
@@ -478,13 +483,13 @@ class KronLaplace:
             draws |= layer.split(matrices.to(self._mean[layer.name].dtype))
         return draws
 
-    def _predict_by_sampling(self, x: Tensor, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
-        x = self._checked(x)
-        average = scatter = noise = torch.zeros((), device=x.device)
+    def _predict_by_sampling(self, x: Any, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
+        inputs = self._checked(x)
+        average = scatter = noise = torch.zeros((), device=device_of(self.model))
         with torch.no_grad():
             for i in range(n_samples):
                 parameters = {name: draw[0] for name, draw in self._draw(1, generator).items()}
-                outputs = functional_call(self.model, parameters, (x,))
+                outputs = inputs.run(self.model, parameters)
                 mean = self.likelihood.sample_mean(outputs)
                 # Welford's update: a difference of two large sums would lose a small variance to rounding.
                 deviation = mean - average

@@ -38,7 +38,8 @@ def functional_covariance(
     model: nn.Module,
     layers: Sequence[Layer],
     inverses: Mapping[str, DampedInverse],
-    x: Tensor,
+    x: Inputs,
+    input_axis: int,
     *,
     diagonal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,8 @@ def functional_covariance(
         model: The network.
         layers: The layers that have a posterior.
         inverses: Their posterior covariances, by layer name.
-        x: Inputs, first axis examples.
+        x: Inputs.
+        input_axis: Their axis that counts the examples.
         diagonal: Whether only the variances are wanted.
 
     Returns:
@@ -60,8 +62,9 @@ def functional_covariance(
     """
     outputs, covariances = [], []
     start, chunk = 0, _FIRST_CHUNK
-    while start < len(x):
-        f, covariance, kept_per_example = _one_chunk(model, layers, inverses, x[start : start + chunk], diagonal)
+    while start < x.count(input_axis):
+        part = x.examples(input_axis, start, start + chunk)
+        f, covariance, kept_per_example = _one_chunk(model, layers, inverses, part, diagonal)
         outputs.append(f)
         covariances.append(covariance)
         start += chunk
@@ -70,7 +73,7 @@ def functional_covariance(
 
 
 def _one_chunk(
-    model: nn.Module, layers: Sequence[Layer], inverses: Mapping[str, DampedInverse], x: Tensor, diagonal: bool
+    model: nn.Module, layers: Sequence[Layer], inverses: Mapping[str, DampedInverse], x: Inputs, diagonal: bool
 ) -> tuple[Tensor, Tensor, int]:
     terms: dict[str, _Term] = {}
 
@@ -81,7 +84,7 @@ def _one_chunk(
         terms[layer.name].add(calls, grads)
 
     with recording(model, layers, receive) as recorder:
-        f = recorder.forward(Inputs(x))
+        f = recorder.forward(x)
         if f.ndim > 2:
             raise NotImplementedError(
                 f"the linearised predictive needs outputs of shape (N, C) or (N,); the network returned {tuple(f.shape)}. "

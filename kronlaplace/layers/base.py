@@ -100,8 +100,12 @@ class Layer(ABC):
         return torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
 
     @abstractmethod
+    def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The matrix ``(q, p)`` that is made of values of the parameters, such as their gradients, as ``W̄`` is of them."""
+
     def matrix(self) -> Tensor:
         """A detached copy of ``W̄``, shape ``(q, p)``."""
+        return self.assemble({name: p.detach() for name, p in self.parameters.items()})
 
     @abstractmethod
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
@@ -137,6 +141,10 @@ class Layer(ABC):
         (q, p), groups = self.shape, self.groups
         rows = grad.numel() // max(q // groups, 1)  # N·T·K
         return (rows * p if self.factors else 0) + len(x) * q * p
+
+    def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """``Σ_n X_n`` of one call, shape ``(q, p)``."""
+        return self.weight_gradients(x, grad).sum(1).flatten(0, 1)
 
     def activations(self, x: Tensor) -> Tensor:
         """``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
@@ -226,12 +234,17 @@ class LinearLayer(Layer):
     def shape(self) -> tuple[int, int]:
         return len(next(iter(self._weights.values()))), self.in_features + self.bias
 
-    def matrix(self) -> Tensor:
-        columns = [w.detach().flatten(1) for w in self._weights.values()]
+    def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
+        columns = [values[name].flatten(1) for name in self._weights]
         if self._bias is not None:
-            bias = self._bias[1].detach()
-            columns.append((bias if self._constant is None else bias + self._constant.detach()).unsqueeze(1))
+            columns.append(values[self._bias[0]].unsqueeze(1))
         return torch.cat(columns, dim=1)
+
+    def matrix(self) -> Tensor:
+        result = super().matrix()
+        if self._constant is not None:
+            result[:, -1] += self._constant.detach()
+        return result
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         widths = [w[0].numel() for w in self._weights.values()]

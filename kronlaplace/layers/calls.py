@@ -78,6 +78,17 @@ class Calls:
         assert total is not None
         return total
 
+    def total_weight_gradient(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``Σ_n X_n``, shape ``(q, p)``, and a bound of what rounding can do to it, 0-dim."""
+        total = torch.zeros(self.layer.shape, dtype=self.layer.dtype, device=self.layer.device)
+        bound = total.new_zeros(())
+        for part, part_grads in self.parts(grads):
+            for call, grad in zip(part.calls, part_grads, strict=True):
+                total += self.layer.total_weight_gradient(call.x, grad)
+                size = torch.linalg.vector_norm(call.x.to(total)) if call.x.is_floating_point() else 1.0
+                bound += size * torch.linalg.vector_norm(grad.to(total))
+        return total, 100 * torch.finfo(call.x.dtype if call.x.is_floating_point() else grad.dtype).eps * bound
+
     def add_activation_moment(self, sums: Sums) -> None:
         """Add ``Σ_n Σ_t a aᵀ`` to ``sums``; `Layer.activation_moment` gets it out again."""
         for call in self.calls:

@@ -50,9 +50,14 @@ class ConvolutionLayer(Layer):
     def _n_dims(self) -> int:
         return len(self.module.kernel_size)
 
-    def matrix(self) -> Tensor:
-        weight = self.module.weight.detach().flatten(1)
-        return torch.cat([weight, self.module.bias.detach().unsqueeze(1)], dim=1) if self.bias else weight.clone()
+    def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [
+                values[name].flatten(1) if i == 0 else values[name].unsqueeze(1)
+                for i, name in enumerate(self.parameters)
+            ],
+            dim=1,
+        )
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         shape = self.module.weight.shape[1:]

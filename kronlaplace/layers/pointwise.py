@@ -34,8 +34,8 @@ class NormalizationLayer(Layer):
     def shape(self) -> tuple[int, int]:
         return self.module.weight.numel(), 1 + self._bias
 
-    def matrix(self) -> Tensor:
-        return torch.stack([p.detach().flatten() for p in self.parameters.values()], dim=1)
+    def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([values[name].flatten() for name in self.parameters], dim=1)
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         shape = self.module.weight.shape
@@ -115,8 +115,14 @@ class EmbeddingLayer(Layer):
         q, p = self._table.shape
         return q, p
 
-    def matrix(self) -> Tensor:
-        return self._table.detach().clone()
+    def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
+        return values[self.parameter_names[0]].clone()
+
+    def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return super().total_weight_gradient(x, grad)
+        index, g = self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype))
+        return g.new_zeros(self.shape).index_add_(0, index.flatten(), g.flatten(0, 1))
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         return {self.parameter_names[0]: matrices}
