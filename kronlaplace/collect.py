@@ -161,7 +161,7 @@ class Recorder:
                 "them off; leave them out with layers=[...] or freeze them."
             )
 
-    def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> dict[str, Tensor]:
+    def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Gradients of all blocks' parameters along a direction as autograd has them, by block as ``W̄``; keeps the graph."""
         parameters = [p for layer in self._layers for p in layer.parameters.values()]
         self._muted = True
@@ -176,7 +176,10 @@ class Recorder:
         finally:
             self._muted = False
         filled = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
-        return {layer.name: layer.assemble({name: next(filled) for name in layer.parameters}) for layer in self._layers}
+        del grads
+        return (
+            (layer.name, layer.assemble({name: next(filled) for name in layer.parameters})) for layer in self._layers
+        )
 
     def clear(self) -> None:
         """Forget the last pass."""

@@ -166,12 +166,14 @@ def accumulate(
     n_examples = 0
     statistics: Tensor | None = None
     checks = DeferredChecks()
-    explained: dict[str, tuple[Tensor, Tensor]] | None = {}
+    explained: dict[str, tuple[Tensor, Tensor]] | None = None
 
     def receive(calls: Calls, grads: list[Tensor]) -> None:
-        if explained is not None:
-            explained[calls.layer.name] = calls.total_weight_gradient(grads)
-        accumulation.add_gradients(calls, grads)
+        if explained is None:
+            accumulation.add_gradients(calls, grads)
+        else:
+            total, bound = calls.total_weight_gradient(grads)
+            explained[calls.layer.name] = total @ _probe(total), bound
 
     with preserved_random_state(device), recording(model, accumulation.layers, receive) as recorder:
         for i in range(passes):
@@ -185,6 +187,14 @@ def accumulate(
                 outputs = recorder.forward(batch.inputs)
                 detached = outputs.detach()
                 _check_batch(likelihood, detached, batch, checks, sampling)
+                if i == 0 and batch.index == 0:
+                    explained = {}
+                    direction = torch.randn(outputs.shape, generator=_generator(seed, 0, device), device=device)
+                    recorder.backward(outputs, direction.to(outputs.dtype), retain_graph=True)
+                    actual = recorder.parameter_gradients(outputs, direction.to(outputs.dtype))
+                    _check_gradients(explained, actual, batch, checks)
+                    explained = None
+                    del actual
                 if i == 0:
                     if batch.index and (batch.targets is None) != (statistics is None):
                         raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
@@ -203,10 +213,7 @@ def accumulate(
                     generator=_generator(seed, batch.index, device),
                 )
                 for v, direction in enumerate(directions, start=1):
-                    recorder.backward(outputs, direction, retain_graph=v < n_directions or explained is not None)
-                    if explained is not None:
-                        _check_gradients(explained, recorder.parameter_gradients(outputs, direction), batch, checks)
-                        explained = None
+                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
                 accumulation.end_batch(calls, len(outputs))
                 del outputs, calls
         input_axis = recorder.input_axis
@@ -215,22 +222,33 @@ def accumulate(
 
 
 def _check_gradients(
-    explained: dict[str, tuple[Tensor, Tensor]], actual: dict[str, Tensor], batch: Batch, checks: DeferredChecks
+    explained: dict[str, tuple[Tensor, Tensor]],
+    actual: Iterable[tuple[str, Tensor]],
+    batch: Batch,
+    checks: DeferredChecks,
 ) -> None:
-    """Check once that the calls that were seen explain the whole gradient of the parameters, by autograd's own.
+    """Check that the calls that were seen explain the whole gradient of the parameters, by autograd's own.
 
     They do not if a weight is also used by a function (``F.linear(x, embedding.weight)``), or in some way unknown to us.
     """
-    for name, (total, bound) in explained.items():
-        grad = actual[name].to(total)
-        difference = torch.linalg.vector_norm(total - grad)
+    for name, grad in actual:
+        product, bound = explained[name]
+        expected = grad.to(product) @ _probe(product.new_empty(grad.shape))
+        difference = torch.linalg.vector_norm(product - expected)
         checks.require(
-            difference <= 0.05 * torch.linalg.vector_norm(grad) + bound,
+            difference <= 0.05 * torch.linalg.vector_norm(expected) + bound,
             batch,
             f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, by a "
             "function such as F.linear(x, layer.weight), or the layer was changed by a hook. Use the module itself in both "
             "places, or leave it out with layers=[...] or freeze it.",
         )
+
+
+def _probe(matrix: Tensor) -> Tensor:
+    """A vector of unit norm that a ``(q, p)`` matrix is multiplied with, so that not all of it must be kept."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
+    return (vector / torch.linalg.vector_norm(vector)).to(matrix)
 
 
 def _check_batch(

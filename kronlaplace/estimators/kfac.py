@@ -56,14 +56,20 @@ class KFAC(Estimator):
             calls.add_activation_moment(state)
 
     def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+        if "gradient" not in state:
+            state["gradient"] = torch.zeros(
+                calls.layer.groups,
+                rows := calls.layer.shape[0] // calls.layer.groups,
+                rows,
+                dtype=calls.layer.dtype,
+                device=calls.layer.device,
+            )
         if not self._reduces(calls.layer):
-            moment = calls.gradient_moment(grads)
-        else:
-            if "positions" not in state:
-                state["positions"] = calls.positions(grads)
-            g = calls.gradients(grads).sum(2)
-            moment = g.mT @ g
-        state["gradient"] = moment if "gradient" not in state else state["gradient"].add_(moment)
+            calls.add_gradient_moment(grads, state["gradient"])
+            return
+        state.setdefault("positions", calls.positions(grads))
+        g = calls.gradients(grads).sum(2)
+        state["gradient"].baddbmm_(g.mT, g)
 
     def end_batch(self, state: State, calls: Calls) -> None:
         positions = state.pop("positions", None)

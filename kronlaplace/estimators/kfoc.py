@@ -165,18 +165,15 @@ class KFOC(Estimator):
             super().decay(state, factor)
 
     def next_pass(self, state: State, layer: Layer, weight: float) -> State:
-        result: State = zeros(layer)
+        result: State = {}
         for key in ("activation", "gradient"):
-            older = state.get(f"previous {key}")
-            if older is None:
-                size = result[key].shape[-1]
-                older = torch.eye(size, dtype=layer.dtype, device=layer.device).expand_as(result[key]) / size**0.5
+            total = state.pop(key)
             # The first pass had the identity on the other side, not the identity of unit norm.
-            norm = 1.0 if "previous gradient" in state else _other_size(layer, key) ** 0.5
-            result[f"older {key}"] = older
-            result[f"previous {key}"] = _unit(state[key])
-            result[f"length {key}"] = frobenius(state[key]) / (weight * norm)
-        return result
+            norm = 1.0 if f"previous {key}" in state else _other_size(layer, key) ** 0.5
+            result[f"older {key}"] = state.pop(f"previous {key}", None)  # None: the identity
+            result[f"length {key}"] = frobenius(total) / (weight * norm)
+            result[f"previous {key}"] = total.div_(frobenius(total).clamp_min(torch.finfo(total.dtype).tiny))
+        return {**result, **zeros(layer)}
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         if self.aggregation is Aggregation.SWEEPS:
@@ -195,12 +192,19 @@ class KFOC(Estimator):
     def _finish_sweeps(self, state: State, layer: Layer, weight: float) -> Block:
         if "previous activation" not in state:
             return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
-        new = {key: state[key] / weight for key in ("activation", "gradient")}
-        activations, gradients = (
-            [state[f"older {key}"], state[f"previous {key}"], _unit(new[key])] for key in ("activation", "gradient")
-        )
-        lengths = [state["length activation"], state["length gradient"], *(frobenius(new[key]) for key in new)]
-        gradient, activation = best_of_krylov(gradients, activations, *(length.double() for length in lengths))
+        keys = "activation", "gradient"
+        lengths = [state[f"length {key}"].double() for key in keys]
+        lengths += [frobenius(state[key]).double() / weight for key in keys]
+        iterates = {}
+        for key in keys:
+            older, new = state.pop(f"older {key}"), state.pop(key)
+            new /= frobenius(new).clamp_min(torch.finfo(new.dtype).tiny)
+            if older is None:
+                size = new.shape[-1]
+                older = torch.eye(size, dtype=new.dtype, device=new.device).expand_as(new) / size**0.5
+            iterates[key] = [older, state.pop(f"previous {key}"), new]
+        gradient, activation = best_of_krylov(iterates["gradient"], iterates["activation"], *lengths)
+        iterates.clear()
         gradient, activation = made_psd(gradient, layer.name), made_psd(activation, layer.name)
         return KroneckerBlock(squeezed(gradient), squeezed(activation), name=layer.name)
 
@@ -237,7 +241,3 @@ def _other_size(layer: Layer, key: str) -> int:
     """Size of the factor that is not ``key``'s."""
     q, p = layer.shape
     return q // layer.groups if key == "activation" else p
-
-
-def _unit(matrices: Tensor) -> Tensor:
-    return matrices / frobenius(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)

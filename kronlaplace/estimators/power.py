@@ -280,9 +280,12 @@ def compress(gradients: Tensor, activations: Tensor, rank: int) -> tuple[Tensor,
     """
     if len(gradients) == 2 and rank == 1:
         return _best_of_two(gradients, activations)
+    # Of unit terms, so that rounding is small against the smallest of them.
+    lengths = torch.linalg.matrix_norm(gradients) * torch.linalg.matrix_norm(activations)  # (m, K)
+    gradients, activations = (some / _norm(some) for some in (gradients, activations))
     left, left_inverse = _root_of_gram(gradients)
     right, right_inverse = _root_of_gram(activations)
-    p, s, qh = torch.linalg.svd(left.mT @ right)
+    p, s, qh = torch.linalg.svd(left.mT @ (lengths.T.double().unsqueeze(2) * right))
     keep_left = left_inverse.mT @ (p * s.unsqueeze(1))[:, :, :rank]  # (K, m, rank)
     keep_right = right_inverse.mT @ qh.mT[:, :, :rank]
     new_gradients = torch.einsum("mkab,kmr->rkab", gradients, keep_left.to(gradients.dtype))
@@ -310,17 +313,21 @@ def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor
     return (_combination(inner, list(gradients)) / norm).unsqueeze(0), (activation / norm).unsqueeze(0)
 
 
-def _gram(matrices: Tensor) -> Tensor:
-    """Inner products of ``m`` matrices ``(m, K, ·, ·)``, shape ``(K, m, m)``, float64."""
-    flat = matrices.flatten(2).transpose(0, 1).double()
-    return flat @ flat.mT
+def _gram(matrices: Sequence[Tensor] | Tensor) -> Tensor:
+    """Inner products of ``m`` matrices ``(K, ·, ·)``, shape ``(K, m, m)``, summed in their dtype, given as float64."""
+    m = len(matrices)
+    gram = torch.empty(len(matrices[0]), m, m, dtype=torch.float64, device=matrices[0].device)
+    for i in range(m):
+        for j in range(i, m):
+            gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(matrices[i].flatten(1), matrices[j].flatten(1)).double()
+    return gram
 
 
 def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """``L`` with ``L Lᵀ`` the Gram matrix of ``m`` matrices, and its (pseudo-)inverse, ``(K, m, m)``, float64."""
     gram = _gram(matrices)
     values, vectors = torch.linalg.eigh(gram)
-    floor = values[:, -1:] * torch.finfo(values.dtype).eps * len(matrices)
+    floor = values[:, -1:] * torch.finfo(matrices.dtype).eps * len(matrices)
     root = values.clamp_min(0).sqrt()
     inverse = torch.where(values > floor, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
     return vectors * root.unsqueeze(1), inverse.unsqueeze(2) * vectors.mT
@@ -352,8 +359,7 @@ def best_of_krylov(
     Returns:
         ``G`` with the scale, and ``A`` of unit norm.
     """
-    u, v = (torch.stack([m.flatten(1) for m in some], dim=1).double() for some in (activations, gradients))
-    gram_u, gram_v = u @ u.mT, v @ v.mT
+    gram_u, gram_v = _gram(activations), _gram(gradients)
     known = torch.zeros_like(gram_u)
     known[:, :, 0] = length_gradient[:, 0] * gram_v[:, :, 1]
     known[:, :, 1] = new_length_gradient[:, 0] * gram_v[:, :, 2]

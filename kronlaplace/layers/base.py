@@ -167,10 +167,13 @@ class Layer(ABC):
         """The sum that `add_activation_moment` made, shape ``(K, p, p)``; ``sums`` is used up."""
         return sums.pop("activation")
 
-    def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
-        """Add ``Σ_n Σ_t g gᵀ`` of one call to ``out`` of shape ``(K, q/K, q/K)``, in place."""
+    def add_gradient_moment(self, grad: Tensor, out: Tensor, positions: int | Tensor) -> None:
+        """Add ``Σ_n Σ_t g gᵀ`` of one call, over ``positions``, to ``out`` of shape ``(K, q/K, q/K)``, in place."""
         g = self.gradients(grad).flatten(1, 2)
-        out.baddbmm_(g.mT, g)
+        if isinstance(positions, Tensor):
+            out += g.mT @ g / positions
+        else:
+            out.baddbmm_(g.mT, g, alpha=1 / positions)
 
     def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
         """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)`` without forming ``X``, where there is such a way.

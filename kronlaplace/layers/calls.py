@@ -94,14 +94,11 @@ class Calls:
         for call in self.calls:
             self.layer.add_activation_moment(call.x, sums)
 
-    def gradient_moment(self, grads: Sequence[Tensor]) -> Tensor:
-        """``1/T · Σ_n Σ_t g gᵀ``, shape ``(K, q/K, q/K)``."""
-        layer = self.layer
-        q = layer.shape[0] // layer.groups
-        out = torch.zeros(layer.groups, q, q, dtype=layer.dtype, device=layer.device)
+    def add_gradient_moment(self, grads: Sequence[Tensor], out: Tensor) -> None:
+        """Add ``1/T · Σ_n Σ_t g gᵀ`` to ``out`` of shape ``(K, q/K, q/K)``."""
+        positions = self.positions(grads)
         for grad in grads:
-            layer.add_gradient_moment(grad, out)
-        return out / self.positions(grads)
+            self.layer.add_gradient_moment(grad, out, positions)
 
     def add_squared_weight_gradients(self, grads: Sequence[Tensor], out: Tensor) -> None:
         """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)``."""

@@ -140,16 +140,17 @@ class ConvolutionLayer(Layer):
             result[..., -1] = g.sum(2)
         return result.unsqueeze(0)
 
-    def add_gradient_moment(self, grad: Tensor, out: Tensor) -> None:
+    def add_gradient_moment(self, grad: Tensor, out: Tensor, positions: int | Tensor) -> None:
+        assert isinstance(positions, int)
         n = len(grad)
         g = grad.flatten(2).unflatten(1, (self.groups, -1)).to(out.dtype)  # (n, K, q/K, T)
         if g.shape[2] <= g.shape[3]:  # products by example take no more memory than the gradient, and no copy of it
-            out += (g @ g.mT).sum(0)
+            out.add_((g @ g.mT).sum(0), alpha=1 / positions)
             return
         # As (q, n·T), one matrix product for many examples; an eighth of the batch at a time keeps the copy small.
         for part in grad.flatten(2).split(max(1, n // 8)):
             g = part.transpose(0, 1).reshape(self.groups, -1, len(part) * part.shape[2]).to(out.dtype)
-            out.baddbmm_(g, g.mT)
+            out.baddbmm_(g, g.mT, alpha=1 / positions)
 
     def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
         if self._rows_pay(x):
