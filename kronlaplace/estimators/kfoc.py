@@ -22,7 +22,6 @@ from kronlaplace.estimators.moments import (
     frobenius,
     once_per_example,
     squeezed,
-    zeros,
 )
 from kronlaplace.estimators.power import Items, best_of_krylov, compress, leading_pair, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
@@ -112,7 +111,7 @@ class KFOC(Estimator):
 
     def start(self, layer: Layer) -> State:
         if self.aggregation is Aggregation.SWEEPS:
-            return zeros(layer)
+            return {}
         return {"items": []} if self.aggregation is Aggregation.FULL else {"batch": []}
 
     def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
@@ -173,7 +172,7 @@ class KFOC(Estimator):
             result[f"older {key}"] = state.pop(f"previous {key}", None)  # None: the identity
             result[f"length {key}"] = frobenius(total) / (weight * norm)
             result[f"previous {key}"] = total.div_(frobenius(total).clamp_min(torch.finfo(total.dtype).tiny))
-        return {**result, **zeros(layer)}
+        return result
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         if self.aggregation is Aggregation.SWEEPS:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronlaplace.layers import Calls
+from kronlaplace.layers import Calls, Layer
 
 __all__ = [
     "activation_sum",
@@ -27,24 +27,25 @@ __all__ = [
     "add_row_sums",
     "frobenius",
     "gradient_sum",
+    "make_sums",
     "once_per_example",
     "squeezed",
     "trace",
-    "zeros",
 ]
 
 _PENDING = "pending"
 
 
-def zeros(calls_or_layer: Any) -> dict[str, Tensor]:
-    """Empty sums for both factors of a layer: ``activation`` of shape ``(K, p, p)``, ``gradient`` ``(K, q/K, q/K)``."""
-    layer = calls_or_layer
+def make_sums(sums: dict[str, Any], layer: Layer) -> None:
+    """Empty sums for both factors, if there are none: ``activation`` ``(K, p, p)`` and ``gradient`` ``(K, q/K, q/K)``.
+
+    Made when the first data come and not before, when they would only take memory.
+    """
+    if "activation" in sums:
+        return
     (q, p), groups = layer.shape, layer.groups
-    options = {"dtype": layer.dtype, "device": layer.device}
-    return {
-        "activation": torch.zeros(groups, p, p, **options),
-        "gradient": torch.zeros(groups, q // groups, q // groups, **options),
-    }
+    sums["activation"] = torch.zeros(groups, p, p, dtype=layer.dtype, device=layer.device)
+    sums["gradient"] = torch.zeros(groups, q // groups, q // groups, dtype=layer.dtype, device=layer.device)
 
 
 def once_per_example(calls: Calls, grads: Sequence[Tensor]) -> bool:
@@ -65,12 +66,13 @@ def add_pair_sums(
     inputs are multiplied out once and not once per direction.
 
     Args:
-        sums: As `zeros` makes them.
+        sums: The state.
         calls: The layer's calls.
         grads: The gradients at their outputs.
         activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
         gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
     """
+    make_sums(sums, calls.layer)
     if once_per_example(calls, grads):
         a, g = calls.activations()[:, :, 0], calls.gradients(grads)[:, :, 0]
         weight = _quadratic_form(g, gradient_factor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, once_per_example, squeezed, trace, zeros
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, make_sums, once_per_example, squeezed, trace
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.options import choice
 
@@ -49,12 +49,13 @@ class TKFAC(Estimator):
         object.__setattr__(self, "spatial", choice(SpatialCorrelation, self.spatial, "spatial"))
 
     def start(self, layer: Layer) -> State:
-        return zeros(layer)
+        return {}
 
     def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
         if self.spatial is SpatialCorrelation.EXACT or once_per_example(calls, grads):
             add_pair_sums(state, calls, grads)
             return
+        make_sums(state, calls.layer)
         for part, part_grads in calls.parts(grads, activations=True):
             a, g = part.activations().flatten(1, 2), part.gradients(part_grads).flatten(1, 2)
             for key, u, v in (("activation", a, g), ("gradient", g, a)):
