@@ -57,6 +57,7 @@ def convolutions(draw):
     return layer, size, draw(st.integers(1, 3))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @settings(max_examples=150)
 @given(convolutions())
 def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
@@ -67,6 +68,29 @@ def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
     fisher = kl.estimate_fisher(model, [x], "regression", sampling="exact")
     A, G = oracles.kfac_factors(model, layer, x, "regression")
     assert_factors_are(fisher, "0", A, G)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("way", ["rows", "columns", "patches"])
+@settings(max_examples=60)
+@given(convolutions())
+def test_every_way_to_the_activation_factor_of_a_convolution(way, drawn):
+    """Which one is taken depends on sizes; here each is, wherever it applies."""
+    layer, size, n = drawn
+    x = torch.randn(n, layer.in_channels, *size).double()
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
+    model(x)
+    applies = {
+        "rows": len(size) == 2 and layer.padding_mode == "zeros",
+        "columns": len(size) == 2 and layer.stride[1] == 1,
+        "patches": True,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConvolutionLayer, "_rows_pay", lambda layer, x: way == "rows" and applies[way])
+        patch.setattr(ConvolutionLayer, "_columns_pay", lambda layer: way == "columns" and applies[way])
+        fisher = kl.estimate_fisher(model, [x[:1], x], "regression", sampling="exact")
+    A, _ = oracles.kfac_factors(model, layer, torch.cat([x[:1], x]), "regression")
+    assert relative(fisher["0"].activation_factor, A) < RTOL
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -86,6 +110,7 @@ def test_patches_may_be_unfolded_a_few_examples_at_a_time(monkeypatch):
     whole = kl.estimate_fisher(case.model, case.batches(5), "classification", sampling="exact")
     monkeypatch.setattr("kronlaplace.layers.convolution._SMALL", 1)
     monkeypatch.setattr(ConvolutionLayer, "_rows_pay", lambda layer, x: False)
+    monkeypatch.setattr(ConvolutionLayer, "_columns_pay", lambda layer: False)
     parts = kl.estimate_fisher(case.model, case.batches(5), "classification", sampling="exact")
     for name in whole:
         torch.testing.assert_close(parts[name].activation_factor, whole[name].activation_factor, rtol=1e-12, atol=1e-14)

@@ -156,6 +156,9 @@ class ConvolutionLayer(Layer):
         if self._rows_pay(x):
             self._add_row_moments(x, sums)
             return
+        if self._columns_pay():
+            self._add_column_moments(x, sums)
+            return
         for patches in self._patches(x):
             add(sums, "activation", lambda p=patches: p @ p.mT, lambda out, p=patches: out.baddbmm_(p, p.mT))
 
@@ -249,6 +252,68 @@ class ConvolutionLayer(Layer):
             total[-1, :flat] = sums
             total[-1, -1] = count * (out_h * out_w)
         return total.unsqueeze(0)
+
+    # Between columns of a kernel only their distance matters, apart from the image's border. So patches are unfolded along
+    # columns of the image only, k_h copies instead of k_h·k_w, and one matrix product for each distance takes the place
+    # of one for each pair of kernel columns; the border is a few thin products more.
+
+    def _columns_pay(self) -> bool:
+        """Whether moments by distance of kernel columns cost less than patches."""
+        if self._n_dims != 2 or self.groups > 1 or self.module.stride[1] > 1:
+            return False
+        height, width = self.module.kernel_size
+        return width > 1 and self.module.in_channels * height >= 16
+
+    def _add_column_moments(self, x: Tensor, sums: Sums) -> None:
+        height, width = self.module.kernel_size
+        dilation = self.module.dilation[1]
+        p, rows = self.shape[1], self.module.in_channels * height
+        if "activation" not in sums:
+            sums["activation"] = torch.zeros(1, p, p, dtype=self.dtype, device=x.device)
+        total = sums["activation"][0]
+        flat = p - self.bias
+        full = total.new_zeros(rows, width, rows, width)
+        ones = total.new_zeros(rows, width)
+        padded = self.padded(x)
+        out_h, out_w = self._output_size(padded.shape[2:])
+        copies = rows * padded.shape[3] * out_h
+        for part in padded.split(max(1, max(x.numel(), _SMALL) // copies)):
+            windows = part.unfold(2, self.module.dilation[0] * (height - 1) + 1, self.module.stride[0])
+            windows = windows[..., :: self.module.dilation[0]]  # (n, C, out_h, W, k_h)
+            columns = torch.empty(rows, part.shape[3], len(part) * out_h, dtype=self.dtype, device=x.device)
+            columns.view(-1, height, part.shape[3], len(part), out_h).copy_(windows.permute(1, 4, 3, 0, 2))
+
+            def moment(start: int, stop: int, shift: int, columns: Tensor = columns) -> Tensor:
+                """Of image columns ``start`` to ``stop`` with those ``shift`` further on."""
+                return columns[:, start:stop].flatten(1) @ columns[:, start + shift : stop + shift].flatten(1).T
+
+            for gap in range(width):
+                shift = gap * dilation
+                last = (width - 1 - gap) * dilation  # the last kernel column's window starts here, the first one's at 0
+                if last < out_w:
+                    inside = moment(last, out_w, shift)
+                for i in range(width - gap):
+                    start = i * dilation
+                    if last < out_w:
+                        block = inside
+                        if start < last:
+                            block = block + moment(start, last, shift)
+                        if start:
+                            block = block + moment(out_w, out_w + start, shift)
+                    else:
+                        block = moment(start, start + out_w, shift)
+                    full[:, i, :, i + gap] += block
+                    if gap:
+                        full[:, i + gap, :, i] += block.T
+            if self.bias:
+                by_column = columns.sum(2)
+                for i in range(width):
+                    ones[:, i] += by_column[:, i * dilation : i * dilation + out_w].sum(1)
+        total[:flat, :flat] += full.reshape(flat, flat)
+        if self.bias:
+            total[:flat, -1] += ones.flatten()
+            total[-1, :flat] += ones.flatten()
+            total[-1, -1] += len(x) * out_h * out_w
 
     def add_pixel_moments(self, x: Tensor, sums: Sums, weight: float) -> None:
         """Add ``weight`` times the sums over examples that `uncorrelated_moment` needs: moments of a pixel's channels.
