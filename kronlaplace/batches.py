@@ -22,6 +22,7 @@ __all__ = [
     "all_finite",
     "DeferredChecks",
     "Inputs",
+    "Rewind",
     "device_of",
     "iterate",
     "preserved_random_state",
@@ -126,6 +127,36 @@ def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+class Rewind:
+    """Lets a loader that shuffles give the same batches in every pass, as long as torch draws the order.
+
+    Notes the state of torch's global generator and of the loader's own, if it has one; both are as noted after the
+    ``with`` block.
+
+    Args:
+        data: The loader.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._global = torch.get_rng_state()
+        sampler = getattr(data, "sampler", None)
+        owners = (data, sampler, getattr(data, "batch_sampler", None))
+        found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+        self._own = [(g, g.get_state()) for g in found.values()]
+
+    def __enter__(self) -> Rewind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Back to where it began."""
+        torch.set_rng_state(self._global)
+        for generator, state in self._own:
+            generator.set_state(state)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from kronlaplace.accumulation import Accumulation
 from kronlaplace.batches import (
     Batch,
     DeferredChecks,
+    Rewind,
     all_finite,
     device_of,
     iterate,
@@ -167,6 +168,7 @@ def accumulate(
     statistics: Tensor | None = None
     checks = DeferredChecks()
     explained: dict[str, tuple[Tensor, Tensor]] | None = None
+    beginning: Tensor | None = None
 
     def receive(calls: Calls, grads: list[Tensor]) -> None:
         if explained is None:
@@ -175,10 +177,15 @@ def accumulate(
             total, bound = calls.total_weight_gradient(grads)
             explained[calls.layer.name] = total @ _probe(total), bound
 
-    with preserved_random_state(device), recording(model, accumulation.layers, receive) as recorder:
+    with (
+        preserved_random_state(device),
+        Rewind(data) as rewind,
+        recording(model, accumulation.layers, receive) as recorder,
+    ):
         for i in range(passes):
             if i:
                 accumulation.next_pass()
+                rewind.restore()
             which = f", pass {i + 1} of {passes}" if passes > 1 else ""
             for batch in iterate(data, device, progress=progress, description=description + which):
                 for t in tensors_of(batch.inputs):
@@ -186,6 +193,9 @@ def accumulate(
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
                 outputs = recorder.forward(batch.inputs)
                 detached = outputs.detach()
+                if batch.index == 0 and passes > 1 and sampling is Sampling.MC:
+                    beginning = detached if beginning is None else beginning
+                    checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
                 _check_batch(likelihood, detached, batch, checks, sampling)
                 if i == 0 and batch.index == 0:
                     explained = {}
@@ -242,6 +252,19 @@ def _check_gradients(
             "function such as F.linear(x, layer.weight), or the layer was changed by a hook. Use the module itself in both "
             "places, or leave it out with layers=[...] or freeze it.",
         )
+
+
+_OTHER_ORDER = (
+    "the data came in another order than in the first pass. Labels are drawn batch by batch, so that every pass must see "
+    'the same batches: give a loader that does not shuffle, or use sampling="exact".'
+)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two batches of outputs are the same up to rounding, as a boolean 0-dim tensor."""
+    if a.shape != b.shape:
+        return torch.zeros((), dtype=torch.bool, device=a.device)
+    return torch.linalg.vector_norm(a - b) <= 1e-2 * torch.linalg.vector_norm(a)
 
 
 def _probe(matrix: Tensor) -> Tensor:

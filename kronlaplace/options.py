@@ -8,10 +8,17 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeVar
 
-__all__ = ["choice", "positive_integer", "positive_number", "resolve", "seed_number"]
+__all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
 _Object = TypeVar("_Object")
+
+
+class Choice(str, Enum):
+    """An option with a few values, which shows as the string that one types."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:

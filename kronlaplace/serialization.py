@@ -56,6 +56,8 @@ def load_tensors(
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, of another program, of another kind, or of a newer format.
     """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or a string such as 'cpu', got {type(device).__name__}.")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")

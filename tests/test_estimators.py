@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -492,3 +493,34 @@ def test_a_saturated_network_gives_zeros_and_not_nan(name, network):
     for layer, block in list(fisher.items())[:-1]:
         dense = block.to_dense()
         assert torch.equal(dense, torch.zeros_like(dense)), layer
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", ["kfoc", "ekfac"])
+def test_shuffled_loaders_give_every_pass_the_same_draws(name, own):
+    """Labels are drawn by batch: in another order an example would have other labels in every pass."""
+    made = case(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(60, 3), 2)
+    generator = torch.Generator().manual_seed(3) if own else None
+    state = generator.get_state() if own else torch.get_rng_state()
+    dataset = torch.utils.data.TensorDataset(made.inputs, made.targets)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=7, shuffle=True, generator=generator)
+    fisher = kl.estimate_fisher(made.model, loader, made.likelihood, name)
+    assert torch.equal(generator.get_state() if own else torch.get_rng_state(), state)
+    order = list(loader)  # from the same state: the order that every pass has seen
+    expected = kl.estimate_fisher(made.model, order, made.likelihood, name)
+    for layer, block in fisher.items():
+        assert_close(block.to_dense(), expected[layer].to_dense(), 1e-8, layer)
+
+
+def test_data_in_another_order_in_the_second_pass_is_refused():
+    made = case(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(60, 3), 2)
+    orders = []
+
+    class Shuffled:
+        def __iter__(self):
+            orders.append(np.random.default_rng(len(orders)).permutation(60))
+            return iter([(made.inputs[rows], made.targets[rows]) for rows in np.array_split(orders[-1], 4)])
+
+    with pytest.raises(ValueError, match="the data came in another order than in the first pass"):
+        kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC())
+    kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC(), sampling="exact")

@@ -309,3 +309,12 @@ def test_euclidean_is_gaussian_with_unit_noise():
     made = mlp("regression")
     first, second = (kl.KronLaplace(made.model, name).fit(made.batches()) for name in ("euclidean", "regression"))
     assert_close(first.functional_variance(made.inputs), second.functional_variance(made.inputs), 1e-12)
+
+
+def test_a_ready_made_fisher_brings_its_estimator():
+    made, _ = problem("mlp")
+    fisher = estimate(made, kl.TKFAC())
+    posterior = kl.KronLaplace(made.model, made.likelihood, kl.KFAC()).fit(fisher=fisher)
+    assert posterior.estimator == kl.TKFAC()
+    posterior.fit(made.batches())
+    assert posterior.fisher.metadata.estimator == "tkfac"

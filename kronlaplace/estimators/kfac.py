@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar
 
 import torch
@@ -14,12 +13,12 @@ from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.moments import squeezed
 from kronlaplace.layers import Calls, ConvolutionLayer, Layer
-from kronlaplace.options import choice
+from kronlaplace.options import Choice, choice
 
 __all__ = ["KFAC", "SUA", "WeightSharing"]
 
 
-class WeightSharing(str, Enum):
+class WeightSharing(Choice):
     """How positions that share weights enter: each for itself (``EXPAND``), or averaged first (``REDUCE``)."""
 
     EXPAND = "expand"

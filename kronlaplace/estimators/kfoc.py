@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, ClassVar
 
 import torch
@@ -26,12 +25,12 @@ from kronlaplace.estimators.moments import (
 from kronlaplace.estimators.power import Items, best_of_krylov, compress, leading_pair, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.layers import Calls, Layer
-from kronlaplace.options import choice, positive_integer, positive_number, seed_number
+from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
 
 __all__ = ["KFOC", "Aggregation", "Initialisation"]
 
 
-class Aggregation(str, Enum):
+class Aggregation(Choice):
     """How K-FOC merges batches.
 
     ``SWEEPS``: power iteration over the whole data set by passing over it several times; the result depends neither on
@@ -45,7 +44,7 @@ class Aggregation(str, Enum):
     FULL = "full"
 
 
-class Initialisation(str, Enum):
+class Initialisation(Choice):
     """Where the power iteration starts: at the identity, or at a random symmetric matrix (the paper's)."""
 
     IDENTITY = "identity"

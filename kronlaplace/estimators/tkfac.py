@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar
 
 import torch
@@ -14,12 +13,12 @@ from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, make_sums, once_per_example, squeezed, trace
 from kronlaplace.layers import Calls, Layer
-from kronlaplace.options import choice
+from kronlaplace.options import Choice, choice
 
 __all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]
 
 
-class SpatialCorrelation(str, Enum):
+class SpatialCorrelation(Choice):
     """What is assumed of products ``g_t a_tᵀ`` at different positions.
 
     ``EXACT`` assumes nothing, ``UNCORRELATED`` that they are uncorrelated (TKFAC Assumption 4.1).

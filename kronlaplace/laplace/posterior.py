@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.damping import Tikhonov
-from kronlaplace.estimators import Estimator, estimator_from_metadata, resolve_estimator
+from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard
 from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.inversion import DampedInverse
@@ -135,7 +135,7 @@ class KronLaplace:
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
-                may have more blocks than the posterior has layers.
+                may have more blocks than the posterior has layers; `estimator` becomes the one that it was made with.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
                 matrix; ``"mc"`` is cheaper where there are many outputs.
             mc_samples: As in `estimate_fisher`.
@@ -184,6 +184,8 @@ class KronLaplace:
         """Become the posterior of ``fisher``, which is of this network at its present weights."""
         self._mean = {layer.name: layer.matrix() for layer in self._layers}
         self._fisher = fisher
+        if estimator_to_metadata(self.estimator) != fisher.metadata.settings:
+            self.estimator = estimator_from_metadata(fisher.metadata.settings)
         self._covariance = None
         self._guard = WeightsGuard(self.model, fisher.metadata.weights)
 

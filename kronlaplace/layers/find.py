@@ -290,7 +290,8 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
         "no block for\n"
         + "\n".join(lines)
         + f"\nSupported: {', '.join(family.__name__ for family in _FAMILIES)}. The ways out: leave the module out with "
-        "layers=[...] (names of the modules that get a block), freeze it with module.requires_grad_(False), or ask for "
+        "layers=[...] (names of the modules that get a block), freeze it with requires_grad_(False) on those "
+        "parameters, or ask for "
         'unsupported="fixed". Its parameters then stay at their trained values.'
     )
 
