@@ -524,3 +524,17 @@ def test_data_in_another_order_in_the_second_pass_is_refused():
     with pytest.raises(ValueError, match="the data came in another order than in the first pass"):
         kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC())
     kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC(), sampling="exact")
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_batch_that_has_nothing_in_common_with_those_before_still_counts(rank):
+    """A first batch of zeros, then inputs that no batch before has had."""
+    model = nn.Sequential(nn.Linear(6, 3, bias=False)).double()
+    x = torch.randn(40, 6).double()
+    batches_ = [torch.zeros(14, 6).double(), torch.cat([x[:, :3], torch.zeros(40, 3).double()], dim=1)]
+    batches_.append(5 * torch.cat([torch.zeros(40, 3).double(), x[:, 3:]], dim=1))
+    fisher = kl.estimate_fisher(
+        model, batches_, "regression", kl.KFOC(aggregation="running", rank=rank), sampling="exact"
+    )
+    exact = kl.estimate_fisher(model, batches_, "regression", kl.KFAC(), sampling="exact")
+    assert oracles.error(fisher["0"].to_dense(), exact["0"].to_dense()) < (0.1 if rank == 1 else 1e-6)

@@ -133,7 +133,10 @@ class KFOC(Estimator):
             self._append(state, *exact)
             return
         warm = state.get("activation terms")
-        start = self._start(items) if warm is None or self.init is Initialisation.NORMAL else warm[0]
+        start = self._start(items)
+        if warm is not None and self.init is Initialisation.IDENTITY:
+            # Some of the identity stays: what was seen so far may have nothing in common with this batch.
+            start = warm[0] + 0.01 * start / frobenius(start)
         gradient, activation = leading_pair(items, start, self.max_iter, self.tol)
         if self.aggregation is Aggregation.APPROX:
             for key, value in (("activation", activation), ("gradient", gradient)):
