@@ -94,9 +94,7 @@ class Inputs:
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """All tensors that have axes, the one that counts the examples first."""
-    found: list[Tensor] = []
-    _mapped(inputs.value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return [t for t in found if t.ndim]
+    return [t for t in _leaves(inputs.value) if t.ndim]
 
 
 def with_one_more(inputs: Inputs, axis: int) -> Inputs:
@@ -109,6 +107,15 @@ def with_one_more(inputs: Inputs, axis: int) -> Inputs:
         return torch.cat([t, t.narrow(axis, 0, 1)], dim=axis)
 
     return inputs.map(longer)
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -295,6 +302,4 @@ def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
 
 
 def _has_tensors(value: Any) -> bool:
-    found: list[Tensor] = []
-    _mapped(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return bool(found)
+    return any(True for _ in _leaves(value))

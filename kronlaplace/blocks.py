@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, eigendecompose
+from kronlaplace.linalg import Eigen, eigendecompose, trace
 
 __all__ = ["Block", "DenseBlock", "DiagonalBlock", "EigenBlock", "KroneckerBlock", "block_from_tensors", "decompose"]
 
@@ -207,7 +207,7 @@ class KroneckerBlock(_Rotated):
     def trace(self) -> Tensor:
         """``scale · tr G · tr A``, 0-dim."""
         gradient, activation = self._factors
-        return (self._scales[:, 0, 0] * _trace(gradient) * _trace(activation)).sum()
+        return (self._scales[:, 0, 0] * trace(gradient) * trace(activation)).sum()
 
     def frobenius_norm(self) -> Tensor:
         """``|scale| · ‖G‖ · ‖A‖``, 0-dim."""
@@ -267,7 +267,37 @@ class KroneckerBlock(_Rotated):
         }
 
 
-class EigenBlock(_Rotated):
+class _Values(Block):
+    """A block whose eigenvalues are kept as they are: ``λ`` as a ``(q, p)`` matrix."""
+
+    def __init__(self, values: Tensor, name: str = "block") -> None:
+        super().__init__(name)
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        q, p = self.values.shape
+        return q, p
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def trace(self) -> Tensor:
+        return self.values.sum()
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.linalg.norm(self.values)
+
+    def eigenvalues(self) -> Tensor:
+        return _finite(self.values, self.name).double()
+
+
+class EigenBlock(_Values, _Rotated):
     """``(Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ``: a Kronecker eigenbasis with eigenvalues of its own (EKFAC).
 
     Args:
@@ -280,26 +310,12 @@ class EigenBlock(_Rotated):
     kind = "eigen"
 
     def __init__(self, gradient_basis: Tensor, activation_basis: Tensor, values: Tensor, name: str = "block") -> None:
-        super().__init__(name)
+        super().__init__(values, name)
         self.gradient_basis = gradient_basis
         self.activation_basis = activation_basis
-        self.values = values
 
     def __repr__(self) -> str:
         return f"EigenBlock({self.name!r}, {_size(self.values)} eigenvalues)"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        q, p = self.values.shape
-        return q, p
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.gradient_basis.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     def bases(self) -> tuple[Tensor, Tensor]:
         return self.gradient_basis, self.activation_basis
@@ -317,17 +333,8 @@ class EigenBlock(_Rotated):
             dense.append((basis * values.flatten()) @ basis.T)
         return torch.block_diag(*dense)
 
-    def trace(self) -> Tensor:
-        return self.values.sum()
-
-    def frobenius_norm(self) -> Tensor:
-        return torch.linalg.norm(self.values)
-
     def scaled(self, factor: Tensor | float) -> EigenBlock:
         return EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
-
-    def eigenvalues(self) -> Tensor:
-        return _finite(self.values, self.name).double()
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {
@@ -337,7 +344,7 @@ class EigenBlock(_Rotated):
         }
 
 
-class DiagonalBlock(Block):
+class DiagonalBlock(_Values):
     """``diag(λ)``.
 
     Args:
@@ -347,25 +354,8 @@ class DiagonalBlock(Block):
 
     kind = "diagonal"
 
-    def __init__(self, values: Tensor, name: str = "block") -> None:
-        super().__init__(name)
-        self.values = values
-
     def __repr__(self) -> str:
         return f"DiagonalBlock({self.name!r}, {_size(self.values)})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        q, p = self.values.shape
-        return q, p
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     def matmul(self, matrices: Tensor) -> Tensor:
         return self.values * matrices
@@ -373,17 +363,8 @@ class DiagonalBlock(Block):
     def to_dense(self) -> Tensor:
         return torch.diag(self.values.flatten())
 
-    def trace(self) -> Tensor:
-        return self.values.sum()
-
-    def frobenius_norm(self) -> Tensor:
-        return torch.linalg.norm(self.values)
-
     def scaled(self, factor: Tensor | float) -> DiagonalBlock:
         return DiagonalBlock(self.values * factor, self.name)
-
-    def eigenvalues(self) -> Tensor:
-        return _finite(self.values, self.name).double()
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         return matrices
@@ -497,10 +478,6 @@ def _two_sided(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
     if len(left) == 1:
         return left[0] @ matrices @ right[0]
     return (left @ matrices.unflatten(-2, (len(left), -1)) @ right).flatten(-3, -2)
-
-
-def _trace(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _finite(values: Tensor, name: str) -> Tensor:

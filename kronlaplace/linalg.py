@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Eigen", "eigendecompose", "eigendecompose_symmetric"]
+__all__ = ["Eigen", "eigendecompose", "eigendecompose_symmetric", "trace"]
 
 
 class Eigen(NamedTuple):
@@ -17,6 +17,11 @@ class Eigen(NamedTuple):
 
     values: Tensor
     vectors: Tensor
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """Traces over the last two axes."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def eigendecompose(matrices: Mapping[str, Tensor]) -> dict[str, Eigen]:

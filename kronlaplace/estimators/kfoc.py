@@ -59,9 +59,10 @@ class KFOC(Estimator):
     the terms between positions are kept (Eq. 13–15).
 
     Args:
-        aggregation: How batches are merged, see `Aggregation`. ``"sweeps"`` (the default) is within half a percent of the
-            best possible after two passes over the data, needs no power iteration per batch and never waits for the
-            device. ``"running"`` and ``"approx"`` are the paper's, for one pass over the data.
+        aggregation: How batches are merged, see `Aggregation`. ``"sweeps"`` (the default) came within one percent of the
+            best possible after two passes over the data on all networks measured, and a third closes the gap; it needs
+            no power iteration per batch and never waits for the device. ``"running"`` and ``"approx"`` are the paper's,
+            for one pass over the data.
         rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible. A batch adds
             its best pair, or all of its terms if they are few (examples that use the weights once).
         sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.

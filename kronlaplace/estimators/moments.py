@@ -30,7 +30,6 @@ __all__ = [
     "make_sums",
     "once_per_example",
     "squeezed",
-    "trace",
 ]
 
 _PENDING = "pending"
@@ -109,11 +108,6 @@ def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
     """``Σ_n X_n A X_nᵀ`` of shape ``(K, q/K, q/K)``, for ``X`` of shape ``(K, N, q/K, p)``."""
     left = x if activation_factor is None else (x.flatten(1, 2) @ activation_factor).view_as(x)
     return (left @ x.mT).sum(1)
-
-
-def trace(matrices: Tensor) -> Tensor:
-    """Traces over the last two axes."""
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def frobenius(matrices: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, trace
-from kronlaplace.linalg import eigendecompose_symmetric
+from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum
+from kronlaplace.linalg import eigendecompose_symmetric, trace
 
 __all__ = ["Items", "best_of_krylov", "compress", "leading_pair", "made_psd"]
 
@@ -344,9 +344,9 @@ def best_of_krylov(
     """The best pair in the span of three successive iterates, from what two passes have seen of the operator ``R``.
 
     With unit iterates ``u_0, u_1, u_2`` (activations) and ``v_0, v_1, v_2`` (gradients), a pass gives ``R u_i = l v_{i+1}``
-    and ``Rᵀ v_i = l' u_{i+1}``. So all entries ``v_iᵀ R u_j`` are known but that of the two newest; of the part of it that
-    the others do not imply we take the least in norm, zero. The leading singular pair of that 3x3 matrix is nearer to the
-    operator's than the newest iterates are.
+    and ``Rᵀ v_i = l' u_{i+1}``. So all entries ``v_iᵀ R u_j`` are known but that of the two newest; the part of it that the
+    others do not imply is guessed (`_completion`). The leading singular pair of that 3x3 matrix is nearer to the operator's
+    than the newest iterates are.
 
     Args:
         gradients: ``v_0, v_1, v_2``, shape ``(K, q/K, q/K)``.

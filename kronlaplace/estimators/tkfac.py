@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, make_sums, once_per_example, squeezed, trace
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, make_sums, once_per_example, squeezed
 from kronlaplace.layers import Calls, Layer
+from kronlaplace.linalg import trace
 from kronlaplace.options import Choice, choice
 
 __all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]

@@ -96,11 +96,6 @@ class EmbeddingLayer(Layer):
 
     factors = False
 
-    def __init__(
-        self, name: str, module: nn.Module, weight: Mapping[str, nn.Parameter], also: Sequence[nn.Module] = ()
-    ) -> None:
-        super().__init__(name, module, weight, also)
-
     @property
     def _table(self) -> nn.Parameter:
         return next(iter(self.parameters.values()))
