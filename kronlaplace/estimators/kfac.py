@@ -55,27 +55,19 @@ class KFAC(Estimator):
             calls.add_activation_moment(state)
 
     def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        if "gradient" not in state:
-            state["gradient"] = torch.zeros(
-                calls.layer.groups,
-                rows := calls.layer.shape[0] // calls.layer.groups,
-                rows,
-                dtype=calls.layer.dtype,
-                device=calls.layer.device,
-            )
+        out = calls.layer.sum_of(state, "gradient")
         if not self._reduces(calls.layer):
-            calls.add_gradient_moment(grads, state["gradient"])
+            calls.add_gradient_moment(grads, out)
             return
         state.setdefault("positions", calls.positions(grads))
         g = calls.gradients(grads).sum(2)
-        state["gradient"].baddbmm_(g.mT, g)
+        out.baddbmm_(g.mT, g)
 
     def end_batch(self, state: State, calls: Calls) -> None:
         positions = state.pop("positions", None)
         if positions is not None:
             a = calls.activations().sum(2) / positions
-            moment = a.mT @ a
-            state["activation"] = moment if "activation" not in state else state["activation"].add_(moment)
+            calls.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         # In place: the factors of a wide layer are larger than all else in a pass.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Calls
 
 __all__ = [
     "activation_sum",
@@ -27,24 +27,11 @@ __all__ = [
     "add_row_sums",
     "frobenius",
     "gradient_sum",
-    "make_sums",
     "once_per_example",
     "squeezed",
 ]
 
 _PENDING = "pending"
-
-
-def make_sums(sums: dict[str, Any], layer: Layer) -> None:
-    """Empty sums for both factors, if there are none: ``activation`` ``(K, p, p)`` and ``gradient`` ``(K, q/K, q/K)``.
-
-    Made when the first data come and not before, when they would only take memory.
-    """
-    if "activation" in sums:
-        return
-    (q, p), groups = layer.shape, layer.groups
-    sums["activation"] = torch.zeros(groups, p, p, dtype=layer.dtype, device=layer.device)
-    sums["gradient"] = torch.zeros(groups, q // groups, q // groups, dtype=layer.dtype, device=layer.device)
 
 
 def once_per_example(calls: Calls, grads: Sequence[Tensor]) -> bool:
@@ -71,23 +58,23 @@ def add_pair_sums(
         activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
         gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
     """
-    make_sums(sums, calls.layer)
+    activation_out, gradient_out = (calls.layer.sum_of(sums, key) for key in ("activation", "gradient"))
     if once_per_example(calls, grads):
         a, g = calls.activations()[:, :, 0], calls.gradients(grads)[:, :, 0]
         weight = _quadratic_form(g, gradient_factor)
         sums[_PENDING] = weight if _PENDING not in sums else sums[_PENDING] + weight
-        sums["gradient"].baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
+        gradient_out.baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
         return
     for part, part_grads in calls.parts(grads):
         g = part.gradients(part_grads)
         if g.shape[2] <= g.shape[3]:
             a = part.activations()
-            sums["activation"] += _mixed(a, g, gradient_factor)
-            sums["gradient"] += _mixed(g, a, activation_factor)
+            activation_out += _mixed(a, g, gradient_factor)
+            gradient_out += _mixed(g, a, activation_factor)
         else:
             x = part.weight_gradients(part_grads)
-            sums["activation"] += activation_sum(x, gradient_factor)
-            sums["gradient"] += gradient_sum(x, activation_factor)
+            activation_out += activation_sum(x, gradient_factor)
+            gradient_out += gradient_sum(x, activation_factor)
 
 
 def add_row_sums(sums: dict[str, Any], calls: Calls) -> None:

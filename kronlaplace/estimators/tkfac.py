@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, make_sums, once_per_example, squeezed
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, once_per_example, squeezed
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.linalg import trace
 from kronlaplace.options import Choice, choice
@@ -55,11 +55,10 @@ class TKFAC(Estimator):
         if self.spatial is SpatialCorrelation.EXACT or once_per_example(calls, grads):
             add_pair_sums(state, calls, grads)
             return
-        make_sums(state, calls.layer)
         for part, part_grads in calls.parts(grads, activations=True):
             a, g = part.activations().flatten(1, 2), part.gradients(part_grads).flatten(1, 2)
             for key, u, v in (("activation", a, g), ("gradient", g, a)):
-                state[key].baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)
+                calls.layer.sum_of(state, key).baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)
 
     def end_batch(self, state: State, calls: Calls) -> None:
         add_row_sums(state, calls)

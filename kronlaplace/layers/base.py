@@ -99,6 +99,16 @@ class Layer(ABC):
         """Dtype that sums accumulate in: that of the parameters, at least float32."""
         return torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
 
+    def sum_of(self, sums: Sums, key: str) -> Tensor:
+        """The sum ``"activation"``, shape ``(K, p, p)``, or ``"gradient"``, ``(K, q/K, q/K)``, to be added to in place.
+
+        Made of zeros when it is first asked for, and not before, when it would only take memory.
+        """
+        if key not in sums:
+            size = self.shape[1] if key == "activation" else self.shape[0] // self.groups
+            sums[key] = torch.zeros(self.groups, size, size, dtype=self.dtype, device=self.device)
+        return sums[key]
+
     @abstractmethod
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
         """The matrix ``(q, p)`` that is made of values of the parameters, such as their gradients, as ``W̄`` is of them."""
@@ -161,7 +171,7 @@ class Layer(ABC):
     def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
         """Add ``Σ_n Σ_t a aᵀ`` of one call to ``sums``, in a form that `activation_moment` understands."""
         a = self.activations(x).flatten(1, 2)
-        add(sums, "activation", lambda: a.mT @ a, lambda out: out.baddbmm_(a.mT, a))
+        self.sum_of(sums, "activation").baddbmm_(a.mT, a)
 
     def activation_moment(self, sums: Sums) -> Tensor:
         """The sum that `add_activation_moment` made, shape ``(K, p, p)``; ``sums`` is used up."""
@@ -186,14 +196,6 @@ class Layer(ABC):
             Whether it was done; otherwise ``X`` must be formed.
         """
         return False
-
-
-def add(sums: Sums, key: str, first: Any, more: Any) -> None:
-    """Add to the sum ``key``: ``first()`` makes it, ``more(out)`` adds in place."""
-    if key in sums:
-        more(sums[key])
-    else:
-        sums[key] = first()
 
 
 class LinearLayer(Layer):
@@ -287,9 +289,7 @@ class LinearLayer(Layer):
     def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
         a = x.flatten(0, -2).to(self.dtype)
         p = a.shape[1]
-        if "activation" not in sums:
-            sums["activation"] = a.new_zeros(1, self.shape[1], self.shape[1])
-        out = sums["activation"][0]
+        out = self.sum_of(sums, "activation")[0]
         out[:p, :p].addmm_(a.T, a)  # without a copy of the input that has the 1
         if self.bias:
             total = a.sum(0)

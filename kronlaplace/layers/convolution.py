@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.layers.base import Layer, Sums, add
+from kronlaplace.layers.base import Layer, Sums
 
 __all__ = ["ConvolutionLayer"]
 
@@ -160,7 +160,7 @@ class ConvolutionLayer(Layer):
             self._add_column_moments(x, sums)
             return
         for patches in self._patches(x):
-            add(sums, "activation", lambda p=patches: p @ p.mT, lambda out, p=patches: out.baddbmm_(p, p.mT))
+            self.sum_of(sums, "activation").baddbmm_(patches, patches.mT)
 
     def activation_moment(self, sums: Sums) -> Tensor:
         p = self.shape[1]
@@ -268,9 +268,7 @@ class ConvolutionLayer(Layer):
         height, width = self.module.kernel_size
         dilation = self.module.dilation[1]
         p, rows = self.shape[1], self.module.in_channels * height
-        if "activation" not in sums:
-            sums["activation"] = torch.zeros(1, p, p, dtype=self.dtype, device=x.device)
-        total = sums["activation"][0]
+        total = self.sum_of(sums, "activation")[0]
         flat = p - self.bias
         full = total.new_zeros(rows, width, rows, width)
         ones = total.new_zeros(rows, width)
@@ -338,7 +336,7 @@ class ConvolutionLayer(Layer):
             "positions": taps.new_full((), float(n * weight * taps.shape[1])),
         }
         for key, value in parts.items():
-            add(sums, key, lambda v=value: v, lambda out, v=value: out.add_(v))
+            sums[key] = sums[key].add_(value) if key in sums else value
 
     def uncorrelated_moment(self, sums: Sums, weight: float) -> Tensor:
         """``E[Σ_t a aᵀ]`` if pixels were uncorrelated (KFC Theorem 4), shape ``(K, p, p)``, from `add_pixel_moments`.
