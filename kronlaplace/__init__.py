@@ -17,7 +17,7 @@ from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace import KronLaplace
+from kronlaplace.laplace import JointPrediction, KronLaplace, Predictive
 from kronlaplace.layers import SUPPORTED_LAYERS
 from kronlaplace.likelihoods import (
     Bernoulli,
@@ -59,7 +59,9 @@ __all__ = [
     "Euclidean",
     "Sampling",
     "KronLaplace",
+    "Predictive",
     "Prediction",
+    "JointPrediction",
     "Link",
     "damping",
     "metrics",

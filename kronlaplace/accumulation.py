@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -87,14 +88,16 @@ class Accumulation:
         """What has been accumulated for a layer."""
         return self._states[name]
 
+    def so_far(self) -> dict[str, Block]:
+        """The blocks as if the data ended here, in the last pass and after a batch; the accumulation can go on."""
+        return {name: self._finished(name, copy.deepcopy(self._states[name])) for name in self.estimators}
+
     def finish(self) -> dict[str, Block]:
         """The blocks; the accumulation is used up."""
-        return {
-            name: estimator.finish(
-                self._states.pop(name), self._layers[name], self._final_weights.get(name, self.weight)
-            )
-            for name, estimator in self.estimators.items()
-        }
+        return {name: self._finished(name, self._states.pop(name)) for name in self.estimators}
+
+    def _finished(self, name: str, state: State) -> Block:
+        return self.estimators[name].finish(state, self._layers[name], self._final_weights.get(name, self.weight))
 
     def _wants_data(self, name: str) -> bool:
         return self._pass <= self.estimators[name].passes

@@ -24,6 +24,7 @@ __all__ = [
     "Inputs",
     "Rewind",
     "device_of",
+    "is_loader",
     "iterate",
     "preserved_random_state",
     "tensors_of",
@@ -226,6 +227,15 @@ def device_of(model: nn.Module) -> torch.device:
         found = "no parameters" if not devices else f"parameters on {', '.join(sorted(map(str, devices)))}"
         raise ValueError(f"the model must have its parameters on one device, but it has {found}.")
     return devices.pop()
+
+
+def is_loader(x: Any) -> bool:
+    """Whether ``x`` yields batches, and is not itself the inputs of one: neither a tensor nor a tuple, list or mapping of
+    tensors. A list of anything else holds batches.
+    """
+    if isinstance(x, (Tensor, Mapping, tuple, str)) or hasattr(x, "__array__") or not isinstance(x, Iterable):
+        return False
+    return not (isinstance(x, list) and any(isinstance(part, Tensor) for part in x))
 
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")

@@ -24,7 +24,16 @@ from torch import Tensor
 
 from kronlaplace.linalg import Eigen, eigendecompose, trace
 
-__all__ = ["Block", "DenseBlock", "DiagonalBlock", "EigenBlock", "KroneckerBlock", "block_from_tensors", "decompose"]
+__all__ = [
+    "Block",
+    "DenseBlock",
+    "DiagonalBlock",
+    "EigenBlock",
+    "KroneckerBlock",
+    "RotatedBlock",
+    "block_from_tensors",
+    "decompose",
+]
 
 
 class Block(ABC):
@@ -123,7 +132,7 @@ def decompose(blocks: Iterable[Block]) -> None:
             block.adopt([next(parts) for _ in missing])
 
 
-class _Rotated(Block):
+class RotatedBlock(Block):
     """A block whose eigenbasis is a Kronecker product ``Q_G ⊗ Q_A``, by groups of rows."""
 
     @abstractmethod
@@ -142,8 +151,18 @@ class _Rotated(Block):
         gradient, activation = self.bases()
         return _two_sided(gradient.square(), weights, activation.square().mT)
 
+    def squared_rows(self, weights: Tensor) -> Tensor:
+        """``(Q_G ∘ Q_G) W`` for ``W`` of shape ``(q, p)``; same shape."""
+        gradient, _ = self.bases()
+        return (gradient.square() @ weights.unflatten(0, (len(gradient), -1))).flatten(0, 1)
 
-class KroneckerBlock(_Rotated):
+    def projected_diagonal(self, values: Tensor) -> Tensor:
+        """The diagonal of ``Uᵀ diag(d) U`` for ``d`` of shape ``(q, p)``; same shape."""
+        gradient, activation = self.bases()
+        return _two_sided(gradient.square().mT, values, activation.square())
+
+
+class KroneckerBlock(RotatedBlock):
     """``scale · G ⊗ A``, acting on a ``(q, p)`` matrix as ``scale · G M A``.
 
     Layers with ``K`` groups of rows (grouped convolutions, attention's input projections) are block diagonal over the
@@ -297,7 +316,7 @@ class _Values(Block):
         return _finite(self.values, self.name).double()
 
 
-class EigenBlock(_Values, _Rotated):
+class EigenBlock(_Values, RotatedBlock):
     """``(Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ``: a Kronecker eigenbasis with eigenvalues of its own (EKFAC).
 
     Args:

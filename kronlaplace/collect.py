@@ -10,6 +10,7 @@ Only output gradients are computed, never weight gradients, and each is handed o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -67,10 +68,15 @@ class _UnknownAxisError(Exception):
 class Recorder:
     """One forward pass at a time, and any number of backward passes through it. Made by `recording`."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], receive: Receiver, *, differentiable: bool = False
+    ) -> None:
         self._model = model
         self._layers = list(layers)
         self._receive = receive
+        self._differentiable = differentiable
+        self._outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._output_layer: Layer | None = None
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
@@ -93,6 +99,11 @@ class Recorder:
         """The calls of the last forward pass, by layer name."""
         return {layer.name: Calls(layer, self._calls[layer.name]) for layer in self._layers}
 
+    @property
+    def output_layer(self) -> Layer | None:
+        """The linear layer whose output is the network's own in the last forward pass, untouched, if there is one."""
+        return self._output_layer
+
     def forward(self, inputs: Inputs) -> Tensor:
         """Run the network with its graph.
 
@@ -106,7 +117,7 @@ class Recorder:
             RuntimeError: If a wanted layer did not run, or ran without gradients.
         """
         with torch.inference_mode(False), torch.enable_grad():  # gradients on, wherever the caller is
-            inputs = _ordinary(inputs)
+            inputs = inputs if self._differentiable else _ordinary(inputs)
             try:
                 outputs = self._record(inputs)
             except _UnknownAxisError:
@@ -130,7 +141,15 @@ class Recorder:
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
                 "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them."
             )
+        self._output_layer = self._find_output_layer(outputs)
         return outputs
+
+    def _find_output_layer(self, outputs: Tensor) -> Layer | None:
+        for layer in self._layers:
+            reference, version = self._outputs.get(layer.name, (None, 0))
+            if reference is not None and reference() is outputs and outputs._version == version:
+                return layer
+        return None
 
     def backward(self, outputs: Tensor, direction: Tensor, *, retain_graph: bool) -> None:
         """Propagate one direction ``d``, of the outputs' shape, back; every layer's gradients go to the receiver.
@@ -146,7 +165,8 @@ class Recorder:
             outputs,
             self._sources,
             grad_outputs=direction.reshape(outputs.shape),
-            retain_graph=retain_graph,
+            retain_graph=retain_graph or self._differentiable,
+            create_graph=self._differentiable,
             allow_unused=True,
         )
         for layer in self._layers:
@@ -186,6 +206,7 @@ class Recorder:
         self._calls = {}
         self._sources = []
         self._copies = []
+        self._outputs = {}
         self._grads = {}
 
     def _record(self, inputs: Inputs) -> Tensor:
@@ -277,21 +298,29 @@ class Recorder:
             )
         calls = self._calls[layer.name]
         index = len(calls)
-        calls.append(Call(x.detach().movedim(axis, 0), fold))
-        if is_source or not x.requires_grad:
+        calls.append(Call(self._kept(x).movedim(axis, 0), fold))
+        # With inputs that carry a gradient no layer is the first, and all must be asked for.
+        if is_source or self._differentiable or not x.requires_grad:
             self._sources.append(get_gradient_edge(output))
+        if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
+            self._outputs[layer.name] = weakref.ref(output), output._version
+        else:
+            self._outputs.pop(layer.name, None)
         hand_on = partial(self._take, layer, index, axis)
         output.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
 
     def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
         if self._muted:
             return
-        grad = grad.detach().movedim(axis, 0)
+        grad = self._kept(grad).movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._grads:
             self._grads[layer.name][index] = grad
         else:
             self._receive(Calls(layer, self._calls[layer.name]), [grad])
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor if self._differentiable else tensor.detach()
 
     def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
@@ -399,13 +428,16 @@ class _Axes:
 
 
 @contextmanager
-def recording(model: nn.Module, layers: Sequence[Layer], receive: Receiver) -> Iterator[Recorder]:
+def recording(
+    model: nn.Module, layers: Sequence[Layer], receive: Receiver, *, differentiable: bool = False
+) -> Iterator[Recorder]:
     """Let the layers of ``model`` report to ``receive`` while the context lasts.
 
-    Hooks are taken off and the ``requires_grad`` of all parameters is as before when the context ends, however it
-    ends. Parameters' ``.grad`` is never touched.
+    With ``differentiable`` all that is reported, inputs and output gradients, can be differentiated with respect to the
+    network's inputs. Hooks are taken off and the ``requires_grad`` of all parameters is as before when the context ends,
+    however it ends. Parameters' ``.grad`` is never touched.
     """
-    recorder = Recorder(model, layers, receive)
+    recorder = Recorder(model, layers, receive, differentiable=differentiable)
     wanted = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     handles = []

@@ -1,23 +1,73 @@
-"""Damping strategies: how ``γ`` enters a block before it is inverted."""
+"""Damping strategies: how ``γ`` enters a block before it is inverted.
+
+All of them keep the block's eigenbasis, so that the eigendecompositions are made once, for equal sizes in one batched call,
+and a change of damping costs only new eigenvalues. With the factors of a block ``scale · G ⊗ A``, eigenvalues ``d_G``,
+``d_A``, of sizes ``q`` and ``p``, and the block's trace ``δ = scale · tr G · tr A``:
+
+| strategy | eigenvalues of the damped block | |
+| --- | --- | --- |
+| `Tikhonov` | ``scale · d_G d_A + γ`` | exact |
+| `FactoredTikhonov` | ``(scale · d_G + √γ / π) (d_A + π √γ)``, ``π² = (tr A / p) / (scale · tr G / q)`` | KFC Eq. 28 |
+| `TraceRestricted` | ``(√δ d_G / tr G + √λ) (√δ d_A / tr A + √λ)`` | TKFAC Eq. 5.15 |
+| `TraceRestrictedAuto` | ``(√δ̃ d_G / tr G + δ̃ / q) (√δ̃ d_A / tr A + δ̃ / p)``, ``δ̃ = max(ν, δ)`` | TKFAC Eq. 5.16–5.17 |
+
+Layers with groups of rows are damped group by group.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block
-from kronlaplace.inversion import DampedInverse, check_damping
+from kronlaplace.blocks import Block, KroneckerBlock, decompose
+from kronlaplace.inversion import DampedInverse, PlusDiagonal
+from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.options import positive_number
 
-__all__ = ["DampedInverse", "Tikhonov"]
+__all__ = [
+    "DampedInverse",
+    "Damping",
+    "FactoredTikhonov",
+    "Tikhonov",
+    "TraceRestricted",
+    "TraceRestrictedAuto",
+]
+
+
+class Damping(ABC):
+    """A rule that makes a block invertible."""
+
+    @abstractmethod
+    def invert(self, block: Block) -> DampedInverse:
+        """The damped inverse of one layer's block.
+
+        Raises:
+            ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
+                naming the layer.
+        """
+
+    def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
+        """The damped inverses of all blocks, such as those of a `KroneckerFisher`; equal sizes are decomposed together.
+
+        Raises:
+            ValueError: As `invert`.
+        """
+        decompose(blocks.values())
+        return {name: self.invert(block) for name, block in blocks.items()}
 
 
 @dataclass(frozen=True)
-class Tikhonov:
-    """Exact Tikhonov damping: ``γ`` is added to the block itself, ``F + γ I``.
+class Tikhonov(Damping):
+    """Exact Tikhonov damping: ``γ`` is added to the block itself, ``F + γ I`` (KFC Eq. 39–44).
 
     Args:
-        damping: ``γ``, not negative; a number or a 0-dim tensor, which may carry a gradient.
+        damping: ``γ``, not negative: a number, a 0-dim tensor, or one for every weight, shape ``(q, p)`` (see
+            `kronlaplace.inversion.PlusDiagonal` for what that is exact for). Tensors may carry a gradient.
 
     Raises:
         ValueError: If it is negative or not finite.
@@ -26,8 +76,216 @@ class Tikhonov:
     damping: float | Tensor
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        if isinstance(self.damping, Tensor) and self.damping.ndim == 2:
+            if not ((self.damping >= 0) & torch.isfinite(self.damping)).all():
+                raise ValueError("damping must be finite and not negative for every weight; some is not.")
+            return
+        _number(self.damping, "damping")
 
     def invert(self, block: Block) -> DampedInverse:
-        """The damped inverse of one layer's block; see `DampedInverse` for what it answers and raises."""
-        return DampedInverse(block, self.damping)
+        if isinstance(self.damping, Tensor) and self.damping.ndim == 2:
+            if self.damping.shape != block.shape:
+                raise ValueError(
+                    f"the damping of layer {block.name!r} must be one number or of shape {block.shape}, one for every "
+                    f"weight; got shape {tuple(self.damping.shape)}."
+                )
+            inverse = PlusDiagonal(block).damped(self.damping)
+            return _checked(inverse.block, inverse.eigenvalues, float(self.damping.detach().min()))
+        damping = torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
+        return _checked(block, block.eigenvalues() + damping, float(damping.detach()))
+
+
+class _ByFactor(Damping):
+    """Damps both factors of a Kronecker block; all other blocks by what that amounts to."""
+
+    def invert(self, block: Block) -> DampedInverse:
+        if isinstance(block, KroneckerBlock):
+            gradient, activation = self._damped(_Factors(block))
+            return _checked(block, (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1), self._smallest)
+        return _checked(block, self._damped_values(block.eigenvalues()), self._smallest)
+
+    @property
+    @abstractmethod
+    def _smallest(self) -> float:
+        """Zero if a singular block can stay singular."""
+
+    @abstractmethod
+    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``, the scale in one or both."""
+
+    @abstractmethod
+    def _damped_values(self, values: Tensor) -> Tensor:
+        """Eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
+
+
+class _Factors:
+    """Eigenvalues of a block's factors in float64, with an axis of ``K`` groups in front, and what dampings make of them.
+
+    Attributes:
+        scale: Shape ``(K, 1)``.
+        gradient: ``d_G``, shape ``(K, q/K)``.
+        activation: ``d_A``, shape ``(K, p)``.
+        trace: ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
+    """
+
+    def __init__(self, block: KroneckerBlock) -> None:
+        gradient, activation = block.eigen()
+        self.gradient, self.activation = gradient.values.double(), activation.values.double()
+        self.scale = block.scale.double().expand(len(self.gradient)).unsqueeze(1)
+        self.trace = self.scale * self.gradient.sum(1, keepdim=True) * self.activation.sum(1, keepdim=True)
+
+    def unit_trace(self) -> tuple[Tensor, Tensor]:
+        """``d_G / tr G`` and ``d_A / tr A``; zeros where the trace is zero."""
+        return _unit(self.gradient), _unit(self.activation)
+
+
+def _unit(values: Tensor) -> Tensor:
+    return values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class FactoredTikhonov(_ByFactor):
+    """Factored Tikhonov damping ``(G + √γ/π I) ⊗ (A + π √γ I)`` with ``π`` from the trace norm (K-FAC appendix, KFC Eq. 28).
+
+    The product does not depend on how a scale is divided between the factors. Blocks that have no factors (diagonal, dense,
+    EKFAC) get ``γ`` itself, which this approximates.
+
+    Args:
+        damping: ``γ``, not negative; a number or a 0-dim tensor.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+
+    damping: float | Tensor
+
+    def __post_init__(self) -> None:
+        _number(self.damping, "damping")
+
+    @property
+    def _smallest(self) -> float:
+        return _number(self.damping, "damping")
+
+    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
+        gradient = factors.scale * factors.gradient
+        means = factors.activation.mean(1, keepdim=True), gradient.mean(1, keepdim=True)
+        pi = torch.where((means[0] > 0) & (means[1] > 0), torch.sqrt(means[0] / means[1]), 1.0)
+        root = torch.as_tensor(self.damping, dtype=torch.float64, device=pi.device).sqrt()
+        return gradient + root / pi, factors.activation + pi * root
+
+    def _damped_values(self, values: Tensor) -> Tensor:
+        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
+
+
+@dataclass(frozen=True)
+class TraceRestricted(_ByFactor):
+    """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of the factors with unit traces (TKFAC Eq. 5.15).
+
+    For any Kronecker block: its factors are brought to unit traces first, with ``δ`` the block's trace. Blocks that have no
+    factors (diagonal, dense, EKFAC) get ``λ`` itself.
+
+    Args:
+        damping: ``λ``, not negative; a number or a 0-dim tensor.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+
+    damping: float | Tensor
+
+    def __post_init__(self) -> None:
+        _number(self.damping, "damping")
+
+    @property
+    def _smallest(self) -> float:
+        return _number(self.damping, "damping")
+
+    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
+        gradient, activation = factors.unit_trace()
+        damping = torch.as_tensor(self.damping, dtype=torch.float64, device=gradient.device).sqrt()
+        root = factors.trace.sqrt()
+        return root * gradient + damping, root * activation + damping
+
+    def _damped_values(self, values: Tensor) -> Tensor:
+        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
+
+
+@dataclass(frozen=True)
+class TraceRestrictedAuto(_ByFactor):
+    """TKFAC's automatic damping: from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
+
+    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)``. Given a whole
+    `KroneckerFisher`, `invert_all` does that with convolutions; all other layers are expanded by the largest factor by which
+    any layer was, ``δ̃ = max(ν, β δ)`` with ``β = max_l max(ν, δ_l) / δ_l``. Blocks that have no factors (diagonal, dense,
+    EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
+
+    Args:
+        minimum: ``ν``, positive: the smallest trace of a block.
+
+    Raises:
+        ValueError, TypeError: If it is not a positive finite number.
+    """
+
+    minimum: float
+
+    def __post_init__(self) -> None:
+        positive_number(self.minimum, "minimum")
+
+    def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
+        decompose(blocks.values())
+        if not isinstance(blocks, KroneckerFisher):
+            return {name: self.invert(block) for name, block in blocks.items()}
+        traces = [_Factors(block).trace for block in blocks.values() if isinstance(block, KroneckerBlock)]
+        ratios = [(trace.clamp_min(self.minimum) / trace).flatten() for trace in traces]
+        found = [float(ratio) for ratio in torch.cat([torch.ones(1), *(r.cpu() for r in ratios)]) if ratio < math.inf]
+        others = _Expanded(self.minimum, max(found))
+        convolutions = {row.layer for row in blocks.coverage() if row.module.startswith("Conv")}
+        return {name: (self if name in convolutions else others).invert(block) for name, block in blocks.items()}
+
+    @property
+    def _smallest(self) -> float:
+        return self.minimum
+
+    def _restricted(self, trace: Tensor) -> Tensor:
+        """``δ̃``."""
+        return trace.clamp_min(self.minimum)
+
+    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
+        gradient, activation = factors.unit_trace()
+        trace = self._restricted(factors.trace)
+        root = trace.sqrt()
+        return root * gradient + trace / gradient.shape[1], root * activation + trace / activation.shape[1]
+
+    def _damped_values(self, values: Tensor) -> Tensor:
+        trace = self._restricted(values.sum())
+        return trace * _unit(values.flatten()[None]).view_as(values) + trace.square() / values.numel()
+
+
+@dataclass(frozen=True)
+class _Expanded(TraceRestrictedAuto):
+    """The same for layers that are no convolutions, expanded by ``β`` (TKFAC Eq. 5.17)."""
+
+    expansion: float
+
+    def _restricted(self, trace: Tensor) -> Tensor:
+        return (self.expansion * trace).clamp_min(self.minimum)
+
+
+def _number(damping: float | Tensor, name: str) -> float:
+    """The value of ``γ``.
+
+    Raises:
+        ValueError: If it is not one finite number, or negative.
+    """
+    is_number = isinstance(damping, (int, float)) or (isinstance(damping, Tensor) and damping.ndim == 0)
+    value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be one finite number that is not negative, got {damping!r}.")
+    return value
+
+
+def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInverse:
+    """The damped inverse; if the damping is zero the block itself must be regular."""
+    if smallest == 0 and not (eigenvalues > 0).all():
+        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+    return DampedInverse(block, eigenvalues)

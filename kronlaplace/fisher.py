@@ -42,7 +42,7 @@ def estimate_fisher(
     *,
     sampling: Sampling | str = Sampling.MC,
     mc_samples: int = 1,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
     unsupported: Unsupported | str = Unsupported.ERROR,
     ema_decay: float | None = None,
     seed: int = 0,
@@ -107,7 +107,7 @@ def estimate_fisher(
             stacklevel=2,
         )
     accumulation = Accumulation(estimator, search.layers, ema_decay)
-    n_examples, statistics, input_axis = accumulate(
+    likelihood, n_examples, statistics, input_axis = accumulate(
         model,
         data,
         likelihood,
@@ -147,12 +147,12 @@ def accumulate(
     seed: int,
     progress: bool,
     description: str,
-) -> tuple[int, Tensor | None, int]:
+) -> tuple[Likelihood, int, Tensor | None, int]:
     """Show an accumulation the data, as often as its estimator needs.
 
     Returns:
-        The number of examples, the sufficient statistics of their log-likelihood (None without targets), and the axis of
-        the inputs that counts the examples.
+        The likelihood with what the first batch taught (`Likelihood.informed_by`), the number of examples, the sufficient
+        statistics of their log-likelihood (None without targets), and the axis of the inputs that counts the examples.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -198,6 +198,7 @@ def accumulate(
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
                 _check_batch(likelihood, detached, batch, checks, sampling)
                 if i == 0 and batch.index == 0:
+                    likelihood = likelihood.informed_by(detached, batch.targets)
                     explained = {}
                     direction = torch.randn(outputs.shape, generator=_generator(seed, 0, device), device=device)
                     recorder.backward(outputs, direction.to(outputs.dtype), retain_graph=True)
@@ -228,7 +229,7 @@ def accumulate(
                 del outputs, calls
         input_axis = recorder.input_axis
     checks.settle()
-    return n_examples, statistics, input_axis
+    return likelihood, n_examples, statistics, input_axis
 
 
 def _check_gradients(

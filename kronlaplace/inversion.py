@@ -1,60 +1,49 @@
-"""The damped inverse: one object answers everything that the consumers ask of ``scale · G ⊗ A + γ I``."""
+"""The damped inverse: one object answers everything that the consumers ask of a damped block.
+
+Every damping strategy changes the eigenvalues of a block and leaves its eigenbasis alone, so that a change of damping
+costs no new eigendecomposition: that is of the undamped block, which keeps it. The one exception is a damping of each
+weight by itself (`PlusDiagonal`), which has another eigenbasis.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block
+from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, RotatedBlock
+from kronlaplace.linalg import Eigen, eigendecompose
 
-__all__ = ["DampedInverse", "check_damping"]
+__all__ = ["LARGEST_DENSE", "DampedInverse", "PlusDiagonal"]
 
-
-def check_damping(damping: float | Tensor) -> float:
-    """The value of ``γ``.
-
-    Raises:
-        ValueError: If it is not one finite number, or negative.
-    """
-    is_number = isinstance(damping, (int, float)) or (isinstance(damping, Tensor) and damping.ndim == 0)
-    value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"damping must be one finite number that is not negative, got {damping!r}.")
-    return value
+LARGEST_DENSE = 2048
+"""Weights that a block may have to be made dense, so that each of its weights can have a damping of its own."""
 
 
 class DampedInverse:
-    """Inverse of ``F + γ I`` for a block ``F``, exactly, from its eigendecomposition (KFC Eq. 39–44).
+    """Inverse of a damped block, exactly, from its eigendecomposition (KFC Eq. 39–44).
 
-    Changing ``γ`` costs no new decomposition: that is of the undamped block, which keeps it.
+    Damping strategies make it (see `kronlaplace.damping`).
 
     Args:
-        block: The block, of any kind.
-        damping: ``γ``, not negative; a number or a 0-dim tensor, which may carry a gradient.
-
-    Raises:
-        ValueError: If ``γ`` is negative or not finite, or zero while the block is singular, or if a factor has NaN or
-            infinite entries.
+        block: A block with the eigenbasis of the damped block.
+        eigenvalues: Eigenvalues of the damped block, shape ``(q, p)``, float64; they may carry a gradient.
     """
 
-    def __init__(self, block: Block, damping: float | Tensor) -> None:
+    def __init__(self, block: Block, eigenvalues: Tensor) -> None:
         self.block = block
-        value = check_damping(damping)
-        damping = torch.as_tensor(damping, dtype=torch.float64, device=block.device)
-        self._eigenvalues = block.eigenvalues() + damping
-        if value == 0 and not (self._eigenvalues > 0).all():
-            raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+        self._eigenvalues = eigenvalues
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues ``λ + γ`` of the damped block, shape ``(q, p)``, float64."""
+        """Eigenvalues of the damped block, ``λ + γ`` with Tikhonov damping, shape ``(q, p)``, float64."""
         return self._eigenvalues
 
     @cached_property
     def weights(self) -> Tensor:
-        """Eigenvalues of the inverse, ``1 / (λ + γ)``, shape ``(q, p)``, in the block's dtype."""
+        """Eigenvalues of the inverse, shape ``(q, p)``, in the block's dtype."""
         return self._eigenvalues.reciprocal().to(self.block.dtype)
 
     def solve(self, matrices: Tensor) -> Tensor:
@@ -77,5 +66,79 @@ class DampedInverse:
         """Diagonal of the inverse, as a ``(q, p)`` matrix."""
         return self.block.diagonal_of(self.weights)
 
+    @cached_property
+    def row_weights(self) -> Tensor:
+        """The inverse's eigenvalues seen from the rows of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``.
+
+        With one input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
+        """
+        assert isinstance(self.block, RotatedBlock)
+        return self.block.squared_rows(self.weights)
+
     def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
         return self.block.from_eigenbasis(self.block.to_eigenbasis(matrices) * weights)
+
+
+class PlusDiagonal:
+    """``c F + diag(d)`` for a block ``F``, with another ``d`` for every weight.
+
+    Exact for diagonal and dense blocks, and for all others of up to `LARGEST_DENSE` weights, which become dense. Above
+    that a Kronecker or EKFAC block keeps its eigenbasis ``U`` and gets the diagonal of ``Uᵀ diag(d) U`` on its
+    eigenvalues: the nearest in Frobenius norm with that basis, exact where all ``d`` are equal, and with a determinant
+    that is never too small (Hadamard).
+
+    Args:
+        block: ``F``.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is exact."""
+        return isinstance(self._block, (DiagonalBlock, DenseBlock)) or math.prod(self._block.shape) <= LARGEST_DENSE
+
+    def damped(self, diagonal: Tensor) -> DampedInverse:
+        """The inverse, for ``c = 1`` and ``d`` of shape ``(q, p)``, positive."""
+        block = self._block
+        diagonal = diagonal.to(block.device, torch.float64)
+        if isinstance(block, DiagonalBlock):
+            return DampedInverse(block, block.eigenvalues() + diagonal)
+        if not self.exact:
+            return DampedInverse(block, self._projected(1.0, diagonal))
+        name = f"the damped block of layer {block.name!r}"
+        values, vectors = eigendecompose({name: self._dense + torch.diag(diagonal.flatten())})[name]
+        values = values.clamp_min(diagonal.detach().min())  # which it cannot be below, but for rounding
+        basis = DenseBlock(self._dense.to(block.dtype), block.shape, name=block.name)
+        basis.adopt([Eigen(values, vectors.to(block.dtype))])
+        return DampedInverse(basis, values.unflatten(0, block.shape))
+
+    def logdet(self, scale: Tensor, diagonal: Tensor) -> Tensor:
+        """``log det (c F + diag(d))``, 0-dim, float64, differentiable in ``c`` and ``d``; no eigendecomposition."""
+        if isinstance(self._block, DiagonalBlock):
+            return (scale * self._block.eigenvalues() + diagonal).log().sum()
+        if not self.exact:
+            return self._projected(scale, diagonal).log().sum()
+        matrix = scale * self._dense + torch.diag(diagonal.flatten())
+        root, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:  # singular up to rounding
+            return torch.linalg.eigvalsh(matrix).clamp_min(diagonal.detach().min()).log().sum()
+        return 2 * root.diagonal().log().sum()
+
+    def _projected(self, scale: Tensor | float, diagonal: Tensor) -> Tensor:
+        """Diagonal of ``Uᵀ (c F + diag(d)) U``, shape ``(q, p)``, float64."""
+        assert isinstance(self._block, RotatedBlock)
+        projected = self._block.projected_diagonal(diagonal.to(self._block.dtype)).double()
+        return scale * self._block.eigenvalues() + projected
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        """``F`` as a float64 matrix that is positive semidefinite to float64 rounding, whatever the block's dtype."""
+        block = self._block
+        if isinstance(block, RotatedBlock):
+            gradient, activation = block.bases()
+            return EigenBlock(gradient.double(), activation.double(), block.eigenvalues(), block.name).to_dense()
+        assert isinstance(block, DenseBlock)
+        vectors = block.eigen().vectors.double()
+        return (vectors * block.eigenvalues().flatten()) @ vectors.T

@@ -186,6 +186,17 @@ class KroneckerFisher(Mapping[str, Block]):
         """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
         decompose(self.values())
 
+    def to(self, device: torch.device | str, dtypes: Mapping[str, torch.dtype] | None = None) -> KroneckerFisher:
+        """A copy on another device, and with other dtypes by layer if they are given; nothing is decomposed yet."""
+        blocks = {}
+        for name, block in self.items():
+            dtype = block.dtype if dtypes is None else dtypes[name]
+            tensors = block.to_tensors().items()
+            moved = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in tensors}
+            blocks[name] = block_from_tensors(block.kind, moved, name)
+        statistics = None if self.statistics is None else self.statistics.to(device)
+        return KroneckerFisher(blocks, self.n_examples, self.metadata, statistics)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for saving."""
         tensors: dict[str, Tensor] = {}

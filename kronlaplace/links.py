@@ -1,4 +1,8 @@
-"""Links: from a Gaussian over the network's outputs to probabilities."""
+"""Links: from a Gaussian over the network's outputs to probabilities.
+
+The mean is ``(..., C)`` with any number of leading axes, over which everything goes position by position: ``(N, C)``,
+pixels ``(N, H, W, C)``, tokens ``(N, T, C)``. The covariance is ``(..., C, C)``, or only its diagonal, ``(..., C)``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Link", "laplace_bridge", "mean_over_samples", "probit_scaled", "variance_of"]
+__all__ = ["Link", "is_whole", "laplace_bridge", "mean_over_samples", "probit_scaled", "variance_of"]
 
 
 class Link(str, Enum):
@@ -25,14 +29,31 @@ class Link(str, Enum):
     BRIDGE = "bridge"
 
 
-def variance_of(covariance: Tensor) -> Tensor:
-    """The diagonal ``(N, C)`` of a covariance given whole or as its diagonal."""
-    return covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
+def is_whole(mean: Tensor, covariance: Tensor) -> bool:
+    """Whether a covariance is given whole, ``(..., C, C)``, and not as its diagonal, ``(..., C)``, the shape of the mean.
+
+    Raises:
+        ValueError: If it has neither shape.
+    """
+    if mean.ndim and covariance.shape == (*mean.shape, mean.shape[-1]):
+        return True
+    if covariance.shape != mean.shape:
+        whole = f"{(*mean.shape, mean.shape[-1])}, whole, or " if mean.ndim else ""
+        raise ValueError(
+            f"the covariance of outputs with a mean of shape {tuple(mean.shape)} must have shape {whole}"
+            f"{tuple(mean.shape)}, its diagonal; got {tuple(covariance.shape)}. Give both with the outputs on the last axis."
+        )
+    return False
+
+
+def variance_of(mean: Tensor, covariance: Tensor) -> Tensor:
+    """The diagonal, of the shape of the mean, of a covariance given whole or as its diagonal; raises as `is_whole`."""
+    return covariance.diagonal(dim1=-2, dim2=-1) if is_whole(mean, covariance) else covariance
 
 
 def probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
-    """``f / √(1 + π/8 · var f)`` (MacKay 1992)."""
-    return mean / torch.sqrt(1 + math.pi / 8 * variance_of(covariance))
+    """``f / √(1 + π/8 · var f)`` (MacKay 1992), of the shape of the mean."""
+    return mean / torch.sqrt(1 + math.pi / 8 * variance_of(mean, covariance))
 
 
 def mean_over_samples(
@@ -42,33 +63,33 @@ def mean_over_samples(
     n_samples: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, shape ``(N, C)``."""
+    """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, shape ``(..., C)``."""
     noise = torch.randn(n_samples, *mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    if covariance.ndim == 2:
-        samples = mean + noise * covariance.clamp_min(0).sqrt()
-    else:
+    if is_whole(mean, covariance):
         # An eigendecomposition, not a Cholesky: a functional covariance is often singular.
         values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
-        samples = mean + torch.einsum("ncd,snd->snc", root, noise)
+        root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        samples = mean + torch.einsum("...cd,s...d->s...c", root, noise)
+    else:
+        samples = mean + noise * covariance.clamp_min(0).sqrt()
     return inverse_link(samples, dim=-1).mean(0)
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Mean of the Dirichlet of the Laplace bridge (Hobbhahn et al. 2022, Eq. 6), shape ``(N, C)``.
+    """Mean of the Dirichlet of the Laplace bridge (Hobbhahn et al. 2022, Eq. 6), shape ``(..., C)``.
 
     The softmax does not see a shift of all logits, the bridge lives on ``Σ_c f_c = 0``: the Gaussian is
     conditioned on that first.
     """
-    covariance = torch.diag_embed(covariance) if covariance.ndim == 2 else covariance
-    n_classes = mean.shape[1]
-    row = covariance.sum(2)
+    variance = variance_of(mean, covariance)
+    n_classes = mean.shape[-1]
+    row = covariance.sum(-1) if is_whole(mean, covariance) else covariance
     # The floor is for a covariance that lies on Σ_c f_c = 0 already, up to rounding.
-    floor = torch.finfo(mean.dtype).eps * variance_of(covariance).sum(1, keepdim=True)
-    total = torch.maximum(row.sum(1, keepdim=True), floor)
-    mean = mean - row * (mean.sum(1, keepdim=True) / total)
-    variance = (variance_of(covariance) - row.square() / total).clamp_min(torch.finfo(mean.dtype).eps)
+    floor = torch.finfo(mean.dtype).eps * variance.sum(-1, keepdim=True)
+    total = torch.maximum(row.sum(-1, keepdim=True), floor)
+    mean = mean - row * (mean.sum(-1, keepdim=True) / total)
+    variance = (variance - row.square() / total).clamp_min(torch.finfo(mean.dtype).eps)
     # α_k = (1 − 2/C + e^{f_k} / C² · Σ_l e^{−f_l}) / v_k, normalised; the log keeps e^{f_k − f_l} finite.
-    log_ratio = mean + torch.logsumexp(-mean, dim=1, keepdim=True) - 2 * math.log(n_classes)
+    log_ratio = mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(n_classes)
     offset = torch.full_like(log_ratio, 1 - 2 / n_classes).log()
-    return F.softmax(torch.logaddexp(log_ratio, offset) - variance.log(), dim=1)
+    return F.softmax(torch.logaddexp(log_ratio, offset) - variance.log(), dim=-1)

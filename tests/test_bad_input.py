@@ -193,7 +193,7 @@ def test_nothing_trainable():
         (["4"], r"no module '4'; with trainable parameters are \['0', '2'\]"),
         (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
         (["0", "0"], "a name stands there twice"),
-        ("0", r"must be a list of module names, got the string '0'; use \['0'\]"),
+        ("0", r'must be a list of module names, or "last"; got the string .0.. Use'),
         ([], r"layers is empty; name at least one of \['0', '2'\]"),
     ],
 )
@@ -294,7 +294,7 @@ def test_bad_options_of_the_fisher(name):
 POSTERIOR_OPTIONS = {
     "negative prior": ({"prior_precision": -1.0}, "prior_precision must be positive and finite, got -1.0"),
     "NaN prior": ({"prior_precision": [1.0, NAN]}, "prior_precision must be positive and finite"),
-    "wrong number": ({"prior_precision": [1.0, 1.0, 1.0]}, r"one number or 2 \(one per block\), got shape \(3,\)"),
+    "wrong number": ({"prior_precision": [1.0, 1.0, 1.0]}, r"one number, 2 \(one per block\) or 43 \(one per weight\), got shape \(3,\)"),
     "temperature": ({"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
 }
 
@@ -319,7 +319,7 @@ CALLS = {
     "not a tensor": (lambda p: p.predict(X.numpy()), "at least one example on its first axis, .*; got ndarray"),
     "NaN inputs": (lambda p: p.predict(poisoned(0)), "the inputs contain NaN or infinite values"),
     "sample none": (lambda p: p.sample(0), "n must be at least 1, got 0"),
-    "tune method": (lambda p: p.tune(method="magic"), "unknown method 'magic'; allowed is 'evidence'"),
+    "tune method": (lambda p: p.tune(method="magic"), "unknown method 'magic'; allowed are 'evidence', 'validation'"),
     "tune structure": (lambda p: p.tune(structure="full"), "unknown structure 'full'; allowed are"),
     "noise": (lambda p: p.log_marginal_likelihood(noise_std=1.0), "noise_std belongs to the Gaussian likelihood"),
     "prior": (lambda p: p.log_marginal_likelihood(prior_precision=0.0), "prior_precision must be positive"),

@@ -420,6 +420,173 @@ def test_ambiguous_class_axis(outputs, targets, message, sampling):
             likelihood.statistics(f, y)
 
 
+OTHERS = [kl.Bernoulli(), kl.Gaussian(), Euclidean(), HeteroscedasticGaussian()]
+
+
+@pytest.mark.parametrize(
+    ("class_axis", "outputs", "axis"),
+    [
+        (None, (5, 4), 1),
+        (1, (5, 4), 1),
+        (-1, (5, 4), 1),
+        (None, (5, 4, 2, 3), 1),
+        (1, (5, 4, 2), 1),
+        (1, (5, 2, 2, 4), 1),
+        (-1, (5, 4, 2), 2),
+        (2, (5, 4, 2), 2),
+        (-1, (5, 4, 2, 3), 3),
+        (3, (5, 4, 2, 3), 3),
+        (4, (5, 4, 2, 3, 2), 4),
+    ],
+)
+def test_class_axis_of_outputs(class_axis, outputs, axis):
+    """And the probabilities sum to one over it."""
+    likelihood, f = kl.Categorical(class_axis=class_axis), torch.randn(outputs).double()
+    assert likelihood.class_axis_of(f) == likelihood.class_axis_of(f.to("meta")) == axis
+    torch.testing.assert_close(likelihood.sample_mean(f), f.softmax(axis))
+
+
+@pytest.mark.parametrize("likelihood", OTHERS, ids=str)
+def test_outputs_of_other_likelihoods_have_no_class_axis(likelihood):
+    assert likelihood.class_axis_of(torch.zeros(5, 4)) is None
+    assert likelihood.class_axis_of(torch.zeros(5)) is None
+
+
+@pytest.mark.parametrize(
+    ("class_axis", "outputs", "message"),
+    [
+        (None, (5, 4, 2), "cannot tell.*there are no targets whose shape could tell"),
+        (None, (5,), r"needs one logit per class.*returned \(5,\)"),
+        (1, (5, 1, 2), "needs one logit per class"),
+        (2, (5, 4), "class_axis=2 is not the last axis"),
+        (2, (5, 4, 2, 3), "class_axis=2 is not the last axis"),
+    ],
+)
+def test_class_axis_of_outputs_that_do_not_tell(class_axis, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        kl.Categorical(class_axis=class_axis).class_axis_of(torch.zeros(outputs))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (3, 4, 4), (3, 2, 3, 4)])
+@pytest.mark.parametrize("sampling", Sampling)
+def test_last_axis_by_its_number(shape, sampling):
+    f, y = draw("tokens", shape)
+    by_number, expected = kl.Categorical(class_axis=len(shape) - 1), kl.Categorical(class_axis=-1)
+    assert by_number.check_targets(f, y)[0]
+    assert torch.equal(by_number.statistics(f, y), expected.statistics(f, y))
+    options = {"mc_samples": 2, "targets": y}
+    ours, reference = (
+        list(likelihood.directions(f, sampling, generator=torch.Generator().manual_seed(0), **options))
+        for likelihood in (by_number, expected)
+    )
+    torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampling", [Sampling.EXACT, Sampling.EMPIRICAL])
+def test_axis_that_is_not_last_is_refused_wherever_it_is_used(sampling):
+    likelihood, f, y = kl.Categorical(class_axis=2), torch.zeros(3, 2, 4, 2), torch.zeros(3, 2, 2, dtype=torch.long)
+    for use in (
+        lambda: likelihood.check_targets(f, y),
+        lambda: likelihood.statistics(f, y),
+        lambda: list(likelihood.directions(f, sampling, targets=y)),
+        lambda: likelihood.sample_mean(f),
+        lambda: likelihood.predictive_nll(f, y),
+    ):
+        with pytest.raises(ValueError, match="class_axis=2 is not the last axis"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "axis"),
+    [
+        ((5, 4), (5,), None),
+        ((5, 4), None, None),
+        ((5, 4, 2), (5, 2), 1),
+        ((5, 4, 2), (5, 4), -1),
+        ((5, 1, 4), (5, 1), -1),
+        ((5, 4, 2), None, None),
+        ((5, 4, 2, 3), (5, 2, 3), 1),
+        ((5, 4, 2, 3), (5, 4, 2), -1),
+        ((5, 4, 2, 3), None, 1),
+    ],
+)
+def test_targets_teach_the_class_axis(outputs, targets, axis):
+    f, y = torch.randn(outputs), None if targets is None else torch.zeros(targets, dtype=torch.long)
+    informed = kl.Categorical(ignore_index=7).informed_by(f, y)
+    assert informed == kl.Categorical(ignore_index=7, class_axis=axis)
+    assert informed.informed_by(f, y) is informed
+    if len(outputs) == 2 or axis is not None:  # now it needs no targets
+        assert informed.class_axis_of(f) == (len(outputs) - 1 if axis == -1 else 1)
+
+
+@pytest.mark.parametrize("targets", [(5, 4), (5, 4, 4)])
+def test_targets_that_fit_both_axes_or_none_teach_nothing(targets):
+    f, y = torch.randn(5, 4, 4), torch.zeros(targets, dtype=torch.long)
+    with pytest.raises(ValueError) as refused:
+        kl.Categorical().check_targets(f, y)
+    with pytest.raises(ValueError) as taught:
+        kl.Categorical().informed_by(f, y)
+    assert str(taught.value) == str(refused.value)
+
+
+@pytest.mark.parametrize("likelihood", [*OTHERS, *(kl.Categorical(class_axis=axis) for axis in (1, -1, 2))], ids=str)
+@pytest.mark.parametrize("with_targets", [True, False])
+def test_others_have_nothing_to_learn(likelihood, with_targets):
+    assert likelihood.informed_by(torch.zeros(5, 4, 2), torch.zeros(5, 4, 2) if with_targets else None) is likelihood
+
+
+class Moved(torch.nn.Module):
+    """Classes of tokens, ``(N, T, C)``, on another axis."""
+
+    def __init__(self, axis):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.axis = torch.nn.Linear(3, 4), axis
+
+    def forward(self, x):
+        return self.linear(x).movedim(-1, self.axis)
+
+
+def batches(*positions):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, *shape, 3, generator=generator), torch.randint(4, (5, *shape), generator=generator))
+        for shape in positions
+    ]
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "kfoc"])
+@pytest.mark.parametrize(
+    ("axis", "positions", "taught"),
+    [(1, [(2,), (2,)], 1), (-1, [(2,), (2,)], -1), (1, [(2, 3)], 1), (-1, [(2, 3)], -1), (-1, [(), ()], None)],
+)
+def test_a_fisher_knows_the_class_axis(axis, positions, taught, estimator, tmp_path):
+    model, data = Moved(axis).eval(), batches(*positions)
+    fisher = kl.estimate_fisher(model, data, kl.Categorical(ignore_index=9), estimator, sampling="exact")
+    assert fisher.metadata.likelihood == kl.Categorical(ignore_index=9, class_axis=taught)
+    fisher.save(tmp_path / "fisher.safetensors")
+    restored = kl.KroneckerFisher.load(tmp_path / "fisher.safetensors")
+    assert restored.metadata.likelihood == fisher.metadata.likelihood
+
+
+def test_the_first_batch_tells_the_class_axis_for_those_that_fit_both():
+    """As a sequence as long as there are classes does."""
+    model, data = Moved(-1).eval(), batches((2,), (4,))
+    fisher = kl.estimate_fisher(model, data, "classification", sampling="exact")
+    expected = kl.estimate_fisher(model, data, kl.Categorical(class_axis=-1), sampling="exact")
+    torch.testing.assert_close(fisher["linear"].to_dense(), expected["linear"].to_dense(), rtol=0, atol=0)
+    assert fisher.metadata.likelihood == expected.metadata.likelihood
+    with pytest.raises(ValueError, match="batch 0: Categorical cannot tell"):
+        kl.estimate_fisher(model, data[::-1], "classification", sampling="exact")
+
+
+@pytest.mark.parametrize("likelihood", [kl.Bernoulli(), kl.Gaussian(noise_std=0.5), Euclidean()], ids=str)
+def test_a_fisher_leaves_other_likelihoods_alone(likelihood):
+    data = [(x, torch.zeros(5, 2, 4)) for x, _ in batches((2,))]
+    fisher = kl.estimate_fisher(Moved(-1).eval(), data, likelihood)
+    assert fisher.metadata.likelihood is likelihood
+
+
 @pytest.mark.parametrize("name", ["classification", "binary", "regression", "euclidean", "heteroscedastic"])
 def test_empirical_needs_targets(name):
     with pytest.raises(ValueError, match='sampling="empirical" is made of the data\'s targets and none were given'):
@@ -438,6 +605,11 @@ def test_empirical_needs_targets(name):
         (kl.Categorical(), (6, 1, 1), r"returned \(6, 1, 1\)"),
         (kl.Categorical(class_axis=1), (6, 1, 3), r"Categorical with class_axis=1 needs.*returned \(6, 1, 3\)"),
         (kl.Categorical(class_axis=-1), (6, 3, 1), r"Categorical with class_axis=-1 needs.*returned \(6, 3, 1\)"),
+        (kl.Categorical(class_axis=2), (6, 3, 1), r"Categorical with class_axis=2 needs.*returned \(6, 3, 1\)"),
+        (kl.Categorical(class_axis=2), (6, 3), r"class_axis=2 is not the last axis of outputs of shape \(6, 3\)"),
+        (kl.Categorical(class_axis=3), (6, 3, 2), r"class_axis=3 is not the last axis.*\(class_axis=1\).*=-1\)"),
+        (kl.Categorical(class_axis=2), (6, 3, 2, 2), r"class_axis=2 is not the last axis"),
+        (kl.Categorical(class_axis=2), (6,), r"Categorical with class_axis=2 needs.*returned \(6,\)"),
         (HeteroscedasticGaussian(), (6,), r"needs outputs of shape \(N, 2C\).*returned \(6,\).*two outputs per target"),
         (HeteroscedasticGaussian(), (6, 3), r"returned \(6, 3\).*use Gaussian\(noise_std=...\)"),
         (HeteroscedasticGaussian(), (6, 0), r"returned \(6, 0\)"),
@@ -485,7 +657,7 @@ def test_class_indices_must_be_integers(dtype, shape):
         kl.Categorical().check_targets(torch.zeros(shape), targets)
 
 
-@pytest.mark.parametrize("class_axis", [0, 2, -2, True, 1.0, "last"])
+@pytest.mark.parametrize("class_axis", [0, -2, -3, True, 1.0, "last"])
 def test_class_axis_must_be_first_or_last(class_axis):
     with pytest.raises(ValueError, match=r"class_axis must be 1 for outputs.*, -1 for.*or None to infer.*got"):
         kl.Categorical(class_axis=class_axis)
@@ -508,7 +680,12 @@ def test_one_target_may_come_without_a_column():
 
 @pytest.mark.parametrize(
     "likelihood",
-    [*map(make, dict(CASES)), kl.Categorical(ignore_index=255), kl.Categorical(ignore_index=0, class_axis=-1)],
+    [
+        *map(make, dict(CASES)),
+        kl.Categorical(ignore_index=255),
+        kl.Categorical(ignore_index=0, class_axis=-1),
+        kl.Categorical(class_axis=2),
+    ],
     ids=str,
 )
 def test_metadata_round_trip(likelihood):
@@ -597,6 +774,213 @@ def test_laplace_bridge_recovers_a_dirichlet(n_classes, seed):
     torch.testing.assert_close(actual, alpha / alpha.sum(), rtol=1e-6, atol=1e-9)
 
 
+LEADING = [(), (5,), (2, 3), (2, 1, 3, 2)]
+PREDICTING = [
+    (kl.Categorical(), Link.PROBIT),
+    (kl.Categorical(), Link.BRIDGE),
+    (kl.Categorical(), Link.MC),
+    (kl.Bernoulli(), Link.PROBIT),
+    (kl.Bernoulli(), Link.MC),
+    (kl.Gaussian(noise_std=0.5), Link.PROBIT),
+]
+
+
+def gaussians(leading, n_outputs=3, whole=True):
+    """Means and covariances, another at every position; as many positions on an axis as outputs, to confuse axes."""
+    generator = torch.Generator().manual_seed(2)
+    mean = torch.randn(*leading, n_outputs, generator=generator).double()
+    root = torch.randn(*leading, n_outputs, n_outputs, generator=generator).double()
+    covariance = root @ root.mT
+    return mean, covariance if whole else covariance.diagonal(dim1=-2, dim2=-1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize(("likelihood", "link"), [case for case in PREDICTING if case[1] is not Link.MC])
+def test_predictive_goes_position_by_position(likelihood, link, leading, whole):
+    mean, covariance = gaussians(leading, whole=whole)
+    actual = likelihood.predictive(mean, covariance, link, 0, None)
+    parts = [actual.mean, actual.variance] if isinstance(actual, kl.Prediction) else [actual]
+    for position in itertools.product(*map(range, leading)):
+        one = likelihood.predictive(mean[position][None], covariance[position][None], link, 0, None)
+        expected = [one.mean, one.variance] if isinstance(one, kl.Prediction) else [one]
+        for a, b in zip(parts, expected, strict=True):
+            assert a.shape == mean.shape
+            torch.testing.assert_close(a[position], b[0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("likelihood", [kl.Categorical(), kl.Bernoulli()], ids=str)
+def test_mc_link_goes_position_by_position(likelihood, leading, whole):
+    """Tolerance: six standard errors of both averages; a probability has a standard deviation of at most 1/2."""
+    n = 20_000
+    mean, covariance = gaussians(leading, whole=whole)
+    actual = likelihood.predictive(mean, covariance, Link.MC, n, torch.Generator().manual_seed(0))
+    assert actual.shape == mean.shape
+    inverse_link = (lambda s: s.softmax(-1)) if isinstance(likelihood, kl.Categorical) else torch.sigmoid
+    for position in itertools.product(*map(range, leading)):
+        full = covariance[position] if whole else torch.diag(covariance[position])
+        torch.manual_seed(0)
+        samples = torch.distributions.MultivariateNormal(mean[position], full).sample((n,))
+        torch.testing.assert_close(
+            actual[position], inverse_link(samples).mean(0), rtol=0, atol=6 * 0.5 * math.sqrt(2 / n)
+        )
+
+
+@pytest.mark.parametrize("likelihood", [kl.Bernoulli(), kl.Gaussian()], ids=str)
+def test_variances_of_outputs_that_are_no_columns(likelihood):
+    """Of a network that returns (N,)."""
+    mean, variance = torch.randn(5).double(), torch.rand(5).double()
+    flat = likelihood.predictive(mean, variance, Link.PROBIT, 0, None)
+    column = likelihood.predictive(mean[:, None], variance[:, None], Link.PROBIT, 0, None)
+    if isinstance(flat, kl.Prediction):
+        flat, column = flat.total_variance, column.total_variance
+    torch.testing.assert_close(flat, column[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance"),
+    [
+        ((5, 3), (5,)),
+        ((5, 3), (5, 1)),
+        ((5, 3), (3, 3)),
+        ((5, 3), (5, 3, 4)),
+        ((5, 3), (1, 3, 3)),
+        ((2, 5, 3), (5, 3, 3)),
+        ((), (1,)),
+    ],
+)
+@pytest.mark.parametrize(("likelihood", "link"), PREDICTING)
+def test_covariance_of_a_shape_that_does_not_fit(likelihood, link, mean, covariance):
+    with pytest.raises(ValueError, match=r"covariance of outputs with a mean of shape .* must have shape .*; got"):
+        likelihood.predictive(torch.zeros(mean), torch.zeros(covariance), link, 10, None)
+
+
+def prediction(name, f):
+    """Of the kind and shape that `predictive` gives, with a function variance that differs by element."""
+    if name in CATEGORICAL:
+        return f.softmax(class_axis(name, f.shape))
+    if name == "bernoulli":
+        return f.sigmoid()
+    mean, log_variance = f.tensor_split(2, dim=1) if name == "heteroscedastic" else (f, None)
+    variance = torch.linspace(0.1, 3, mean.numel()).reshape(mean.shape).to(f)
+    noise = f.new_tensor(NOISE**2) if log_variance is None else log_variance.exp()
+    return kl.Prediction(mean, variance, noise)
+
+
+PREDICTIVE_CASES = [case for case in CASES if case[0] != "euclidean"]
+predictive_cases = pytest.mark.parametrize(
+    ("name", "shape"), PREDICTIVE_CASES, ids=lambda value: str(value).replace(" ", "")
+)
+
+
+def part_of(predicted, part):
+    if isinstance(predicted, torch.Tensor):
+        return predicted[part]
+    noise = predicted.noise_variance
+    return kl.Prediction(predicted.mean[part], predicted.variance[part], noise[part] if noise.ndim else noise)
+
+
+@predictive_cases
+def test_predictive_nll_is_the_density_of_the_targets(name, shape):
+    """By torch.distributions, and additive over batches."""
+    f, y = draw(name, shape)
+    predicted, likelihood = prediction(name, f), make(name)
+    if name in CATEGORICAL:
+        kept = y != -100
+        moved = predicted.movedim(class_axis(name, shape), -1)
+        expected = -torch.distributions.Categorical(probs=moved[kept]).log_prob(y[kept]).sum()
+        count = kept.sum()
+    elif name == "bernoulli":  # the mean of the log-density over a label that is one with probability y
+        bernoulli = torch.distributions.Bernoulli(probs=predicted)
+        one, zero = bernoulli.log_prob(torch.ones_like(y)), bernoulli.log_prob(torch.zeros_like(y))
+        expected, count = -(y * one + (1 - y) * zero).sum(), y.numel()
+    else:
+        std = (predicted.variance + predicted.noise_variance).sqrt()
+        expected, count = -torch.distributions.Normal(predicted.mean, std).log_prob(y).sum(), y.numel()
+    parts = [likelihood.predictive_nll(part_of(predicted, s), y[s]) for s in (slice(2), slice(2, None))]
+    assert all(part.shape == (2,) and part.dtype == torch.float64 for part in parts)
+    torch.testing.assert_close(parts[0] + parts[1], torch.stack([expected, torch.as_tensor(count).double()]))
+
+
+@predictive_cases
+def test_gradient_of_the_predictive_nll(name, shape):
+    """Without uncertainty of the function it is the network's own loss, whose gradient is the empirical direction."""
+    f, y = draw(name, shape)
+    f.requires_grad_()
+    predicted = prediction(name, f)
+    if isinstance(predicted, kl.Prediction):
+        predicted = kl.Prediction(predicted.mean, torch.zeros_like(predicted.mean), predicted.noise_variance)
+    nll = make(name).predictive_nll(predicted, y)
+    torch.testing.assert_close(nll, make(name).statistics(f, y)) if name != "gaussian" else None
+    (actual,) = torch.autograd.grad(nll[0], f)
+    (expected,) = make(name).directions(f.detach(), Sampling.EMPIRICAL, targets=y)
+    torch.testing.assert_close(actual, expected)
+
+
+@predictive_cases
+def test_predictive_nll_depends_on_no_values(name, shape):
+    """On torch's meta device there are none."""
+    f, y = draw(name, shape)
+    predicted = prediction(name, f.to("meta"))
+    assert make(name).predictive_nll(predicted, y.to("meta")).shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_impossible_targets_do_not_make_the_predictive_nll_infinite(dtype):
+    tiny = -math.log(torch.finfo(dtype).tiny)
+    classes = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], dtype=dtype)
+    actual = kl.Categorical().predictive_nll(classes, torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(actual, torch.tensor([tiny + math.log(2), 3]).double())
+    ones = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5], dtype=dtype)
+    actual = kl.Bernoulli().predictive_nll(ones, torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(actual, torch.tensor([2 * tiny + math.log(2), 5]).double())
+
+
+def test_ignored_targets_do_not_count_in_the_predictive_nll():
+    """Not even where nothing sensible is predicted."""
+    pi = torch.tensor([[0.25, 0.75], [math.nan, math.nan]])
+    actual = kl.Categorical(ignore_index=255).predictive_nll(pi, torch.tensor([0, 255], dtype=torch.uint8))
+    torch.testing.assert_close(actual, torch.tensor([math.log(4), 1]).double())
+
+
+def test_predictive_nll_of_one_target_without_a_column():
+    f, y = draw("heteroscedastic", (5, 2))
+    likelihood, predicted = HeteroscedasticGaussian(), prediction("heteroscedastic", f)
+    torch.testing.assert_close(
+        likelihood.predictive_nll(predicted, y[:, 0]), likelihood.predictive_nll(predicted, y), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets", "message"),
+    [
+        ("classes", (6, 4), (6, 1), r"indices of shape \(6,\) .*got shape \(6, 1\)"),
+        ("tokens", (6, 2, 4), (6, 4), r"indices of shape \(6, 2\) .*got shape \(6, 4\)"),
+        ("bernoulli", (6, 2), (6,), r"Bernoulli targets must have the shape.*\(6, 2\); got \(6,\)"),
+        ("gaussian", (6, 1), (6,), r"Gaussian targets must have the shape.*\(6, 1\); got \(6,\)"),
+        ("heteroscedastic", (6, 4), (6,), r"must have shape \(6, 2\) for outputs of shape \(6, 4\).*got \(6,\)"),
+        ("heteroscedastic", (6, 2), (6, 2), r"must have shape \(6, 1\) or \(6,\)"),
+    ],
+)
+def test_predictive_nll_compares_each_prediction_with_its_own_target(name, outputs, targets, message):
+    predicted = prediction(name, torch.zeros(outputs))
+    with pytest.raises(ValueError, match=message):
+        make(name).predictive_nll(predicted, torch.zeros(targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["classes", "bernoulli", "gaussian", "heteroscedastic"])
+def test_predictive_nll_of_another_kind_of_prediction(name):
+    y = torch.zeros(5, dtype=torch.long)
+    if name in ("classes", "bernoulli"):
+        wrong, message = kl.Prediction(y, y, y), "predicts probabilities, a tensor.*got a Prediction"
+    else:
+        wrong, message = torch.zeros(5, 1), "predicts a Prediction, with mean and variance; got a Tensor"
+    with pytest.raises(TypeError, match=message):
+        make(name).predictive_nll(wrong, y)
+
+
 def test_gaussian_predictive_keeps_function_and_noise_apart():
     prediction = kl.Gaussian(noise_std=0.5).predictive(
         torch.zeros(2, 1), torch.full((2, 1, 1), 3.0), Link.PROBIT, 0, None
@@ -626,6 +1010,8 @@ def test_predicted_noise_is_averaged_over_its_own_uncertainty(whole):
 def test_euclidean_predicts_nothing():
     with pytest.raises(NotImplementedError, match=r"no noise model.*Use kl\.Gaussian\(noise_std=...\)"):
         Euclidean().predictive(torch.zeros(2, 1), torch.ones(2, 1), Link.PROBIT, 0, None)
+    with pytest.raises(NotImplementedError, match=r"no noise model.*Use kl\.Gaussian\(noise_std=...\)"):
+        Euclidean().predictive_nll(torch.zeros(2, 1), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("likelihood", [kl.Gaussian(), Euclidean(), HeteroscedasticGaussian()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -76,6 +76,8 @@ def estimator_from_metadata(values: dict[str, Any]) -> Estimator:
 
 class _Unknown(Estimator):
     """An estimator that is known by name only, from a file."""
+
+    not_combinable: ClassVar[str] = "kronlaplace knows its name only, and not how its blocks add up"
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]  # a class variable elsewhere

@@ -11,7 +11,7 @@ from torch import Tensor
 from kronlaplace.blocks import Block
 from kronlaplace.layers import Calls, Layer
 
-__all__ = ["Estimator", "State"]
+__all__ = ["Estimator", "State", "weighted_mean"]
 
 State = dict[str, Any]
 """What an estimator accumulates for one layer: named sums over examples (tensors), or lists that grow."""
@@ -33,6 +33,9 @@ class Estimator(ABC):
 
     constants: ClassVar[frozenset[str]] = frozenset()
     """Keys of the state that are no sums over the data of this pass."""
+
+    not_combinable: ClassVar[str] = "it does not say how finished blocks add up (Estimator.combine)"
+    """Why `combine` refuses, for its error."""
 
     @property
     def passes(self) -> int:
@@ -97,3 +100,30 @@ class Estimator(ABC):
             layer: The layer.
             weight: Number of examples (their total weight in a moving average).
         """
+
+    def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
+        """The block of two data sets together, from the finished block of each.
+
+        For estimators whose finished blocks still hold all their sums over examples; the others refuse.
+
+        Args:
+            first: A layer's block on one data set, untouched.
+            second: The same layer's block on the other, untouched.
+            weights: Shares of the two data sets in all examples; they sum to one.
+
+        Returns:
+            What `finish` makes of the data of both, up to rounding.
+
+        Raises:
+            NotImplementedError: If the finished blocks do not determine it, with the ways out.
+        """
+        raise NotImplementedError(
+            f"finished Fishers of the estimator {self.name!r} cannot be combined: {self.not_combinable}. Estimate from all "
+            "data at once, such as DataLoader(torch.utils.data.ConcatDataset([first, second]), batch_size=...), or use "
+            "KFAC() or TKFAC(), whose blocks hold sums that add up."
+        )
+
+
+def weighted_mean(first: Tensor, second: Tensor, weights: tuple[float, float]) -> Tensor:
+    """``w_1 x_1 + w_2 x_2``, of one shape, as a new tensor."""
+    return first * weights[0] + second * weights[1]

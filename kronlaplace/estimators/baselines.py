@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
-from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.estimators.base import Estimator, State, weighted_mean
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.options import positive_integer
 
@@ -32,6 +32,10 @@ class Diagonal(Estimator):
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return DiagonalBlock(state["values"].div_(weight), layer.name)
+
+    def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
+        assert isinstance(first, DiagonalBlock) and isinstance(second, DiagonalBlock)
+        return DiagonalBlock(weighted_mean(first.values, second.values, weights), first.name)
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,6 @@ class ExactBlock(Estimator):
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return DenseBlock(state["matrix"].div_(weight), layer.shape, name=layer.name)
+
+    def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
+        return DenseBlock(weighted_mean(first.to_dense(), second.to_dense(), weights), first.shape, name=first.name)

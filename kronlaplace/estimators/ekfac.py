@@ -33,6 +33,9 @@ class EKFAC(Estimator):
     """
 
     name: ClassVar[str] = "ekfac"
+    not_combinable: ClassVar[str] = (
+        "its eigenvalues belong to the eigenbasis of their own data, and in that of all data they are others"
+    )
     constants: ClassVar[frozenset[str]] = frozenset({"gradient basis", "activation basis"})
     basis: Estimator = field(default_factory=KFAC)
 

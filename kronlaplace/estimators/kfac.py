@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import squeezed
+from kronlaplace.estimators.moments import mean_factors, squeezed
 from kronlaplace.layers import Calls, ConvolutionLayer, Layer
 from kronlaplace.options import Choice, choice
 
@@ -74,6 +74,10 @@ class KFAC(Estimator):
         activation = layer.activation_moment(state).div_(weight)
         return KroneckerBlock(squeezed(state["gradient"].div_(weight)), squeezed(activation), name=layer.name)
 
+    def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
+        gradient, activation = mean_factors(first, second, weights, scaled_activation=False)
+        return KroneckerBlock(squeezed(gradient), squeezed(activation), name=first.name)
+
 
 @dataclass(frozen=True)
 class SUA(Estimator):
@@ -87,6 +91,10 @@ class SUA(Estimator):
 
     name: ClassVar[str] = "sua"
     constants: ClassVar[frozenset[str]] = frozenset({"uses"})
+    not_combinable: ClassVar[str] = (
+        "on a convolution the activation factor holds products of the channels' means, which do not tell the means (not "
+        "even their signs), and the products of the means of all data are needed"
+    )
 
     def start(self, layer: Layer) -> State:
         return {}

@@ -78,6 +78,10 @@ class KFOC(Estimator):
     """
 
     name: ClassVar[str] = "kfoc"
+    not_combinable: ClassVar[str] = (
+        "the Kronecker product nearest to the Fisher of all data depends on more of the Fishers of its parts than the "
+        "Kronecker products nearest to them"
+    )
     constants: ClassVar[frozenset[str]] = frozenset(
         f"{which} {key}" for which in ("older", "previous", "length") for key in ("activation", "gradient")
     )
@@ -193,7 +197,7 @@ class KFOC(Estimator):
 
     def _finish_sweeps(self, state: State, layer: Layer, weight: float) -> Block:
         if "previous activation" not in state:
-            return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
+            return trace_preserving_block(state["gradient"], state["activation"], weight, layer.name)
         keys = "activation", "gradient"
         lengths = [state[f"length {key}"].double() for key in keys]
         lengths += [frobenius(state[key]).double() / weight for key in keys]

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.estimators.base import weighted_mean
 from kronlaplace.layers import Calls
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "add_row_sums",
     "frobenius",
     "gradient_sum",
+    "mean_factors",
     "once_per_example",
     "squeezed",
 ]
@@ -105,6 +108,31 @@ def frobenius(matrices: Tensor) -> Tensor:
 def squeezed(matrices: Tensor) -> Tensor:
     """Without the axis of the groups if there is one group only."""
     return matrices[0] if len(matrices) == 1 else matrices
+
+
+def mean_factors(
+    first: Block, second: Block, weights: tuple[float, float], *, scaled_activation: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted means of the factors of two finished Kronecker blocks, as new tensors.
+
+    Args:
+        first: A block.
+        second: Another of the same shape.
+        weights: Weights of the two; they sum to one.
+        scaled_activation: Whether ``A`` too counts times the block's ``scale`` (`TKFAC`: both factors come of ``X``), or
+            is a mean of its own (`KFAC`).
+
+    Returns:
+        ``Σ w · scale · G``, shape ``(K, q/K, q/K)``, and ``Σ w · A`` or ``Σ w · scale · A``, shape ``(K, p, p)``.
+    """
+    factors = []
+    for block in (first, second):
+        assert isinstance(block, KroneckerBlock)
+        gradient, activation = (f if f.ndim == 3 else f[None] for f in (block.gradient_factor, block.activation_factor))
+        scale = block.scale.expand(len(gradient)).view(-1, 1, 1)
+        factors.append((scale * gradient, scale * activation if scaled_activation else activation))
+    (gradient, activation), (other_gradient, other_activation) = factors
+    return weighted_mean(gradient, other_gradient, weights), weighted_mean(activation, other_activation, weights)
 
 
 def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, once_per_example, squeezed
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, mean_factors, once_per_example, squeezed
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.linalg import trace
 from kronlaplace.options import Choice, choice
@@ -64,15 +64,17 @@ class TKFAC(Estimator):
         add_row_sums(state, calls)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        return trace_preserving_block(state["gradient"], state["activation"], weight, layer)
+        return trace_preserving_block(state["gradient"], state["activation"], weight, layer.name)
+
+    def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
+        gradient, activation = mean_factors(first, second, weights, scaled_activation=True)
+        return trace_preserving_block(gradient, activation, 1.0, first.name)
 
 
-def trace_preserving_block(gradient: Tensor, activation: Tensor, weight: float, layer: Layer) -> KroneckerBlock:
+def trace_preserving_block(gradient: Tensor, activation: Tensor, weight: float, name: str) -> KroneckerBlock:
     """The block of the two partial traces ``Σ X Xᵀ`` and ``Σ Xᵀ X``, which have the same trace."""
     total = trace(activation)
     tiny = torch.finfo(total.dtype).tiny
     divisor = total.clamp_min(tiny).view(-1, 1, 1)
     other = trace(gradient).clamp_min(tiny).view(-1, 1, 1)
-    return KroneckerBlock(
-        squeezed(gradient / other), squeezed(activation / divisor), squeezed(total / weight), layer.name
-    )
+    return KroneckerBlock(squeezed(gradient / other), squeezed(activation / divisor), squeezed(total / weight), name)

@@ -1,170 +1,115 @@
-"""The Laplace evidence (log marginal likelihood) and the hyperparameters that maximise it.
+"""The Laplace evidence (log marginal likelihood) as a function of its hyperparameters.
 
-With the Fisher ``F`` (a mean over ``N`` examples), prior ``N(0, δ⁻¹ I)`` and posterior mode ``θ``,
+With the Fisher ``F`` (a mean over ``N`` examples), prior ``N(m, D⁻¹)`` and posterior mode ``θ``,
 
-    log p(D) ≈ log p(D | θ) / τ − ½ δ ‖θ‖² − ½ log det(N r F / τ + δ I) + ½ P log δ
+    log p(D) ≈ log p(D | θ) / τ − ½ (θ − m)ᵀ D (θ − m) − ½ log det(N r F / τ + D) + ½ log det D
 
 (MacKay 1992; Immer et al. 2021, Eq. 4), where ``τ`` is the temperature and ``r`` rescales a Fisher that was estimated
-with another observation noise. All is a sum over eigenvalues that are computed once.
+with another observation noise. With one precision per block all is a sum over eigenvalues ``λ`` that are computed once,
+``log det(c F + δ I) − P log δ = Σ log(1 + c λ / δ)``.
+
+In the logarithms of precisions and noise it is concave: ``log det`` of a sum of positive semidefinite matrices with weights
+``eᵘ`` is convex in ``u``. So there is one maximum, or none inside the bounds.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
-from kronlaplace.blocks import Block
-from kronlaplace.inversion import DampedInverse
-from kronlaplace.likelihoods import Gaussian, Likelihood
+from kronlaplace.inversion import PlusDiagonal
+from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.laplace.prior import precision_by_layer
+from kronlaplace.likelihoods import Euclidean, Gaussian, Sampling
 
-__all__ = ["Evidence", "PriorStructure", "TuningResult", "maximise"]
-
-PRECISION_BOUNDS = (1e-10, 1e10)
-"""Prior precisions that tuning considers."""
-
-_NEGLIGIBLE = 1e-3
-"""Differences of the evidence, in nats, that mean nothing."""
+__all__ = ["Evidence", "noise_exponent", "noise_rescaling"]
 
 
-class PriorStructure(str, Enum):
-    """What has a prior precision of its own: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each layer."""
-
-    SCALAR = "scalar"
-    LAYERWISE = "layerwise"
-
-
-@dataclass(frozen=True)
 class Evidence:
-    """The evidence as a function of its hyperparameters.
+    """The evidence of a fitted network.
 
-    Attributes:
-        blocks: Each layer's Fisher block, mean over examples, scaled by ``N / τ``.
-        squared_norms: ``‖θ_l − prior mean‖²`` of each layer, shape ``(L,)``, float64.
-        likelihood: The likelihood; its noise is the one that the blocks were made with.
-        statistics: Sufficient statistics of the log-likelihood of the training data.
-        temperature: ``τ``.
-        noise_exponent: The Fisher is proportional to ``noise_std`` to this power.
+    Args:
+        fisher: Its Fisher.
+        deviations: ``θ − m`` of each block, shape ``(q, p)``.
+
+    Raises:
+        NotImplementedError: If the likelihood has no normaliser.
+        ValueError: If the Fisher saw no targets.
     """
 
-    blocks: Sequence[Block]
-    squared_norms: Tensor
-    likelihood: Likelihood
-    statistics: Tensor
-    temperature: float
-    noise_exponent: int
+    def __init__(self, fisher: KroneckerFisher, deviations: Sequence[Tensor]) -> None:
+        if isinstance(fisher.metadata.likelihood, Euclidean):
+            raise NotImplementedError(
+                "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
+            )
+        if fisher.statistics is None:
+            raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
+        fisher.decompose()
+        self.likelihood = fisher.metadata.likelihood
+        self.statistics = fisher.statistics
+        self.squares = [deviation.double().square() for deviation in deviations]
+        self.blocks = list(fisher.values())
+        self._plus_diagonal = [PlusDiagonal(block) for block in self.blocks]
+        self._fisher = fisher
+        # Zeros add nothing to Σ log(1 + c λ / δ).
+        eigenvalues = [values[values > 0] for values in (block.eigenvalues() for block in self.blocks)]
+        self._all_eigenvalues = torch.cat(eigenvalues)
+        self._eigenvalues = self._all_eigenvalues.split([len(values) for values in eigenvalues])
+        self._sums = torch.stack([square.sum() for square in self.squares])
 
-    def __call__(self, prior_precision: Tensor, noise_std: Tensor | float | None = None) -> Tensor:
-        """The evidence, 0-dim, float64, differentiable in its arguments.
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """``(q, p)`` of every block."""
+        return [block.shape for block in self.blocks]
+
+    def __call__(
+        self, precision: Tensor, noise_std: Tensor | float | None = None, temperature: Tensor | float = 1.0
+    ) -> Tensor:
+        """The evidence in nats, 0-dim, float64, differentiable in its arguments.
 
         Args:
-            prior_precision: ``δ``, 0-dim or one per layer, shape ``(L,)``.
+            precision: ``δ``, 0-dim, one per block, ``(L,)``, or one per weight, ``(P,)``, float64.
             noise_std: ``σ`` (Gaussian likelihood only); None is the likelihood's own.
+            temperature: ``τ``.
         """
         if isinstance(self.likelihood, Gaussian):
             fit = self.likelihood.log_likelihood(self.statistics, noise_std)
         else:
             fit = self.likelihood.log_likelihood(self.statistics)
-        scale = noise_rescaling(self.likelihood, noise_std, self.noise_exponent)
-        precisions = prior_precision.double().expand(len(self.blocks))
-        value = fit / self.temperature
-        for block, squared_norm, precision in zip(self.blocks, self.squared_norms, precisions, strict=True):
-            log_det_ratio = DampedInverse(block.scaled(scale), precision).logdet() - math.prod(block.shape) * torch.log(
-                precision
-            )
-            value = value - 0.5 * (precision * squared_norm + log_det_ratio)
-        return value
+        return fit / temperature - 0.5 * self.occam(precision, self.scale(noise_std, temperature))
+
+    def scale(self, noise_std: Tensor | float | None, temperature: Tensor | float) -> Tensor:
+        """``c = N r / τ``, 0-dim, float64: what the Fisher is multiplied with."""
+        scale = self._fisher.n_examples * noise_rescaling(self._fisher, noise_std) / temperature
+        return torch.as_tensor(scale, dtype=torch.float64, device=self.statistics.device)
+
+    def occam(self, precision: Tensor, scale: Tensor) -> Tensor:
+        """``(θ − m)ᵀ D (θ − m) + log det(c F + D) − log det D``, for ``c`` as `scale` gives it."""
+        if precision.ndim == 0:
+            return precision * self._sums.sum() + torch.log1p(self._all_eigenvalues * (scale / precision)).sum()
+        return torch.stack(
+            [self.block_term(i, p, scale) for i, p in enumerate(precision_by_layer(precision, self.shapes))]
+        ).sum()
+
+    def block_term(self, index: int, precision: Tensor, scale: Tensor) -> Tensor:
+        """One block's share of `occam`, for its precision, 0-dim or ``(q, p)``, and ``c``."""
+        if precision.ndim == 0:
+            log_det_ratio = torch.log1p(self._eigenvalues[index] * (scale / precision)).sum()
+            return precision * self._sums[index] + log_det_ratio
+        log_det_ratio = self._plus_diagonal[index].logdet(scale, precision) - precision.log().sum()
+        return (precision * self.squares[index]).sum() + log_det_ratio
 
 
-def noise_rescaling(likelihood: Likelihood, noise_std: Tensor | float | None, noise_exponent: int) -> Tensor | float:
-    """The factor by which a Fisher changes when the noise goes from the likelihood's own to ``noise_std``."""
+def noise_exponent(fisher: KroneckerFisher) -> int:
+    """The Fisher is ``∝ σ⁻²``; the empirical one, made of residuals over ``σ²``, is ``∝ σ⁻⁴``."""
+    return -4 if fisher.metadata.sampling is Sampling.EMPIRICAL else -2
+
+
+def noise_rescaling(fisher: KroneckerFisher, noise_std: Tensor | float | None) -> Tensor | float:
+    """The factor ``r`` by which a Fisher changes when the noise goes from that of its estimation to ``noise_std``."""
+    likelihood = fisher.metadata.likelihood
     if noise_std is None or not isinstance(likelihood, Gaussian):
         return 1.0
-    return (noise_std / likelihood.noise_std) ** noise_exponent
-
-
-@dataclass(frozen=True)
-class TuningResult:
-    """Where the evidence is largest: prior precision(s), noise (None without one), and the evidence there."""
-
-    prior_precision: Tensor
-    noise_std: float | None
-    log_marginal_likelihood: float
-
-
-def maximise(evidence: Evidence, structure: PriorStructure) -> TuningResult:
-    """Maximise the evidence over the prior precision and, in regression, the noise, in log space with bounds.
-
-    A coarse grid finds the right basin, L-BFGS-B with exact gradients the top of it. No learning rate, no step count, and
-    no dependence on the present values.
-
-    Args:
-        evidence: The function.
-        structure: One precision for all, or one per layer.
-
-    Warns:
-        UserWarning: If a hyperparameter ends at its bound: the evidence then has no maximum inside.
-    """
-    n_precisions = 1 if structure is PriorStructure.SCALAR else len(evidence.blocks)
-    device = evidence.statistics.device
-    noise = isinstance(evidence.likelihood, Gaussian)
-    bounds = [(math.log(PRECISION_BOUNDS[0]), math.log(PRECISION_BOUNDS[1]))] * n_precisions
-    starts = [np.full(n_precisions, value) for value in np.linspace(math.log(1e-6), math.log(1e6), num=13)]
-    if noise:
-        squared_error, count = evidence.statistics.tolist()
-        root_mean_square = max(math.sqrt(squared_error / count), 1e-12)
-        bounds.append((math.log(root_mean_square * 1e-1), math.log(root_mean_square * 1e3)))
-        starts = [np.append(u, math.log(root_mean_square * factor)) for u in starts for factor in (1.0, 1.5, 3.0)]
-
-    def value_at(logs: Tensor) -> Tensor:
-        precision = logs[:n_precisions].exp()
-        return evidence(
-            precision if structure is PriorStructure.LAYERWISE else precision[0], logs[-1].exp() if noise else None
-        )
-
-    def loss(u: np.ndarray) -> float:
-        with torch.no_grad():
-            return -float(value_at(torch.tensor(u, dtype=torch.float64, device=device)))
-
-    def loss_and_gradient(u: np.ndarray) -> tuple[float, np.ndarray]:
-        with torch.enable_grad():
-            logs = torch.tensor(u, dtype=torch.float64, device=device, requires_grad=True)
-            value = value_at(logs)
-            (gradient,) = torch.autograd.grad(value, logs)
-        return -float(value.detach()), -gradient.cpu().numpy()
-
-    result = minimize(loss_and_gradient, min(starts, key=loss), jac=True, method="L-BFGS-B", bounds=bounds)
-    _warn_at_the_edge(loss, result.x, bounds, ["prior precision"] * n_precisions + ["noise"])
-    tuned = torch.tensor(np.exp(result.x[:n_precisions]), dtype=torch.float64, device=device)
-    return TuningResult(
-        prior_precision=tuned if structure is PriorStructure.LAYERWISE else tuned[0],
-        noise_std=float(np.exp(result.x[-1])) if noise else None,
-        log_marginal_likelihood=-float(result.fun),
-    )
-
-
-def _warn_at_the_edge(
-    loss: Callable[[np.ndarray], float], u: np.ndarray, bounds: Sequence[tuple[float, float]], names: Sequence[str]
-) -> None:
-    """Warn about every hyperparameter that could as well be at one of its bounds: it has no optimum inside."""
-    edges = set()
-    as_good = loss(u) + _NEGLIGIBLE
-    for i, name in enumerate(names[: len(u)]):
-        for bound in bounds[i]:
-            moved = u.copy()
-            moved[i] = bound
-            if loss(moved) <= as_good:
-                edges.add(name)
-    if edges:
-        warnings.warn(
-            f"the evidence is largest at the edge of the range searched for: {', '.join(sorted(edges))}. It has no maximum "
-            "inside; check that the network is trained and that the prior suits its weights.",
-            stacklevel=4,
-        )
+    return (noise_std / likelihood.noise_std) ** noise_exponent(fisher)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -11,41 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, device_of, tensors_of
+from kronlaplace.batches import Inputs, device_of, is_loader, iterate, preserved_random_state, tensors_of
 from kronlaplace.collect import check_mode, check_model
+from kronlaplace.combination import combined
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
-from kronlaplace.fingerprint import WeightsGuard
+from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace.evidence import Evidence, PriorStructure, maximise, noise_rescaling
-from kronlaplace.laplace.predictive import functional_covariance
+from kronlaplace.laplace import files
+from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
+from kronlaplace.laplace.functional import Linearised
+from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod, joined
+from kronlaplace.laplace.prior import (
+    Precision,
+    PriorMean,
+    PriorStructure,
+    mean_by_layer,
+    precision_by_layer,
+    precision_tensor,
+)
+from kronlaplace.laplace.sampling import WeightSampler
+from kronlaplace.laplace.terms import Between
+from kronlaplace.laplace.tuning import maximise_evidence, warn_at_the_edge
+from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
 from kronlaplace.layers import Unsupported, find_layers
-from kronlaplace.likelihoods import Euclidean, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
+from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
-from kronlaplace.options import choice, positive_integer, seed_number
-from kronlaplace.serialization import load_tensors, save_tensors
+from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
 
-__all__ = ["KronLaplace"]
+__all__ = ["KronLaplace", "TuningMethod"]
+
+
+class TuningMethod(Choice):
+    """What `KronLaplace.tune` goes by: the ``EVIDENCE``, or the likelihood of ``VALIDATION`` data."""
+
+    EVIDENCE = "evidence"
+    VALIDATION = "validation"
 
 
 class KronLaplace:
     """Laplace posterior of a trained network with a Kronecker-factored Fisher.
 
     The posterior is ``N(θ, H⁻¹)`` around the trained weights ``θ``, with one block per layer,
-    ``H = N · F / temperature + δ I``: ``F`` is the Fisher as a mean over the ``N`` examples, ``δ`` the prior precision.
+    ``H = N · F / temperature + D``: ``F`` is the Fisher as a mean over the ``N`` examples, ``D`` the prior precision.
     Parameters without a block (see ``layers``) stay at their trained values.
 
-    The model is held by reference and never changed; keep its weights as they were at `fit`.
+    The model is held by reference and never changed (but by `to`); keep its weights as they were at `fit`.
 
     Args:
         model: The trained network, in the mode in which it predicts (``model.eval()``).
-        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, or ``"classification"``, ``"binary"``, ``"regression"``.
+        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, or ``"classification"``,
+            ``"binary"``, ``"regression"``, ``"heteroscedastic"``.
         estimator: How the Fisher's blocks are made, such as `KFAC`, or its shorthand.
-        prior_precision: ``δ``: one number, or one per block, in the order of the blocks.
+        prior_precision: ``δ``: one number; one per block, in the order of the blocks; or one per weight, as the
+            row-major flattened matrices of all blocks joined, shape ``(P,)``, or ``{parameter name: tensor}``. Where
+            weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
+        prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
-        layers: Names of the modules that get a posterior; None means all with trainable parameters.
+        layers: Names of the modules that get a posterior; ``"last"`` for the one that was registered last; None means all
+            with trainable parameters.
         unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values.
 
     Raises:
@@ -54,6 +79,7 @@ class KronLaplace:
 
     _likelihood: Likelihood
     _prior_precision: Tensor
+    _prior_mean: dict[str, Tensor]
     _temperature: float
 
     def __init__(
@@ -62,9 +88,10 @@ class KronLaplace:
         likelihood: Likelihood | str,
         estimator: Estimator | str = "kfac",
         *,
-        prior_precision: float | Sequence[float] | Tensor = 1.0,
+        prior_precision: Precision = 1.0,
+        prior_mean: PriorMean = 0.0,
         temperature: float = 1.0,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[str] | str | None = None,
         unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         check_model(model)
@@ -75,14 +102,23 @@ class KronLaplace:
         self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
         self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
+        self._cached_evidence: Evidence | None = None  # likewise
         self.likelihood = resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
         self.temperature = temperature
 
     def __repr__(self) -> str:
-        state = f"fitted to {self._fisher.n_examples} examples" if self._fisher else "not fitted"
+        state = f"fitted to {self._fisher.n_examples:,} examples" if self._fisher else "not fitted"
         names = [layer.name for layer in self._layers]
-        return f"KronLaplace({self.likelihood}, {self.estimator}, layers={names}, {state})"
+        precision = self._prior_precision
+        prior = f"{float(precision):.4g}" if precision.ndim == 0 else f"{len(precision)} values"
+        if precision.ndim > 0 and len(precision) == len(names):
+            prior = "[" + ", ".join(f"{value:.4g}" for value in precision.tolist()) + "]"
+        return (
+            f"KronLaplace({self.likelihood}, {self.estimator}, prior_precision={prior}, temperature={self.temperature:g}, "
+            f"layers={names}, {state})"
+        )
 
     @property
     def likelihood(self) -> Likelihood:
@@ -98,31 +134,72 @@ class KronLaplace:
 
     @property
     def prior_precision(self) -> Tensor:
-        """``δ``, 0-dim or one per block, float64. May be set to numbers after the fit: that costs no new pass."""
+        """``δ``, 0-dim, one per block ``(L,)``, or one per weight ``(P,)``, float64.
+
+        May be set after the fit, to whatever the constructor takes: that costs no new pass.
+        """
         return self._prior_precision
 
     @prior_precision.setter
-    def prior_precision(self, value: float | Sequence[float] | Tensor) -> None:
-        self._prior_precision = _as_precision(value, len(self._layers), device_of(self.model)).detach().clone()
+    def prior_precision(self, value: Precision) -> None:
+        self._prior_precision = precision_tensor(value, self._layers).detach().clone()
         self._covariance = None
 
     @property
+    def prior_mean(self) -> dict[str, Tensor]:
+        """Mean of the prior, each block's matrix ``(q, p)``. May be set after the fit, to what the constructor takes."""
+        return dict(self._prior_mean)
+
+    @prior_mean.setter
+    def prior_mean(self, value: PriorMean) -> None:
+        means = mean_by_layer(value, self._layers)
+        self._prior_mean = {layer.name: mean for layer, mean in zip(self._layers, means, strict=True)}
+        self._cached_evidence = None
+
+    @property
     def temperature(self) -> float:
-        """Divides the log-likelihood; may be set after the fit."""
+        """``τ``, divides the log-likelihood; may be set after the fit."""
         return self._temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < math.inf:
-            raise ValueError(f"temperature must be a positive finite number, got {value!r}.")
-        self._temperature = float(value)
+        self._temperature = positive_number(value, "temperature")
         self._covariance = None
+
+    def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
+        """Move the posterior **and its network** to another device or dtype, as `torch.nn.Module.to` does.
+
+        A network that was moved to another device by itself takes the posterior with it at the next use.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            RuntimeError: If the weights changed after the fit.
+        """
+        if self._fisher is not None:
+            self._check_weights()
+        self.model.to(*args, **kwargs)
+        self._follow()
+        return self
+
+    def _follow(self) -> None:
+        """Go where the network is, and take its dtype."""
+        self._layers = find_layers(self.model, [layer.name for layer in self._layers])
+        device = device_of(self.model)
+        self._prior_precision = self._prior_precision.to(device)
+        self.prior_mean = torch.cat([mean.flatten() for mean in self._prior_mean.values()])
+        if self._fisher is not None:
+            fisher = self._fisher.to(device, {layer.name: layer.dtype for layer in self._layers})
+            fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
+            self._adopt(fisher)
 
     def fit(
         self,
         data: Iterable[Any] | None = None,
         *,
         fisher: KroneckerFisher | None = None,
+        add: bool = False,
         sampling: Sampling | str = Sampling.EXACT,
         mc_samples: int = 1,
         seed: int = 0,
@@ -136,6 +213,8 @@ class KronLaplace:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
                 may have more blocks than the posterior has layers; `estimator` becomes the one that it was made with.
+            add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
+                fit to all of them; possible for `KFAC`, `SUA`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
                 matrix; ``"mc"`` is cheaper where there are many outputs.
             mc_samples: As in `estimate_fisher`.
@@ -147,7 +226,8 @@ class KronLaplace:
 
         Raises:
             TypeError: If not exactly one of ``data`` and ``fisher`` is given.
-            ValueError, NotImplementedError: As `estimate_fisher`; or if ``fisher`` is of another model or likelihood.
+            ValueError, NotImplementedError: As `estimate_fisher`; or if ``fisher`` is of another model or likelihood, or
+                cannot be added.
         """
         if (data is None) == (fisher is None):
             raise TypeError("fit takes either data or fisher=, exactly one of them.")
@@ -177,6 +257,8 @@ class KronLaplace:
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
             check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
+        fisher = combined(self._fisher, fisher) if add and self._fisher is not None else fisher
+        fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
         self._adopt(fisher)
         return self
 
@@ -186,7 +268,10 @@ class KronLaplace:
         self._fisher = fisher
         if estimator_to_metadata(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_metadata(fisher.metadata.settings)
+        if isinstance(self._likelihood, Categorical) and self._likelihood.class_axis is None:
+            self._likelihood = fisher.metadata.likelihood  # the targets have told where the classes are
         self._covariance = None
+        self._cached_evidence = None
         self._guard = WeightsGuard(self.model, fisher.metadata.weights)
 
     @property
@@ -201,17 +286,19 @@ class KronLaplace:
         return self._fisher
 
     def covariance(self) -> dict[str, DampedInverse]:
-        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + δ I``.
+        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
         Computed once for given hyperparameters: eigendecompositions at the first call, sums of eigenvalues later.
+
+        Warns:
+            UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
         if self._covariance is None:
             fisher = self.fisher
             fisher.decompose()
             noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
-            rescaling = noise_rescaling(fisher.metadata.likelihood, noise, self._noise_exponent)
-            scale = fisher.n_examples / self.temperature * rescaling
-            precisions = self.prior_precision.expand(len(fisher))
+            scale = fisher.n_examples / self.temperature * noise_rescaling(fisher, noise)
+            precisions = precision_by_layer(self.prior_precision, [block.shape for block in fisher.values()])
             self._covariance = {
                 name: Tikhonov(precision).invert(block.scaled(scale))
                 for (name, block), precision in zip(fisher.items(), precisions, strict=True)
@@ -220,15 +307,16 @@ class KronLaplace:
 
     def log_marginal_likelihood(
         self,
-        prior_precision: float | Sequence[float] | Tensor | None = None,
+        prior_precision: Precision | None = None,
         noise_std: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """The Laplace evidence ``log p(D)``, see `kronlaplace.laplace.evidence`.
 
         Args:
-            prior_precision: ``δ``, one number or one per block; None is the posterior's own. A tensor may carry a
-                gradient.
+            prior_precision: ``δ``, as in the constructor; None is the posterior's own. Tensors may carry a gradient.
             noise_std: ``σ``, Gaussian likelihood only; None is the posterior's own. A tensor may carry a gradient.
+            temperature: ``τ``; None is the posterior's own. A tensor may carry a gradient.
 
         Returns:
             0-dim tensor, float64, in nats, differentiable in its arguments.
@@ -238,118 +326,220 @@ class KronLaplace:
         """
         evidence = self._evidence()
         if isinstance(self.likelihood, Gaussian):
-            noise_std = self.likelihood.noise_std if noise_std is None else noise_std
+            noise_std = self.likelihood.noise_std if noise_std is None else _positive(noise_std, "noise_std")
         elif noise_std is not None:
             raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
-        precision = (
-            self.prior_precision
-            if prior_precision is None
-            else _as_precision(prior_precision, len(self._layers), self.prior_precision.device)
+        precision = self.prior_precision if prior_precision is None else precision_tensor(prior_precision, self._layers)
+        return evidence(
+            precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
         )
-        return evidence(precision, noise_std)
 
-    def tune(self, *, method: str = "evidence", structure: PriorStructure | str = PriorStructure.SCALAR) -> KronLaplace:
-        """Set the prior precision, and in regression the noise with it, where the evidence is largest.
+    def tune(
+        self,
+        method: TuningMethod | str = TuningMethod.EVIDENCE,
+        structure: PriorStructure | str = PriorStructure.SCALAR,
+        data: Iterable[Any] | None = None,
+        *,
+        predictive: Predictive | None = None,
+        grid: Sequence[float] | None = None,
+        progress: bool = False,
+    ) -> KronLaplace:
+        """Set the prior precision, and in regression the noise with it.
 
-        Costs milliseconds after the fit: only sums over cached eigenvalues.
+        By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
+        share a precision). By validation it costs one prediction of the validation data for every point of the grid.
 
         Args:
-            method: ``"evidence"``, the log marginal likelihood.
-            structure: ``"scalar"``, one prior precision for all weights, or ``"layerwise"``, one per block.
+            method: ``"evidence"``, the log marginal likelihood; ``"validation"``, the negative log-likelihood of ``data``
+                under ``predictive``.
+            structure: What has a precision of its own: ``"scalar"`` all weights together, ``"layerwise"`` every block,
+                ``"diagonal"`` every weight. With ``"validation"`` the ratios of the precisions are those that the evidence
+                prefers, and the grid has factors in front.
+            data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
+                times.
+            predictive: How predictions will be made; None is `Predictive()`, the linearised one with the probit link.
+            grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
+                1e-4 to 1e6, or 1e4.
+            progress: Whether to show a progress bar.
 
         Returns:
             The posterior itself, with new `prior_precision` and `likelihood`.
 
         Raises:
-            ValueError: For an unknown method or structure, or if the fit saw no targets.
+            ValueError: For an unknown method or structure, if the fit saw no targets, or if no loss is finite. The
+                posterior is then as before.
+            TypeError: If ``data`` is missing, or has no effect.
 
         Warns:
-            UserWarning: If the evidence has no maximum inside the bounds.
+            UserWarning: If the optimum is at the edge of what was searched.
         """
-        if method != "evidence":
-            raise ValueError(f"unknown method {method!r}; allowed is 'evidence'.")
+        method = choice(TuningMethod, method, "method")
         structure = choice(PriorStructure, structure, "structure")
-        result = maximise(self._evidence(), structure)
-        self.prior_precision = result.prior_precision
-        if result.noise_std is not None:
-            assert isinstance(self.likelihood, Gaussian)
-            self.likelihood = replace(self.likelihood, noise_std=result.noise_std)
+        if method is TuningMethod.EVIDENCE:
+            if data is not None or predictive is not None or grid is not None:
+                raise TypeError(
+                    'data, predictive and grid are for method="validation"; the evidence needs none of them.'
+                )
+            tuned = maximise_evidence(self._evidence(), structure, self.temperature)
+            self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
+            return self
+        if data is None or isinstance(data, Iterator):
+            got = "none" if data is None else "an iterator, which can be read only once"
+            raise TypeError(
+                f'method="validation" needs data=, batches (inputs, targets) such as a DataLoader; got {got}.'
+            )
+        grid = default_grid(structure is not PriorStructure.SCALAR) if grid is None else grid
+        grid = sorted(positive_number(value, "grid") for value in grid)
+        if not grid:
+            raise ValueError("grid is empty; give at least one prior precision.")
+        predictive = Predictive() if predictive is None else predictive
+        predictive.check(self.likelihood)
+        before = self._prior_precision, self._likelihood
+        try:
+            base = torch.ones((), dtype=torch.float64)
+            if structure is not PriorStructure.SCALAR:
+                base = maximise_evidence(self._evidence(), structure, self.temperature).prior_precision
+            validator = Validator(self, data, predictive, -noise_exponent(self.fisher))
+            index, best = best_of_grid([base * factor for factor in grid], validator, progress)
+        except BaseException:
+            self._prior_precision, self._likelihood = before
+            self._covariance = None
+            raise
+        self.set_hyperparameters(best.prior_precision, best.noise_std)
+        if index in (0, len(grid) - 1) and len(grid) > 1:
+            what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
+            warn_at_the_edge(
+                f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g}; give a wider "
+                "grid=, or check the validation data."
+            )
         return self
 
-    def functional_variance(self, x: Any, diagonal: bool = False) -> Tensor:
+    def set_hyperparameters(self, prior_precision: Precision, noise_std: float | None = None) -> None:
+        """Set the prior precision, and the noise of a Gaussian likelihood if it is given."""
+        self.prior_precision = prior_precision
+        if noise_std is not None:
+            assert isinstance(self.likelihood, Gaussian)
+            self.likelihood = replace(self.likelihood, noise_std=noise_std)
+
+    def functional_variance(
+        self,
+        x: Any,
+        diagonal: bool = False,
+        *,
+        joint: bool = False,
+        differentiable: bool = False,
+        progress: bool = False,
+    ) -> Tensor:
         """Covariance of the network's outputs under the linearised model; the noise is not in it.
 
+        Takes one backward pass per output of an example, but for the part of a last layer that is linear.
+
         Args:
-            x: Inputs as in the fit, first axis examples.
+            x: Inputs as in the fit, first axis examples; or a loader, as in `predict`.
             diagonal: Whether only the variances are wanted.
+            joint: Whether covariances between examples are wanted, too; of a few inputs, all at once.
+            differentiable: Whether the result carries a graph to the inputs.
+            progress: Whether to show a progress bar, with a loader.
 
         Returns:
-            Shape ``(N, C, C)``, or ``(N, C)`` with ``diagonal=True``.
+            Shape ``(N, C, C)``; ``(N, C)`` with ``diagonal=True``; ``(N·C, N·C)`` with ``joint=True``, examples in front.
+            Outputs with more axes, ``(N, ...)``, count as one axis ``C`` (row-major), and keep their shape with
+            ``diagonal=True``.
+
+        Raises:
+            ValueError: As `predict`.
         """
-        return self._linearised(x, diagonal)[1]
+        if diagonal and joint:
+            raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
+        between = Between.EXAMPLES if joint else Between.NONE if diagonal else Between.OUTPUTS
+        if is_loader(x):
+            if joint:
+                raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
+            return torch.cat(
+                [self._linearised(part, between, differentiable)[1] for part in self._batches(x, progress)]
+            )
+        covariance = self._linearised(x, between, differentiable)[1]
+        return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
     def predict(
         self,
         x: Any,
         *,
-        method: str = "glm",
+        method: PredictiveMethod | str = PredictiveMethod.GLM,
         link: Link | str | None = None,
         n_samples: int | None = None,
+        diagonal: bool = False,
+        antithetic: bool = False,
+        joint: bool = False,
+        differentiable: bool = False,
+        progress: bool = False,
         seed: int = 0,
     ) -> Tensor | Prediction:
         """Posterior predictive distribution.
 
         Args:
             x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
-                worked off in chunks.
+                worked off in chunks. Or a loader (any iterable of batches, with or without targets): the predictions of all
+                of its batches, joined.
             method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
             link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs)
                 or ``"bridge"`` (Laplace bridge; several classes only).
             n_samples: Number of draws, where there are any; 100 if not given.
+            diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
+                much cheaper for many classes.
+            antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.
+            joint: Regression with ``"glm"``: a `JointPrediction` with the covariances between all inputs.
+            differentiable: Whether the result carries a graph to the inputs, which must ask for gradients.
+            progress: Whether to show a progress bar, with a loader.
             seed: Seed of the draws; the global random state is neither used nor changed.
 
         Returns:
-            Classification: probabilities, shape ``(N, C)`` (``Bernoulli``: of a one; ``(N,)`` if the network returns
-            that). Regression: a `Prediction`; its ``variance`` is of the function, without the noise.
+            Classification: probabilities, of the shape of the network's outputs (``Bernoulli``: of a one). Regression: a
+            `Prediction`; its ``variance`` is of the function, without the noise.
 
         Raises:
-            ValueError: For an unknown method or link, or inputs that are empty or, on the CPU, not finite.
+            ValueError: For an unknown method or link, for options that have no effect together, or inputs that are empty
+                or, on the CPU, not finite.
         """
-        if method not in ("glm", "sample"):
-            raise ValueError(f"unknown method {method!r}; allowed are 'glm', 'sample'.")
-        links = self.likelihood.links
-        if link is not None and (method == "sample" or not links):
-            reason = 'method="sample" needs none' if method == "sample" else f"{self.likelihood} needs none"
-            raise ValueError(f"link={link!r} would have no effect: {reason}. Leave it out.")
-        link = Link.PROBIT if link is None else choice(Link, link, "link")
-        if links and link not in links:
-            raise ValueError(
-                f"link {link.value!r} is not for {self.likelihood}; allowed are {[k.value for k in links]}."
-            )
-        if n_samples is not None and method == "glm" and link is not Link.MC:
-            raise ValueError(
-                f'n_samples={n_samples} would have no effect: draws are made with method="sample" or link="mc".'
-            )
-        n_samples = positive_integer(100 if n_samples is None else n_samples, "n_samples")
-        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed_number(seed))
-        if method == "sample":
-            return self._predict_by_sampling(x, n_samples, generator)
-        needs_covariance = link is not Link.PROBIT and bool(self.likelihood.links)
-        f, covariance = self._linearised(x, diagonal=not needs_covariance)
-        mean = f.unsqueeze(1) if f.ndim == 1 else f
-        prediction = self.likelihood.predictive(mean, covariance.to(mean.dtype), link, n_samples, generator)
-        if isinstance(prediction, Prediction):
-            if f.ndim == 1:
-                prediction = replace(prediction, mean=prediction.mean[:, 0], variance=prediction.variance[:, 0])
-            return prediction
-        return prediction.reshape(f.shape)
+        predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
+        predictive.check(self.likelihood)
+        if joint:
+            if is_loader(x) or predictive.samples or self.likelihood.links:
+                raise ValueError(
+                    'joint=True is for regression with method="glm", and inputs that come at once. For the outputs of a '
+                    "classifier use functional_variance(x, joint=True)."
+                )
+            return self._predict_jointly(x, predictive, differentiable)
+        if is_loader(x):
+            return joined([self.predict_batch(part, predictive, differentiable) for part in self._batches(x, progress)])
+        return self.predict_batch(x, predictive, differentiable)
 
-    def sample(self, n: int, *, seed: int = 0) -> dict[str, Tensor]:
+    def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
+        """`predict` for one batch of inputs, with its options as an object."""
+        if predictive.samples:
+            inputs = self._checked(x, differentiable)
+            sampler = self._sampler(predictive.seed, predictive.antithetic)
+            with torch.set_grad_enabled(differentiable):
+                return sampler.predict(self.model, self.likelihood, inputs, predictive.draws)
+        f, covariance = self._linearised(x, predictive.between(self.likelihood), differentiable)
+        return predictive.linearised(f, covariance, self.likelihood)
+
+    def _predict_jointly(self, x: Any, predictive: Predictive, differentiable: bool) -> JointPrediction:
+        f, covariance = self._linearised(x, Between.EXAMPLES, differentiable)
+        marginal = predictive.linearised(f, covariance.diagonal().view(f.shape), self.likelihood)
+        assert isinstance(marginal, Prediction)
+        if marginal.mean.shape != f.shape:  # the outputs are means and log-variances
+            of_means = torch.arange(f.numel(), device=f.device).view(f.shape)[:, : marginal.mean.shape[1]].flatten()
+            covariance = covariance[of_means][:, of_means]
+        return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
+
+    def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 
         Args:
             n: Number of draws.
+            antithetic: Whether draws ``2k`` and ``2k + 1`` mirror each other about the mean; ``n`` must be even.
             seed: Seed of the draws; the global random state is neither used nor changed.
 
         Returns:
@@ -357,9 +547,10 @@ class KronLaplace:
             takes them one by one.
         """
         n = positive_integer(n, "n")
-        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed_number(seed))
+        if antithetic and n % 2:
+            raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
         self._check_weights()
-        return self._draw(n, generator)
+        return self._sampler(seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
@@ -372,15 +563,10 @@ class KronLaplace:
         """
         fisher = self.fisher
         self._check_weights()
-        tensors = {f"fisher/{name}": tensor for name, tensor in fisher.to_tensors().items()}
-        tensors |= {f"mean/{name}": tensor for name, tensor in self._mean.items()}
-        tensors["prior_precision"] = self.prior_precision
-        values = {
-            "fisher": fisher.to_json(),
-            "likelihood": self.likelihood.to_metadata(),
-            "temperature": self.temperature,
-        }
-        save_tensors(path, "posterior", tensors, values)
+        files.write(
+            path,
+            files.Stored(fisher, self._mean, self._prior_mean, self.prior_precision, self.likelihood, self.temperature),
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module) -> KronLaplace:
@@ -396,66 +582,59 @@ class KronLaplace:
                 differs is named, or the first parameter or buffer.
         """
         check_model(model)
-        device = device_of(model)
-        tensors, values = load_tensors(path, "posterior", device)
-        fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-        known = [layer.name for layer in find_layers(model, unsupported=Unsupported.FIXED)]
-        for name in fisher:
-            if name not in known:
-                raise ValueError(
-                    f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
-                    f"layers are {known}."
-                )
-        check_belongs(fisher, find_layers(model, list(fisher)), model, str(path), "fitted")
+        stored = files.read(path, model)
         posterior = cls(
             model,
-            Likelihood.from_metadata(values["likelihood"]),
-            estimator_from_metadata(fisher.metadata.settings),
-            prior_precision=tensors["prior_precision"],
-            temperature=values["temperature"],
-            layers=list(fisher),
+            stored.likelihood,
+            estimator_from_metadata(stored.fisher.metadata.settings),
+            prior_precision=stored.prior_precision,
+            prior_mean=torch.cat([stored.prior_mean[name].flatten() for name in stored.fisher]),
+            temperature=stored.temperature,
+            layers=list(stored.fisher),
         )
-        posterior._adopt(fisher)
+        posterior._adopt(stored.fisher)
         return posterior
-
-    @property
-    def _noise_exponent(self) -> int:
-        """The Fisher is ``∝ σ⁻²``; the empirical one, made of residuals over ``σ²``, is ``∝ σ⁻⁴``."""
-        return -4 if self.fisher.metadata.sampling is Sampling.EMPIRICAL else -2
 
     def _evidence(self) -> Evidence:
         fisher = self.fisher
-        if isinstance(self.likelihood, Euclidean):
-            raise NotImplementedError(
-                "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
-            )
-        if fisher.statistics is None:
-            raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
-        fisher.decompose()
-        scale = fisher.n_examples / self.temperature
-        return Evidence(
-            blocks=[block.scaled(scale) for block in fisher.values()],
-            squared_norms=torch.stack([self._mean[name].double().square().sum() for name in fisher]),
-            likelihood=fisher.metadata.likelihood,
-            statistics=fisher.statistics,
-            temperature=self.temperature,
-            noise_exponent=self._noise_exponent,
-        )
+        self._follow_device()
+        if self._cached_evidence is None:
+            deviations = [self._mean[name] - self._prior_mean[name] for name in fisher]
+            self._cached_evidence = Evidence(self.fisher, deviations)
+        return self._cached_evidence
+
+    def _follow_device(self) -> None:
+        if device_of(self.model) != self._prior_precision.device:
+            self._follow()
 
     def _check_weights(self) -> None:
         """The posterior is at the weights of its fit; predicting with others would be silently wrong."""
         changed = None if self._guard is None else self._guard.changed()
         if changed is not None:
             raise RuntimeError(
-                f"the model's {changed!r} changed after the posterior was fitted. Fit again, or restore the weights."
+                f"the model's {changed!r} changed after the posterior was fitted. Fit again, or restore the weights; for "
+                "another dtype use posterior.to(dtype)."
             )
+        if self._fisher is not None:
+            self._follow_device()
 
-    def _linearised(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
-        inputs = self._checked(x)
-        axis = self.fisher.metadata.input_axis
-        return functional_covariance(self.model, self._layers, self.covariance(), inputs, axis, diagonal=diagonal)
+    def _linearised(self, x: Any, between: Between, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+        inputs = self._checked(x, differentiable)
+        network = Linearised(
+            self.model, self._layers, self.covariance(), self.likelihood, self.fisher.metadata.input_axis
+        )
+        return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
-    def _checked(self, x: Any) -> Inputs:
+    def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:
+        generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
+        return WeightSampler(self._layers, self._mean, self.covariance(), generator, antithetic)
+
+    def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
+        with preserved_random_state(device_of(self.model)):
+            for batch in iterate(data, device_of(self.model), progress=progress, description="Predicting"):
+                yield batch.inputs.value
+
+    def _checked(self, x: Any, differentiable: bool = False) -> Inputs:
         check_mode(self.model)
         self._check_weights()
         inputs = Inputs(x)
@@ -463,10 +642,11 @@ class KronLaplace:
         if not tensors or tensors[0].numel() == 0:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"inputs must be a tensor with at least one example on its first axis, or a tuple or dict of tensors as in "
-                f"the fit; got {got}. Turn arrays into tensors with torch.from_numpy, and predict batch by batch from a "
-                "loader."
+                f"inputs must be a tensor with at least one example on its first axis, a tuple or dict of tensors as in the "
+                f"fit, or a loader; got {got}. Turn arrays into tensors with torch.from_numpy."
             )
+        if differentiable and not any(t.requires_grad for t in tensors):
+            raise ValueError("differentiable=True needs inputs that ask for gradients: x.requires_grad_() first.")
         device = device_of(self.model)
         for t in tensors:
             # Accelerators are not waited for: there, NaN inputs give NaN predictions.
@@ -474,50 +654,7 @@ class KronLaplace:
                 raise ValueError("the inputs contain NaN or infinite values.")
         return inputs.map(lambda t: t.to(device))
 
-    def _draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        draws: dict[str, Tensor] = {}
-        inverses = self.covariance()
-        for layer in self._layers:
-            noise = torch.randn(
-                n, *layer.shape, generator=generator, device=generator.device, dtype=self.fisher[layer.name].dtype
-            )
-            matrices = self._mean[layer.name] + inverses[layer.name].sqrt_solve(noise)
-            draws |= layer.split(matrices.to(self._mean[layer.name].dtype))
-        return draws
 
-    def _predict_by_sampling(self, x: Any, n_samples: int, generator: torch.Generator) -> Tensor | Prediction:
-        inputs = self._checked(x)
-        average = scatter = noise = torch.zeros((), device=device_of(self.model))
-        with torch.no_grad():
-            for i in range(n_samples):
-                parameters = {name: draw[0] for name, draw in self._draw(1, generator).items()}
-                outputs = inputs.run(self.model, parameters)
-                mean = self.likelihood.sample_mean(outputs)
-                # Welford's update: a difference of two large sums would lose a small variance to rounding.
-                deviation = mean - average
-                average = average + deviation / (i + 1)
-                scatter = scatter + deviation * (mean - average)
-                variance = self.likelihood.noise_variance(outputs)
-                if variance is not None:
-                    noise = noise + (variance - noise) / (i + 1)
-        if variance is None:
-            return average
-        return Prediction(average, scatter / max(n_samples - 1, 1), noise)
-
-
-def _as_precision(value: float | Sequence[float] | Tensor, n_layers: int, device: torch.device) -> Tensor:
-    try:
-        precision = torch.as_tensor(value, dtype=torch.float64, device=device)
-    except (TypeError, ValueError):
-        raise TypeError(f"prior_precision must be a number, or one number per block, got {value!r}.") from None
-    if precision.shape not in ((), (n_layers,)):
-        raise ValueError(
-            f"prior_precision must be one number or {n_layers} (one per block), got shape {tuple(precision.shape)}."
-        )
-    if not ((precision > 0) & torch.isfinite(precision)).all():
-        raise ValueError(f"prior_precision must be positive and finite, got {precision.detach().tolist()}.")
-    return precision
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _positive(value: float | Tensor, name: str) -> float | Tensor:
+    positive_number(value.item() if isinstance(value, Tensor) else value, name)
+    return value

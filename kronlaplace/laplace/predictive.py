@@ -1,218 +1,161 @@
-"""The linearised predictive without Jacobians: the covariance of the outputs, layer by layer in the eigenbasis.
-
-A layer's per-example Jacobian of output ``c`` is ``X_c = Σ_t g_c,t a_tᵀ``. With the posterior covariance
-``Q_G ⊗ Q_A diag(w) (Q_G ⊗ Q_A)ᵀ``, ``h = g Q_G`` and ``b = a Q_A``, the layer adds
-
-    Σ[c, c'] += Σ_ij w_ij R_c,ij R_c',ij,    R_c = Σ_t h_c,t b_tᵀ.
-
-Where the layer is used once per example this is ``Σ_i h_c,i h_c',i (Σ_j w_ij b_j²)``, and ``R`` is never formed. Else
-either ``R`` (``q·p`` numbers per example and output) or ``h`` (``T·q``) is kept until all outputs are there, whichever
-is smaller, and in the second case ``R`` is formed a few rows at a time. Blocks with another eigenbasis ``U`` than a
-Kronecker product, and layers with groups of rows, have ``R_c = Uᵀ vec(X_c)``.
-"""
+"""How predictions are made: the options that travel together, and what becomes of many batches' predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kronlaplace.batches import Inputs
-from kronlaplace.blocks import EigenBlock, KroneckerBlock
-from kronlaplace.collect import recording
-from kronlaplace.inversion import DampedInverse
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.laplace.terms import Between
+from kronlaplace.likelihoods import Likelihood, Prediction
+from kronlaplace.links import Link
+from kronlaplace.options import Choice, choice, positive_integer, seed_number
 
-__all__ = ["functional_covariance"]
+__all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
 
-_BUDGET = 2**24
-"""Numbers that one chunk of examples may keep at a time (64 MiB in float32)."""
-
-_MAX_CHUNK = 256
-_FIRST_CHUNK = 16
+_DRAWS = 100
 
 
-def functional_covariance(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    inverses: Mapping[str, DampedInverse],
-    x: Inputs,
-    input_axis: int,
-    *,
-    diagonal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Outputs of the network and their covariance under the linearised model.
+class PredictiveMethod(Choice):
+    """``GLM``: the linearised network, a Gaussian over the outputs in closed form. ``SAMPLE``: the network itself, averaged
+    over draws of its weights.
+    """
 
-    One forward pass and one backward pass per output, in chunks of examples that bound the memory. No tensor has the
-    shape ``(N, C, P)``.
+    GLM = "glm"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """A posterior predictive distribution: all that `KronLaplace.predict` may be asked for.
 
     Args:
-        model: The network.
-        layers: The layers that have a posterior.
-        inverses: Their posterior covariances, by layer name.
-        x: Inputs.
-        input_axis: Their axis that counts the examples.
-        diagonal: Whether only the variances are wanted.
+        method: ``"glm"`` or ``"sample"``.
+        link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs) or
+            ``"bridge"`` (Laplace bridge; several classes only).
+        n_samples: Number of draws, where there are any; 100 if not given.
+        diagonal: Whether ``"mc"`` and ``"bridge"`` take the outputs' variances only, without the covariances between
+            classes; for thousands of classes.
+        antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.
+        seed: Seed of the draws; the global random state is neither used nor changed.
 
-    Returns:
-        The outputs, detached, as the network gives them, ``(N, C)`` or ``(N,)``, and their covariance ``(N, C, C)``, or
-        variances ``(N, C)``; ``C = 1`` for outputs ``(N,)``.
+    Raises:
+        ValueError, TypeError: For unknown names, or options that have no effect together.
     """
-    outputs, covariances = [], []
-    start, chunk = 0, _FIRST_CHUNK
-    while start < x.count(input_axis):
-        part = x.examples(input_axis, start, start + chunk)
-        f, covariance, kept_per_example = _one_chunk(model, layers, inverses, part, diagonal)
-        outputs.append(f)
-        covariances.append(covariance)
-        start += chunk
-        chunk = max(1, min(_MAX_CHUNK, _BUDGET // max(kept_per_example, 1)))
-    return torch.cat(outputs), torch.cat(covariances)
 
+    method: PredictiveMethod | str = PredictiveMethod.GLM
+    link: Link | str | None = None
+    n_samples: int | None = None
+    diagonal: bool = False
+    antithetic: bool = False
+    seed: int = 0
 
-def _one_chunk(
-    model: nn.Module, layers: Sequence[Layer], inverses: Mapping[str, DampedInverse], x: Inputs, diagonal: bool
-) -> tuple[Tensor, Tensor, int]:
-    terms: dict[str, _Term] = {}
-
-    def receive(calls: Calls, grads: list[Tensor]) -> None:
-        layer = calls.layer
-        if layer.name not in terms:
-            terms[layer.name] = _make_term(inverses[layer.name], calls, grads, diagonal)
-        terms[layer.name].add(calls, grads)
-
-    with recording(model, layers, receive) as recorder:
-        f = recorder.forward(x)
-        if f.ndim > 2:
-            raise NotImplementedError(
-                f"the linearised predictive needs outputs of shape (N, C) or (N,); the network returned {tuple(f.shape)}. "
-                'Use predict(x, method="sample"), or a module that returns the outputs of interest as columns.'
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", choice(PredictiveMethod, self.method, "method"))
+        if self.link is not None:
+            object.__setattr__(self, "link", choice(Link, self.link, "link"))
+        if self.n_samples is not None:
+            positive_integer(self.n_samples, "n_samples")
+        seed_number(self.seed)
+        if self.link is not None and self.samples:
+            raise ValueError(
+                f'link={Link(self.link).value!r} would have no effect: method="sample" needs none. Leave it out.'
             )
-        n, n_outputs = len(f), f.shape[1] if f.ndim == 2 else 1
-        for c in range(n_outputs):
-            direction = torch.zeros(n, n_outputs, dtype=f.dtype, device=f.device)
-            direction[:, c] = 1
-            recorder.backward(f, direction, retain_graph=c < n_outputs - 1)
-    results = (term.result() for term in terms.values())
-    covariance = next(results)
-    for result in results:
-        covariance += result
-    kept = sum(term.kept_per_example(n_outputs) for term in terms.values())
-    return f.detach(), covariance, kept
+        if self.n_samples is not None and not self.samples and self.link is not Link.MC:
+            raise ValueError(
+                f'n_samples={self.n_samples} would have no effect: draws are made with method="sample" or link="mc".'
+            )
+        if self.antithetic and not self.samples:
+            raise ValueError('antithetic=True would have no effect: weights are drawn with method="sample" only.')
+        if self.antithetic and self.draws % 2:
+            raise ValueError(f"antithetic draws come in pairs: n_samples must be even, got {self.n_samples}.")
+
+    @property
+    def samples(self) -> bool:
+        """Whether weights are drawn."""
+        return self.method is PredictiveMethod.SAMPLE
+
+    @property
+    def draws(self) -> int:
+        """Number of draws, where there are any."""
+        return _DRAWS if self.n_samples is None else self.n_samples
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The source of the draws."""
+        return torch.Generator(device=device).manual_seed(self.seed)
+
+    def check(self, likelihood: Likelihood) -> None:
+        """Check that the link is one of the likelihood's.
+
+        Raises:
+            ValueError: If it is not, with those that are.
+        """
+        links = likelihood.links
+        if self.link is not None and not links:
+            raise ValueError(
+                f"link={Link(self.link).value!r} would have no effect: {likelihood} needs none. Leave it out."
+            )
+        if self.link is not None and self.link not in links:
+            allowed = [link.value for link in links]
+            raise ValueError(f"link {Link(self.link).value!r} is not for {likelihood}; allowed are {allowed}.")
+
+    def linearised(self, outputs: Tensor, covariance: Tensor, likelihood: Likelihood) -> Tensor | Prediction:
+        """The prediction when the outputs are Gaussian.
+
+        Args:
+            outputs: Their mean, as the network gives it.
+            covariance: What `between` asked for.
+            likelihood: The likelihood.
+        """
+        axis = likelihood.class_axis_of(outputs)
+        mean = outputs.unsqueeze(1) if outputs.ndim == 1 else outputs if axis is None else outputs.movedim(axis, -1)
+        if covariance.ndim == outputs.ndim:
+            covariance = covariance.unsqueeze(1) if outputs.ndim == 1 else covariance
+            covariance = covariance if axis is None else covariance.movedim(axis, -1)
+        link = Link.PROBIT if self.link is None else Link(self.link)
+        prediction = likelihood.predictive(
+            mean, covariance.to(mean.dtype), link, self.draws, self.generator(outputs.device)
+        )
+        if isinstance(prediction, Prediction):
+            if outputs.ndim == 1:
+                return replace(prediction, mean=prediction.mean[:, 0], variance=prediction.variance[:, 0])
+            return prediction
+        return prediction.reshape(outputs.shape) if axis is None else prediction.movedim(-1, axis)
+
+    def between(self, likelihood: Likelihood) -> Between:
+        """The covariances that `linearised` needs."""
+        of_classes = Link.BRIDGE in likelihood.links and self.link in (Link.MC, Link.BRIDGE)
+        return Between.CLASSES if of_classes and not self.diagonal else Between.NONE
 
 
-class _Term(Protocol):
-    """What one layer adds to the covariance; `add` is called once per output, in order."""
+@dataclass(frozen=True)
+class JointPrediction(Prediction):
+    """A regression prediction for several inputs at once, with the covariances between them.
 
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        """Take the gradients of the next output."""
+    Attributes:
+        covariance: Covariance of the function values, shape ``(N·C, N·C)``, in the order of ``mean.flatten()``. It does
+            **not** contain the noise; its diagonal is ``variance``.
+    """
 
-    def result(self) -> Tensor:
-        """The layer's part: ``(N, C, C)``, or ``(N, C)`` if only the diagonal is wanted."""
+    covariance: Tensor
 
-    def kept_per_example(self, n_outputs: int) -> int:
-        """How many numbers are kept for each example."""
-
-
-def _make_term(inverse: DampedInverse, calls: Calls, grads: list[Tensor], diagonal: bool) -> _Term:
-    block = inverse.block
-    if not isinstance(block, (KroneckerBlock, EigenBlock)) or calls.layer.groups > 1:
-        return _AnyBlock(inverse, diagonal)
-    gradient_basis, activation_basis = block.bases()
-    b = calls.project(activation_basis)[0]
-    make = _SingleUse if b.shape[1] == 1 else _SharedWeights
-    return make(inverse, gradient_basis[0], b, diagonal)
+    @property
+    def total_covariance(self) -> Tensor:
+        """Covariance of new observations: that of the function plus the noise on the diagonal, ``(N·C, N·C)``."""
+        noise = self.noise_variance.expand(self.mean.shape).flatten()
+        return self.covariance + torch.diag(noise)
 
 
-class _SingleUse:
-    """A layer that each example uses once: ``h_c √(Σ_j w_ij b_j²)`` is all that is needed of output ``c``."""
-
-    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, diagonal: bool) -> None:
-        self._root = (b.squeeze(1).square() @ inverse.weights.T).clamp_min(0).sqrt()  # (N, q)
-        self._basis = gradient_basis
-        self._diagonal = diagonal
-        self._rows: list[Tensor] = []
-
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        row = (calls.gradients(grads)[0] @ self._basis).squeeze(1) * self._root
-        self._rows.append(row.square().sum(1) if self._diagonal else row)
-
-    def result(self) -> Tensor:
-        return _joined(self._rows, self._diagonal)
-
-    def kept_per_example(self, n_outputs: int) -> int:
-        return self._root.shape[1] * (1 if self._diagonal else n_outputs)
-
-
-class _SharedWeights:
-    """A layer that each example uses at ``T`` positions."""
-
-    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, diagonal: bool) -> None:
-        self._root = inverse.weights.sqrt()  # (q, p)
-        self._basis = gradient_basis
-        self._b = b  # (N, T, p)
-        self._diagonal = diagonal
-        _, positions, p = b.shape
-        self._keep_h = not diagonal and positions < p
-        self._rows: list[Tensor] = []
-
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        h = calls.gradients(grads)[0] @ self._basis
-        if self._keep_h:
-            self._rows.append(h)
-        else:
-            r = (h.mT @ self._b) * self._root  # (N, q, p)
-            self._rows.append(r.square().sum((1, 2)) if self._diagonal else r.flatten(1))
-
-    def result(self) -> Tensor:
-        if not self._keep_h:
-            return _joined(self._rows, self._diagonal)
-        h = torch.stack(self._rows, dim=1)  # (N, C, T, q)
-        n, n_outputs, _, q = h.shape
-        p = self._b.shape[2]
-        rows_at_a_time = max(1, min(q, _BUDGET // (n * n_outputs * p)))
-        total = h.new_zeros(n, n_outputs, n_outputs)
-        for i in range(0, q, rows_at_a_time):
-            part = slice(i, i + rows_at_a_time)
-            r = torch.einsum("ncti,ntj->ncij", h[..., part], self._b) * self._root[part]
-            r = r.flatten(2)
-            total += r @ r.mT
-        return total
-
-    def kept_per_example(self, n_outputs: int) -> int:
-        _, positions, p = self._b.shape
-        q = len(self._root)
-        if self._diagonal:
-            return positions * p + q * p
-        return positions * p + n_outputs * q * min(positions, p)
-
-
-class _AnyBlock:
-    """A block of any kind: the example's whole gradient ``X_c`` in the block's eigenbasis."""
-
-    def __init__(self, inverse: DampedInverse, diagonal: bool) -> None:
-        self._block = inverse.block
-        self._root = inverse.weights.sqrt()  # (q, p)
-        self._diagonal = diagonal
-        self._rows: list[Tensor] = []
-
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        rows = []
-        for part, part_grads in calls.parts(grads):
-            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1, 2)  # (N, q, p)
-            r = self._block.to_eigenbasis(x) * self._root
-            rows.append(r.square().sum((1, 2)) if self._diagonal else r.flatten(1))
-        self._rows.append(torch.cat(rows))
-
-    def result(self) -> Tensor:
-        return _joined(self._rows, self._diagonal)
-
-    def kept_per_example(self, n_outputs: int) -> int:
-        return self._root.numel() * (1 if self._diagonal else n_outputs)
-
-
-def _joined(rows: list[Tensor], diagonal: bool) -> Tensor:
-    joined = torch.stack(rows, dim=1)
-    return joined if diagonal else joined @ joined.mT
+def joined(parts: Sequence[Tensor | Prediction]) -> Tensor | Prediction:
+    """The predictions of batches as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    predictions = [part for part in parts if isinstance(part, Prediction)]
+    noise = [p.noise_variance for p in predictions]
+    return Prediction(
+        torch.cat([p.mean for p in predictions]),
+        torch.cat([p.variance for p in predictions]),
+        noise[0] if noise[0].ndim == 0 else torch.cat(noise),
+    )

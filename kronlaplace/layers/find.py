@@ -126,20 +126,21 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def find_layers(
-    model: nn.Module, names: Sequence[str] | None = None, unsupported: Unsupported = Unsupported.ERROR
+    model: nn.Module, names: Sequence[str] | str | None = None, unsupported: Unsupported = Unsupported.ERROR
 ) -> list[Layer]:
     """The layers of `search_layers`."""
     return search_layers(model, names, unsupported).layers
 
 
 def search_layers(
-    model: nn.Module, names: Sequence[str] | None = None, unsupported: Unsupported = Unsupported.ERROR
+    model: nn.Module, names: Sequence[str] | str | None = None, unsupported: Unsupported = Unsupported.ERROR
 ) -> LayerSearch:
     """The layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
 
     Args:
         model: The network; its trainable parameters decide (``requires_grad``).
-        names: Only these modules, or single blocks of them; None means every module with trainable parameters.
+        names: Only these modules, or single blocks of them; ``"last"`` for the one with trainable parameters that was
+            registered last; None means every module with trainable parameters.
         unsupported: What happens to trainable parameters that cannot have a block.
 
     Raises:
@@ -147,12 +148,14 @@ def search_layers(
         NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
     """
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
-    if names is None and not owners:
+    if names in (None, "last") and not owners:
         raise ValueError(
             "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
             "estimate. Set requires_grad_(True) on the layers that are to get a block."
         )
     found, refusals = _layers_of(owners)
+    if names == "last":
+        names = [next(reversed(owners))]
     if names is not None:
         found, refusals = _selected(model, owners, found, refusals, names)
     if refusals and unsupported is Unsupported.ERROR:
@@ -257,10 +260,12 @@ def _selected(
     owners: dict[str, nn.Module],
     found: list[Layer],
     refusals: dict[str, str],
-    names: Sequence[str],
+    names: Sequence[str] | str,
 ) -> tuple[list[Layer], dict[str, str]]:
     if isinstance(names, str):
-        raise ValueError(f"layers must be a list of module names, got the string {names!r}; use [{names!r}].")
+        raise ValueError(
+            f'layers must be a list of module names, or "last"; got the string {names!r}. Use [{names!r}].'
+        )
     names = list(names)
     if not names:
         raise ValueError(f"layers is empty; name at least one of {list(owners)}, or leave it out for all.")

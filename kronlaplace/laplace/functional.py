@@ -1,0 +1,136 @@
+"""The linearised model without Jacobians: the outputs' covariance, layer by layer in the eigenbasis.
+
+One forward pass, and one backward pass for each output, whose gradients every layer turns into its part of the covariance
+(`kronlaplace.laplace.terms`). No tensor has the shape ``(N, C, P)``. Inputs are worked off in chunks that bound the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace.batches import Inputs
+from kronlaplace.collect import Recorder, recording
+from kronlaplace.inversion import DampedInverse
+from kronlaplace.laplace import terms as layer_terms
+from kronlaplace.laplace.terms import Between, Term, make_term, output_layer_part
+from kronlaplace.layers import Calls, Layer
+from kronlaplace.likelihoods import Likelihood
+
+__all__ = ["Linearised"]
+
+_MAX_CHUNK = 256
+_FIRST_CHUNK = 16
+
+
+class Linearised:
+    """A network, linear in its parameters around their trained values, with a Gaussian over them.
+
+    Args:
+        model: The network.
+        layers: The layers that have a posterior.
+        inverses: Their posterior covariances, by layer name.
+        likelihood: Tells which axis of the outputs holds the classes.
+        input_axis: The axis of the inputs that counts the examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        inverses: Mapping[str, DampedInverse],
+        likelihood: Likelihood,
+        input_axis: int,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._inverses = inverses
+        self._likelihood = likelihood
+        self._input_axis = input_axis
+
+    def outputs_and_covariance(
+        self, x: Inputs, between: Between, *, differentiable: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The network's outputs and what is wanted of their covariance.
+
+        Args:
+            x: Inputs.
+            between: Which covariances.
+            differentiable: Whether both carry a graph to the inputs.
+
+        Returns:
+            The outputs as the network gives them, and, with ``M`` outputs per example: variances of the outputs' shape
+            (``Between.NONE``), ``(N, ..., C, C)`` (``CLASSES``; without the class axis in the middle), ``(N, M, M)``
+            (``OUTPUTS``), or ``(N·M, N·M)`` (``EXAMPLES``).
+        """
+        outputs, covariances = [], []
+        n = x.count(self._input_axis)
+        start, chunk = 0, n if between is Between.EXAMPLES else _FIRST_CHUNK
+        while start < n:
+            part = x.examples(self._input_axis, start, start + chunk)
+            f, covariance, kept_per_example = self._chunk(part, between, differentiable)
+            outputs.append(f)
+            covariances.append(covariance)
+            start += chunk
+            chunk = max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(kept_per_example, 1)))
+        if len(outputs) == 1:
+            return outputs[0], covariances[0]
+        return torch.cat(outputs), torch.cat(covariances)
+
+    def _chunk(self, x: Inputs, between: Between, differentiable: bool) -> tuple[Tensor, Tensor, int]:
+        terms: dict[str, Term] = {}
+        done: str | None = None
+
+        def receive(calls: Calls, grads: list[Tensor]) -> None:
+            name = calls.layer.name
+            if name == done:
+                return
+            if name not in terms:
+                terms[name] = make_term(self._inverses[name], calls, between)
+            terms[name].add(calls, grads)
+
+        with recording(self._model, self._layers, receive, differentiable=differentiable) as recorder:
+            f = recorder.forward(x)
+            class_axis = self._likelihood.class_axis_of(f) if between is Between.CLASSES else None
+            covariance: Tensor | None = None
+            last = recorder.output_layer
+            if last is not None and class_axis in (None, f.ndim - 1):
+                covariance = output_layer_part(self._inverses[last.name], recorder.calls[last.name], f, between)
+                if covariance is not None:
+                    done = last.name
+            kept = 0
+            if done is None or len(self._layers) > 1:
+                rest, kept = self._propagated(recorder, f, terms, between, class_axis)
+                covariance = rest if covariance is None else covariance + rest
+        assert covariance is not None
+        return (f if differentiable else f.detach()), (covariance if differentiable else covariance.detach()), kept
+
+    def _propagated(
+        self, recorder: Recorder, f: Tensor, terms: Mapping[str, Term], between: Between, class_axis: int | None
+    ) -> tuple[Tensor, int]:
+        """The parts of all layers that gradients are propagated back to, and how many numbers they kept per example."""
+        n, shape = len(f), f.shape[1:]
+        elements = torch.arange(shape.numel()).view(shape)
+        if class_axis is None:
+            groups = elements.reshape(1, -1)
+        else:
+            groups = elements.movedim(class_axis - 1, -1).reshape(-1, f.shape[class_axis])
+        parts = []
+        passes = groups.numel()
+        for group in groups.tolist():
+            for element in group:
+                passes -= 1
+                direction = torch.zeros(n, elements.numel(), dtype=f.dtype, device=f.device)
+                direction[:, element] = 1
+                recorder.backward(f, direction, retain_graph=passes > 0)
+            results = [term.result() for term in terms.values()]
+            parts.append(sum(results[1:], results[0]))
+        kept = sum(term.kept_per_example(groups.shape[1]) for term in terms.values())
+        if between is Between.NONE:
+            return parts[0].view(f.shape), kept
+        if between is not Between.CLASSES:
+            return parts[0], kept
+        positions = [size for axis, size in enumerate(f.shape) if axis not in (0, class_axis)]
+        return torch.stack(parts, dim=1).view(n, *positions, groups.shape[1], groups.shape[1]), kept

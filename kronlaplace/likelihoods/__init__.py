@@ -1,0 +1,63 @@
+"""Likelihoods: what the network's output means, and the metric on it that the Fisher pulls back.
+
+A likelihood is a small frozen object. It answers five questions, each about a batch of network outputs ``f`` as the
+network gives them, of shape ``(N,)``, ``(N, C)`` or ``(N, ...)``:
+
+* do the targets fit the outputs (`check_targets`);
+* how well do the outputs explain them (`statistics`, additive over batches, and `log_likelihood`);
+* which gradients are propagated back (`directions`): vectors ``d_v`` of the outputs' shape with
+  ``Σ_v d_v d_vᵀ = M(f)``, the Fisher information of one example's (flattened) output;
+* what is predicted when the outputs themselves are Gaussian (`predictive`);
+* how well do such predictions explain the targets (`predictive_nll`, additive over batches).
+
+| likelihood | outputs ``f`` | metric ``M(f)`` of one example | exact directions |
+| --- | --- | --- | --- |
+| `Categorical` | logits ``(N, C)``, ``(N, C, ...)`` or ``(N, ..., C)`` | ``diag(π) − ππᵀ`` by position | ``C − 1`` each |
+| `Bernoulli` | logits ``(N, ...)`` | ``diag(π (1 − π))`` | one per output |
+| `Gaussian` | means ``(N, ...)`` | ``I / σ²`` | one per output |
+| `Euclidean` | ``(N, ...)`` | ``I`` | one per output |
+| `HeteroscedasticGaussian` | means, log-variances ``s``: ``(N, 2C)`` | ``diag(e⁻ˢ, ½)`` | one per output |
+
+Directions are always of **one example's** negative log-likelihood, summed over its positions, never of a reduced batch
+loss, so no ``reduction=`` in the user's own loss can change a Fisher. No method but `log_likelihood` and `predictive`
+waits for an accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kronlaplace.likelihoods.base import BY_NAME, Likelihood, Prediction, Sampling
+from kronlaplace.likelihoods.bernoulli import Bernoulli
+from kronlaplace.likelihoods.categorical import Categorical
+from kronlaplace.likelihoods.euclidean import Euclidean
+from kronlaplace.likelihoods.gaussian import Gaussian
+from kronlaplace.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from kronlaplace.options import resolve
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Euclidean",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "Prediction",
+    "Sampling",
+    "resolve_likelihood",
+]
+
+BY_NAME.update((c.__name__, c) for c in (Categorical, Bernoulli, Gaussian, Euclidean, HeteroscedasticGaussian))
+
+_SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
+    "classification": Categorical,
+    "binary": Bernoulli,
+    "regression": Gaussian,
+    "euclidean": Euclidean,
+    "heteroscedastic": HeteroscedasticGaussian,
+}
+
+
+def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
+    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace.options.resolve`."""
+    return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]

@@ -1,0 +1,367 @@
+"""What all likelihoods share: `Sampling`, `Prediction`, the base class, and operations on outputs of any shape."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronlaplace.links import Link
+
+__all__ = [
+    "BY_NAME",
+    "Likelihood",
+    "Prediction",
+    "Sampling",
+    "check_same_shape",
+    "columns",
+    "finite",
+    "gaussian_nll",
+    "log_at_least_tiny",
+    "positions",
+    "probabilities",
+    "standard_normal",
+    "sum_and_count",
+    "wide",
+    "without",
+]
+
+
+class Sampling(str, Enum):
+    """How the directions of one output metric are chosen.
+
+    ``EXACT`` takes a complete square root of the metric (Fisher type 2, equal to the generalized Gauss-Newton
+    matrix), ``MC`` draws labels from the model's own predictive distribution, ``EMPIRICAL`` uses the labels of
+    the data (which is not the Fisher).
+    """
+
+    EXACT = "exact"
+    MC = "mc"
+    EMPIRICAL = "empirical"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A regression prediction: a Gaussian for every output of every example.
+
+    Attributes:
+        mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that).
+        variance: Variance of the *function value*, same shape. It does **not** contain the noise.
+        noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` where it is the same everywhere
+            (`Gaussian`), or of the shape of ``mean`` where the network predicts it (`HeteroscedasticGaussian`).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    noise_variance: Tensor
+
+    @property
+    def total_variance(self) -> Tensor:
+        """Variance of a new observation: function variance plus noise, same shape as ``mean``."""
+        return self.variance + self.noise_variance
+
+
+@dataclass(frozen=True)
+class Likelihood(ABC):
+    """Base class; see the package's docstring for the five questions."""
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Check the shape of the network's outputs, ``(N, ...)``.
+
+        Raises:
+            ValueError: If this likelihood needs another.
+        """
+        if outputs.ndim == 0:
+            raise ValueError(
+                f"{type(self).__name__} needs outputs with the examples on the first axis, (N,), (N, C) or (N, ...); the "
+                "network returned a single number. Return the outputs themselves, not their sum or loss."
+            )
+
+    @abstractmethod
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        """Check the targets of one batch against the outputs.
+
+        Shapes and dtypes are checked at once. Values are not looked at on the host.
+
+        Args:
+            outputs: Network outputs, as the network gives them, shape ``(N, ...)``.
+            targets: Their targets.
+
+        Returns:
+            A boolean 0-dim tensor, true if every value is allowed, and the message to raise if it is not.
+
+        Raises:
+            ValueError: If the shape or dtype does not fit.
+        """
+
+    @abstractmethod
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sufficient statistics of the log-likelihood, shape ``(2,)``, float64, to be summed over batches."""
+
+    @abstractmethod
+    def log_likelihood(self, statistics: Tensor) -> Tensor:
+        """Log-likelihood of all data, from the summed `statistics`."""
+
+    def n_directions(self, outputs: Tensor, sampling: Sampling, mc_samples: int, targets: Tensor | None = None) -> int:
+        """Number ``V`` of directions that `directions` yields for the same arguments.
+
+        Args:
+            outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
+            sampling: The rule that picks the directions.
+            mc_samples: Number of label draws.
+            targets: The data's targets, if there are any; only the shape is used.
+
+        Raises:
+            ValueError: As `directions`.
+        """
+        if sampling is Sampling.EXACT:
+            return self._n_exact_directions(outputs, targets)
+        return mc_samples if sampling is Sampling.MC else 1
+
+    def directions(
+        self,
+        outputs: Tensor,
+        sampling: Sampling,
+        *,
+        mc_samples: int = 1,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the ``V`` vectors ``d_v`` that are propagated back, each of the shape and dtype of ``outputs``.
+
+        One at a time: all of them together would be ``C²N`` numbers in exact sampling.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without graph.
+            sampling: The rule that picks the directions.
+            mc_samples: Number of label draws (``MC`` only); each direction is divided by its square root.
+            targets: The data's targets. Needed for ``EMPIRICAL``; in the others they only tell `Categorical` which
+                positions are ignored and which axis holds the classes, so pass them wherever there are any.
+            generator: Source of the draws (``MC`` only).
+
+        Raises:
+            ValueError: If targets are needed and not given. As a generator does, at the first step.
+        """
+        if sampling is Sampling.EXACT:
+            yield from self._exact_directions(outputs, targets)
+        elif sampling is Sampling.MC:
+            for _ in range(mc_samples):
+                yield self._sampled_direction(outputs, targets, generator) / math.sqrt(mc_samples)
+        elif targets is None:
+            raise ValueError(
+                f'sampling="empirical" is made of the data\'s targets and none were given to {self}. Give targets, or use '
+                'sampling="mc" or "exact".'
+            )
+        else:
+            yield self._gradient(outputs, targets)
+
+    def class_axis_of(self, outputs: Tensor) -> int | None:
+        """The axis of the outputs that holds the classes, not negative; None if the outputs are not classes.
+
+        Args:
+            outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
+
+        Raises:
+            ValueError: If the axis is neither given nor told by the shape (`Categorical`), or as `check_outputs`.
+        """
+        return None
+
+    def informed_by(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+        """Return this likelihood with what the shapes of a batch teach, so that it needs no targets to know it later.
+
+        That is the ``class_axis`` of a `Categorical` whose outputs have more than two axes; all else stays as it is.
+
+        Args:
+            outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
+            targets: Their targets, if there are any; only the shape is used.
+
+        Raises:
+            ValueError: If the targets are of a shape that `check_targets` refuses.
+        """
+        return self
+
+    @abstractmethod
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> Tensor | Prediction:
+        """Predictive distribution when the outputs are Gaussian.
+
+        Args:
+            mean: Mean of the outputs, shape ``(..., C)`` with any number of leading axes, such as ``(N, C)`` or
+                ``(N, H, W, C)``: classes are on the last axis here, wherever the network has them.
+            covariance: Their covariance at each position, ``(..., C, C)``, or only its diagonal, ``(..., C)``.
+            link: How probabilities are formed (classification only).
+            n_samples: Number of draws for ``Link.MC``, each of the size of ``mean``, all in memory at once.
+            generator: Source of those draws.
+
+        Returns:
+            Probabilities, or a `Prediction`, of the shape of ``mean``.
+
+        Raises:
+            ValueError: If the covariance has another shape.
+        """
+
+    @abstractmethod
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+        """Summed negative log predictive density of the targets, in nats, and their number.
+
+        Shape ``(2,)``, float64, to be summed over batches; the quotient is the mean. Values of targets are not looked at:
+        check them with `check_targets`.
+
+        Args:
+            prediction: In classification probabilities of the shape of the network's outputs, with the classes on the
+                same axis (`Bernoulli`: of a one); they are clamped at the smallest normal number of their dtype, so
+                that a zero does not make the sum infinite. In regression a `Prediction`, whose density is Gaussian with
+                its ``total_variance``.
+            targets: Targets as in `check_targets`.
+
+        Raises:
+            TypeError: For a prediction of the other kind.
+            ValueError: If the shapes do not fit.
+            NotImplementedError: If the likelihood has no noise model.
+        """
+
+    @abstractmethod
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        """Mean of the targets given outputs: probabilities in classification, the predicted means in regression."""
+
+    def noise_variance(self, outputs: Tensor) -> Tensor | None:
+        """Variance of the observation noise given outputs, in regression; None where predictions are probabilities.
+
+        Raises:
+            NotImplementedError: If the likelihood has no noise model.
+        """
+        return None
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The links that `predictive` offers; none if the predictive needs no link."""
+        return (Link.PROBIT, Link.MC)
+
+    def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:
+        """One per output element of an example, unless overridden."""
+        return math.prod(outputs.shape[1:])
+
+    @abstractmethod
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]: ...
+
+    @abstractmethod
+    def _sampled_direction(
+        self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor: ...
+
+    @abstractmethod
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Name and parameters, as JSON-compatible values."""
+        return {"name": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_metadata(metadata: dict[str, Any]) -> Likelihood:
+        """Inverse of `to_metadata`."""
+        parameters = dict(metadata)
+        return BY_NAME[parameters.pop("name")](**parameters)
+
+
+BY_NAME: dict[str, type[Likelihood]] = {}
+"""The likelihoods that `Likelihood.from_metadata` knows, by the name of their class; the package fills it."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: half-precision probabilities and errors are too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without(shape: torch.Size, axis: int) -> torch.Size:
+    """``shape`` with one axis left out."""
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def positions(shape: torch.Size) -> Iterator[tuple[slice | int, ...]]:
+    """Indices of the elements of one example, each of them taken in all examples; ``shape`` is ``(N, ...)``."""
+    for index in itertools.product(*map(range, shape[1:])):
+        yield (slice(None), *index)
+
+
+def columns(values: Tensor) -> Iterator[Tensor]:
+    """Yield, for each output element of an example, a tensor that holds ``values`` there and zeros elsewhere."""
+    for position in positions(values.shape):
+        column = torch.zeros_like(values)
+        column[position] = values[position]
+        yield column
+
+
+def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent standard normal numbers of the shape, dtype and device of ``like``."""
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def probabilities(likelihood: Likelihood, prediction: Tensor | Prediction) -> Tensor:
+    """The prediction of a classifier, which is a tensor.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(prediction, Tensor):
+        return prediction
+    raise TypeError(
+        f"{likelihood} predicts probabilities, a tensor of the shape of the network's outputs; got a "
+        f"{type(prediction).__name__}. Give what its predictive returned."
+    )
+
+
+def log_at_least_tiny(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """``log p`` in float64, with ``p`` clamped at the smallest positive normal number of ``dtype``."""
+    return p.double().clamp_min(torch.finfo(dtype).tiny).log()
+
+
+def gaussian_nll(likelihood: Likelihood, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+    """Negative log density of each target, float64, where the prediction is a Gaussian; targets of its mean's shape.
+
+    Raises:
+        TypeError: If the prediction is no `Prediction`.
+    """
+    if not isinstance(prediction, Prediction):
+        raise TypeError(
+            f"{likelihood} predicts a Prediction, with mean and variance; got a {type(prediction).__name__}. Give what its "
+            "predictive returned."
+        )
+    variance = prediction.total_variance.double()
+    squared_error = (targets.double() - prediction.mean.double()).square()
+    return 0.5 * (squared_error / variance + torch.log(2 * math.pi * variance))
+
+
+def sum_and_count(values: Tensor) -> Tensor:
+    """Shape ``(2,)``, float64; the count is filled in on the device, which a copy from the host would wait for."""
+    total = values.double().sum()
+    return torch.stack([total, torch.full_like(total, values.numel())])
+
+
+def finite(targets: Tensor) -> tuple[Tensor, str]:
+    """What `Likelihood.check_targets` returns where any finite number is allowed."""
+    return torch.isfinite(targets).all(), "targets contain NaN or infinite values; drop or repair those rows."
+
+
+def check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
+    """Check that the targets have the shape of the outputs.
+
+    Raises:
+        ValueError: If they do not, with the ``name`` of the likelihood.
+    """
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
+            f"{tuple(targets.shape)}. Use targets.unsqueeze(1) or targets.reshape({tuple(outputs.shape)}): "
+            "broadcasting would silently compare every output with every target."
+            if targets.numel() == outputs.numel()
+            else f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
+            f"{tuple(targets.shape)}. Check the number of columns of the targets and of the last layer."
+        )

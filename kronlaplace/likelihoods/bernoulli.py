@@ -1,0 +1,76 @@
+"""`Bernoulli`: independent yes/no outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kronlaplace.likelihoods.base import (
+    Likelihood,
+    Prediction,
+    check_same_shape,
+    columns,
+    log_at_least_tiny,
+    probabilities,
+    sum_and_count,
+    wide,
+)
+from kronlaplace.links import Link, mean_over_samples, probit_scaled
+
+__all__ = ["Bernoulli"]
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Independent yes/no outputs: logits of any shape ``(N, ...)``, targets in ``[0, 1]`` of that shape."""
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        check_same_shape("Bernoulli", outputs, targets)
+        message = "Bernoulli targets must lie between 0 and 1; some do not. Map your two labels to 0 and 1."
+        return ((targets >= 0) & (targets <= 1)).all(), message
+
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed negative log-likelihood and the number of targets."""
+        logits = wide(outputs)
+        nll = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        return sum_and_count(nll)
+
+    def log_likelihood(self, statistics: Tensor) -> Tensor:
+        return -statistics[0]
+
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        """``√(π_c (1 − π_c))`` in output ``c``, nothing elsewhere; in log space, so exact in the tails."""
+        logits = wide(outputs)
+        root = torch.exp(0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).to(outputs.dtype)
+        yield from columns(root)
+
+    def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        probability = torch.sigmoid(wide(outputs))
+        uniform = torch.rand(outputs.shape, generator=generator, device=outputs.device, dtype=probability.dtype)
+        return self._gradient(outputs, (uniform < probability).to(probability.dtype))
+
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        probability = torch.sigmoid(wide(outputs))
+        return (probability - targets.to(probability.dtype)).to(outputs.dtype)
+
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        return torch.sigmoid(outputs)
+
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Probabilities of a one, of the shape of ``mean``, by ``link``."""
+        if link is Link.PROBIT:
+            return torch.sigmoid(probit_scaled(mean, covariance))
+        return mean_over_samples(lambda f, dim: torch.sigmoid(f), mean, covariance, n_samples, generator)
+
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+        """``−y log p − (1 − y) log(1 − p)``, for targets between 0 and 1, too."""
+        p = probabilities(self, prediction)
+        check_same_shape("Bernoulli", p, targets)
+        y = targets.double()
+        return sum_and_count(-y * log_at_least_tiny(p, p.dtype) - (1 - y) * log_at_least_tiny(1 - p.double(), p.dtype))

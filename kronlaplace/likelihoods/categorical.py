@@ -1,0 +1,240 @@
+"""`Categorical`: one class out of ``C``, for each example or at each of its positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kronlaplace.likelihoods.base import (
+    Likelihood,
+    Prediction,
+    log_at_least_tiny,
+    positions,
+    probabilities,
+    wide,
+    without,
+)
+from kronlaplace.links import Link, laplace_bridge, mean_over_samples, probit_scaled
+
+__all__ = ["Categorical"]
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One class out of ``C``, for each example or at each of its positions (pixels, tokens), which are independent.
+
+    The outputs are logits: ``(N, C)``; segmentation ``(N, C, d1, d2, ...)``, the convention of torch's
+    ``cross_entropy``; tokens ``(N, T, C)``. The targets are class indices of the same shape without the class axis.
+
+    Args:
+        ignore_index: Targets of this value contribute nothing: the direction is zero at their position in every
+            sampling, and they count neither in the log-likelihood nor in the number of targets.
+        class_axis: Axis of the classes where the outputs have more than two: 1, or the last as -1 or by its number. None
+            infers it from the shape of the targets; without targets, three axes are ambiguous and four or more have it
+            at 1.
+
+    Raises:
+        ValueError, TypeError: For another axis, or an index that is not an integer.
+    """
+
+    ignore_index: int = -100
+    class_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.ignore_index) is not int:
+            raise TypeError(f"ignore_index must be an integer, such as -100, got {self.ignore_index!r}.")
+        axis = self.class_axis
+        if axis is not None and (type(axis) is not int or axis == 0 or axis < -1):
+            raise ValueError(
+                "class_axis must be 1 for outputs (N, C, ...), -1 for outputs (N, ..., C) or the number of their last axis, "
+                f"such as 2 for (N, T, C), or None to infer it from the targets; got {axis!r}."
+            )
+
+    def __repr__(self) -> str:
+        given = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Categorical({', '.join(given)})"
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        if outputs.ndim < 2:
+            raise self._too_few_classes(outputs)
+        axes = (1, -1) if self.class_axis is None else (self._axis(outputs),)
+        if max(outputs.shape[axis] for axis in axes) < 2:
+            raise self._too_few_classes(outputs)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        axis = self._axis(outputs, targets)
+        c = outputs.shape[axis]
+        if c < 2:
+            raise self._too_few_classes(outputs)
+        integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+        if targets.shape != without(outputs.shape, axis) or not integer:
+            raise self._bad_targets(outputs, targets, [axis])
+        message = (
+            f"class labels must lie in 0 … {c - 1} for a network with {c} outputs; some do not. "
+            "Relabel them, or give the network as many outputs as there are classes; targets of value "
+            f"{self.ignore_index} are ignored (Categorical(ignore_index=...) sets another)."
+        )
+        labels = targets.long()
+        return ((labels >= 0) & (labels < c) | (labels == self.ignore_index)).all(), message
+
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed negative log-likelihood and the number of targets, both without the ignored ones."""
+        axis = self._axis(outputs, targets)
+        return self._nll(F.log_softmax(wide(outputs), dim=axis), targets, axis)
+
+    def _nll(self, log_pi: Tensor, targets: Tensor, axis: int) -> Tensor:
+        """Minus the sum of the targets' log-probabilities, and the number of targets; both without the ignored ones."""
+        nll = -log_pi.gather(axis, _index(targets, log_pi.shape[axis]).unsqueeze(axis)).squeeze(axis)
+        ignored = self._ignored(targets)
+        return torch.stack([nll.masked_fill(ignored, 0).double().sum(), (~ignored).double().sum()])
+
+    def log_likelihood(self, statistics: Tensor) -> Tensor:
+        return -statistics[0]
+
+    def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:
+        axis = self._axis(outputs, targets)
+        return math.prod(without(outputs.shape, axis)[1:]) * (outputs.shape[axis] - 1)
+
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        """At one position after the other, the ``C − 1`` non-zero columns of the Cholesky factor of ``diag(π) − ππᵀ``.
+
+        With tail sums ``r_j = Σ_{k≥j} π_k``, ``L_jj = √(π_j r_{j+1} / r_j)`` and
+        ``L_ij = −π_i √(π_j / (r_j r_{j+1}))`` below it (Tanabe and Sagae 1992). In log space, so that tiny
+        probabilities stay exact; one backward pass fewer than the symmetric root.
+        """
+        axis = self._axis(outputs, targets)
+        log_pi_everywhere = F.log_softmax(wide(outputs), dim=axis).clamp_min(-1e30).movedim(axis, -1)
+        log_tail_everywhere = log_pi_everywhere.flip(-1).logcumsumexp(-1).flip(-1)
+        ignored = None if targets is None else self._ignored(targets)
+        for position in positions(log_pi_everywhere.shape[:-1]):
+            log_pi, log_tail = log_pi_everywhere[position], log_tail_everywhere[position]  # (N, C)
+            for j in range(log_pi.shape[1] - 1):
+                column = torch.zeros_like(log_pi)
+                half = 0.5 * (log_pi[:, j] - log_tail[:, j])
+                column[:, j] = torch.exp(half + 0.5 * log_tail[:, j + 1])
+                column[:, j + 1 :] = -torch.exp(log_pi[:, j + 1 :] + (half - 0.5 * log_tail[:, j + 1]).unsqueeze(1))
+                if ignored is not None:
+                    column = column.masked_fill(ignored[position].unsqueeze(1), 0)
+                direction = torch.zeros_like(outputs)
+                direction.movedim(axis, -1)[position] = column.to(outputs.dtype)
+                yield direction
+
+    def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        axis = self._axis(outputs, targets)
+        logits = wide(outputs)
+        # Gumbel-max: exact draws from the softmax that never wait for the device.
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+        gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
+        drawn = (logits + gumbel).argmax(axis)
+        return self._gradient_at(outputs, drawn, None if targets is None else self._ignored(targets), axis)
+
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        axis = self._axis(outputs, targets)
+        return self._gradient_at(outputs, _index(targets, outputs.shape[axis]), self._ignored(targets), axis)
+
+    @staticmethod
+    def _gradient_at(outputs: Tensor, labels: Tensor, ignored: Tensor | None, axis: int) -> Tensor:
+        """``π − e_label`` at every position, zero at those ignored; ``labels`` are class indices of type int64."""
+        gradient = F.softmax(wide(outputs), dim=axis)
+        index = labels.unsqueeze(axis)
+        gradient = gradient.scatter(axis, index, gradient.gather(axis, index) - 1)
+        if ignored is not None:
+            gradient = gradient.masked_fill(ignored.unsqueeze(axis), 0)
+        return gradient.to(outputs.dtype)
+
+    def _ignored(self, targets: Tensor) -> Tensor:
+        return targets.long() == self.ignore_index  # as int64: in uint8, -100 would be 156
+
+    def _axis(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """The axis that holds the classes, not negative.
+
+        Raises:
+            ValueError: If it is neither given nor told by the shapes, or given by the number of an axis that is not last.
+        """
+        last = outputs.ndim - 1
+        if self.class_axis is not None and self.class_axis > 1 and self.class_axis != last:
+            raise ValueError(
+                f"class_axis={self.class_axis} is not the last axis of outputs of shape {tuple(outputs.shape)}; classes are "
+                "on axis 1 or on the last. Give kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
+                "kl.Categorical(class_axis=-1) for outputs (N, ..., C)."
+            )
+        if last <= 1:
+            return 1
+        if self.class_axis is not None:
+            return 1 if self.class_axis == 1 else last
+        if targets is None:
+            if last > 2:
+                return 1
+            reason = "there are no targets whose shape could tell"
+        else:
+            fitting = [axis for axis in (1, last) if targets.shape == without(outputs.shape, axis)]
+            if len(fitting) == 1:
+                return fitting[0]
+            if not fitting:
+                raise self._bad_targets(outputs, targets, [1, last])
+            reason = f"targets of shape {tuple(targets.shape)} fit both"
+        raise ValueError(
+            f"Categorical cannot tell whether the classes of outputs of shape {tuple(outputs.shape)} are on axis 1 or on "
+            f"the last: {reason}. Give kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
+            "kl.Categorical(class_axis=-1) for outputs (N, ..., C)."
+        )
+
+    def class_axis_of(self, outputs: Tensor) -> int:
+        self.check_outputs(outputs)
+        return self._axis(outputs)
+
+    def informed_by(self, outputs: Tensor, targets: Tensor | None) -> Categorical:
+        """With the ``class_axis`` that the shapes tell, 1 or -1; itself if it has one, or if no targets could tell."""
+        if self.class_axis is not None or outputs.ndim <= 2 or (targets is None and outputs.ndim == 3):
+            return self
+        return replace(self, class_axis=1 if self._axis(outputs, targets) == 1 else -1)
+
+    def _too_few_classes(self, outputs: Tensor) -> ValueError:
+        given = "" if self.class_axis is None else f" with class_axis={self.class_axis}"
+        return ValueError(
+            f"Categorical{given} needs one logit per class, outputs of shape (N, C), (N, C, ...) or (N, ..., C) with C of "
+            f"at least 2; the network returned {tuple(outputs.shape)}. For one logit and labels 0 and 1 use Bernoulli."
+        )
+
+    def _bad_targets(self, outputs: Tensor, targets: Tensor, axes: list[int]) -> ValueError:
+        shapes = " or ".join(f"{tuple(without(outputs.shape, axis))} (classes on axis {axis})" for axis in axes)
+        axis = axes[0] if len(axes) == 1 else "axis"
+        given = "" if self.class_axis is None else f" and class_axis={self.class_axis}"
+        return ValueError(
+            f"Categorical targets must be integer class indices of shape {shapes} for outputs of shape "
+            f"{tuple(outputs.shape)}{given}; got shape {tuple(targets.shape)}, dtype {targets.dtype}. "
+            f"Use targets.argmax({axis}) if yours are one-hot, targets.squeeze({axis}).long() if they have one column."
+        )
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return (Link.PROBIT, Link.MC, Link.BRIDGE)
+
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        return F.softmax(outputs, dim=self._axis(outputs))
+
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Class probabilities, of the shape of ``mean``, by ``link``."""
+        if link is Link.PROBIT:
+            return F.softmax(probit_scaled(mean, covariance), dim=-1)
+        if link is Link.MC:
+            return mean_over_samples(F.softmax, mean, covariance, n_samples, generator)
+        return laplace_bridge(mean, covariance)
+
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+        """Both without the ignored targets."""
+        pi = probabilities(self, prediction)
+        self.check_targets(pi, targets)  # for the shapes
+        return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))
+
+
+def _index(targets: Tensor, n_classes: int) -> Tensor:
+    """Class indices as int64, clamped so that a wrong label cannot abort a CUDA kernel; `check_targets` reports it."""
+    return targets.long().clamp(0, n_classes - 1)

@@ -1,0 +1,87 @@
+"""`Euclidean`: the plain Gauss-Newton metric, without a noise model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from kronlaplace.likelihoods.base import (
+    Likelihood,
+    Prediction,
+    check_same_shape,
+    columns,
+    finite,
+    standard_normal,
+    sum_and_count,
+    wide,
+)
+from kronlaplace.links import Link
+
+__all__ = ["Euclidean"]
+
+_NO_NOISE = (
+    "Euclidean has no noise model, so it predicts no distribution of the targets. Use "
+    "kl.Gaussian(noise_std=...), which has the same metric divided by noise_std², for predictions."
+)
+
+
+@dataclass(frozen=True)
+class Euclidean(Likelihood):
+    """The plain Gauss-Newton metric, the identity: the loss of one example is ``½ ‖f − y‖²``.
+
+    Outputs of any shape ``(N, ...)``, targets of the same shape. There is no noise model behind it: the log-likelihood
+    has no normaliser, and nothing is predicted. With one, it is `Gaussian`.
+    """
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        check_same_shape("Euclidean", outputs, targets)
+        return finite(targets)
+
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of squared errors and the number of targets."""
+        return sum_and_count((wide(targets) - wide(outputs)).double().square())
+
+    def log_likelihood(self, statistics: Tensor) -> Tensor:
+        """``−½ SSE``, the negative loss; without the normaliser, which only a noise model has."""
+        return -0.5 * statistics[0]
+
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        yield from columns(torch.ones_like(outputs))
+
+    def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        return standard_normal(wide(outputs), generator).to(outputs.dtype)
+
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs - targets.to(outputs.dtype)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return ()
+
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def noise_variance(self, outputs: Tensor) -> NoReturn:
+        raise NotImplementedError(_NO_NOISE)
+
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> NoReturn:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always, with the way out.
+        """
+        raise NotImplementedError(_NO_NOISE)
+
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> NoReturn:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always, with the way out.
+        """
+        raise NotImplementedError(_NO_NOISE)

@@ -1,0 +1,86 @@
+"""`Gaussian`: regression with noise that is the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronlaplace.likelihoods.base import (
+    Likelihood,
+    Prediction,
+    check_same_shape,
+    columns,
+    finite,
+    gaussian_nll,
+    standard_normal,
+    sum_and_count,
+    wide,
+)
+from kronlaplace.links import Link, variance_of
+
+__all__ = ["Gaussian"]
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Regression with independent Gaussian noise; outputs of any shape ``(N, ...)``, targets of the same shape.
+
+    Args:
+        noise_std: Standard deviation ``σ`` of the noise, in the targets' unit.
+    """
+
+    noise_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.noise_std, (int, float)) and 0 < self.noise_std < math.inf):
+            raise ValueError(f"noise_std must be a positive finite number, got {self.noise_std!r}.")
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        check_same_shape("Gaussian", outputs, targets)
+        return finite(targets)
+
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of squared errors and the number of targets (so that ``σ`` can still change)."""
+        return sum_and_count((wide(targets) - wide(outputs)).double().square())
+
+    def log_likelihood(self, statistics: Tensor, noise_std: Tensor | float | None = None) -> Tensor:
+        """``−SSE / (2σ²) − n log(σ √(2π))``; ``noise_std`` overrides the object's own and may carry a gradient."""
+        sigma = torch.as_tensor(
+            self.noise_std if noise_std is None else noise_std, dtype=torch.float64, device=statistics.device
+        )
+        squared_error, count = statistics
+        return -squared_error / (2 * sigma**2) - count * (torch.log(sigma) + 0.5 * math.log(2 * math.pi))
+
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        yield from columns(torch.full_like(outputs, 1 / self.noise_std))
+
+    def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        return (standard_normal(wide(outputs), generator) / self.noise_std).to(outputs.dtype)
+
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets.to(outputs.dtype)) / self.noise_std**2
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return ()
+
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        return outputs.new_tensor(self.noise_std**2)
+
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> Prediction:
+        """Mean, function variance and noise; closed form."""
+        return Prediction(mean, variance_of(mean, covariance), mean.new_tensor(self.noise_std**2))
+
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+        if isinstance(prediction, Prediction):
+            check_same_shape("Gaussian", prediction.mean, targets)
+        return sum_and_count(gaussian_nll(self, prediction, targets))

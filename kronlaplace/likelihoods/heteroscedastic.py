@@ -1,0 +1,112 @@
+"""`HeteroscedasticGaussian`: regression with noise that the network predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronlaplace.likelihoods.base import (
+    Likelihood,
+    Prediction,
+    columns,
+    finite,
+    gaussian_nll,
+    standard_normal,
+    sum_and_count,
+    wide,
+)
+from kronlaplace.links import Link, variance_of
+
+__all__ = ["HeteroscedasticGaussian"]
+
+
+@dataclass(frozen=True)
+class HeteroscedasticGaussian(Likelihood):
+    """Regression with Gaussian noise whose variance the network predicts, too.
+
+    Outputs ``(N, 2C)``: first the ``C`` means ``μ``, then the ``C`` log-variances ``s``. Targets ``(N, C)``, or ``(N,)``
+    for one mean. The negative log-likelihood of one target is ``½ [(y − μ)² e⁻ˢ + s + log 2π]``; its Fisher is
+    ``diag(e⁻ˢ, ½)`` in ``(μ, s)``, without the targets that the Hessian would contain.
+    """
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        if outputs.ndim != 2 or outputs.shape[1] == 0 or outputs.shape[1] % 2:
+            raise ValueError(
+                "HeteroscedasticGaussian needs outputs of shape (N, 2C), the C means and then their C log-variances; the "
+                f"network returned {tuple(outputs.shape)}. Give the last layer two outputs per target, or use "
+                "Gaussian(noise_std=...) if the noise is the same everywhere."
+            )
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        _check_shape(len(outputs), outputs.shape[1] // 2, targets)
+        return finite(targets)
+
+    def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed negative log-likelihood and the number of targets."""
+        mean, log_variance = wide(outputs).chunk(2, dim=1)
+        error = wide(targets).reshape(mean.shape) - mean
+        return sum_and_count(0.5 * (error.square() * torch.exp(-log_variance) + log_variance + math.log(2 * math.pi)))
+
+    def log_likelihood(self, statistics: Tensor) -> Tensor:
+        return -statistics[0]
+
+    def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        """``e^{−s/2}`` in each mean, ``1/√2`` in each log-variance."""
+        log_variance = wide(outputs).chunk(2, dim=1)[1]
+        root = torch.cat([torch.exp(-0.5 * log_variance), torch.full_like(log_variance, math.sqrt(0.5))], dim=1)
+        yield from columns(root.to(outputs.dtype))
+
+    def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """The gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""
+        log_variance = wide(outputs).chunk(2, dim=1)[1]
+        z = standard_normal(log_variance, generator)
+        return torch.cat([-z * torch.exp(-0.5 * log_variance), 0.5 * (1 - z.square())], dim=1).to(outputs.dtype)
+
+    def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        mean, log_variance = wide(outputs).chunk(2, dim=1)
+        error = wide(targets).reshape(mean.shape) - mean
+        precision = torch.exp(-log_variance)
+        return torch.cat([-error * precision, 0.5 * (1 - error.square() * precision)], dim=1).to(outputs.dtype)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return ()
+
+    def sample_mean(self, outputs: Tensor) -> Tensor:
+        """The predicted means, shape ``(N, C)``."""
+        return outputs.chunk(2, dim=1)[0]
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        return outputs.chunk(2, dim=1)[1].exp()
+
+    def predictive(
+        self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
+    ) -> Prediction:
+        """Means, their variances, and the expected noise variance ``E[eˢ] = e^{s + var(s)/2}``, each ``(N, C)``.
+
+        Mean and covariance are of all outputs, ``(N, 2C)`` and ``(N, 2C, 2C)`` or its diagonal.
+        """
+        mu, log_variance = mean.chunk(2, dim=1)
+        variance_mu, variance_log_variance = variance_of(mean, covariance).chunk(2, dim=1)
+        return Prediction(mu, variance_mu, torch.exp(log_variance + 0.5 * variance_log_variance))
+
+    def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
+        if isinstance(prediction, Prediction):
+            _check_shape(len(prediction.mean), prediction.mean.shape[1], targets)
+            targets = targets.reshape(prediction.mean.shape)
+        return sum_and_count(gaussian_nll(self, prediction, targets))
+
+
+def _check_shape(n: int, c: int, targets: Tensor) -> None:
+    """Check the shape of the targets of ``n`` examples with ``c`` means each."""
+    if targets.shape != (n, c) and not (c == 1 and targets.shape == (n,)):
+        shapes = f"({n}, 1) or ({n},)" if c == 1 else f"({n}, {c})"
+        raise ValueError(
+            f"HeteroscedasticGaussian targets must have shape {shapes} for outputs of shape ({n}, {2 * c}), one target for "
+            f"each mean and log-variance; got {tuple(targets.shape)}. Check the number of columns of the targets and of the "
+            "last layer, which needs twice as many."
+        )
