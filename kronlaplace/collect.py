@@ -209,6 +209,11 @@ class Recorder:
         self._outputs = {}
         self._grads = {}
 
+    def stop(self) -> None:
+        """Forget everything and take nothing more; the user may still differentiate through a graph that was recorded."""
+        self._muted = True
+        self.clear()
+
     def _record(self, inputs: Inputs) -> Tensor:
         self.clear()
         self._calls = {layer.name: [] for layer in self._layers}
@@ -468,7 +473,7 @@ def recording(
             del module.forward
         for parameter in others:
             parameter.requires_grad_(True)
-        recorder.clear()
+        recorder.stop()
 
 
 def _ordinary(inputs: Inputs) -> Inputs:

@@ -294,7 +294,10 @@ def test_bad_options_of_the_fisher(name):
 POSTERIOR_OPTIONS = {
     "negative prior": ({"prior_precision": -1.0}, "prior_precision must be positive and finite, got -1.0"),
     "NaN prior": ({"prior_precision": [1.0, NAN]}, "prior_precision must be positive and finite"),
-    "wrong number": ({"prior_precision": [1.0, 1.0, 1.0]}, r"one number, 2 \(one per block\) or 43 \(one per weight\), got shape \(3,\)"),
+    "wrong number": (
+        {"prior_precision": [1.0, 1.0, 1.0]},
+        r"one number, 2 \(one per block\) or 43 \(one per weight\), got shape \(3,\)",
+    ),
     "temperature": ({"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
 }
 

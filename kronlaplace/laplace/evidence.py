@@ -14,6 +14,7 @@ In the logarithms of precisions and noise it is concave: ``log det`` of a sum of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,11 +75,9 @@ class Evidence:
             noise_std: ``σ`` (Gaussian likelihood only); None is the likelihood's own.
             temperature: ``τ``.
         """
-        if isinstance(self.likelihood, Gaussian):
-            fit = self.likelihood.log_likelihood(self.statistics, noise_std)
-        else:
-            fit = self.likelihood.log_likelihood(self.statistics)
-        return fit / temperature - 0.5 * self.occam(precision, self.scale(noise_std, temperature))
+        return self._log_likelihood(noise_std) / temperature - 0.5 * self.occam(
+            precision, self.scale(noise_std, temperature)
+        )
 
     def scale(self, noise_std: Tensor | float | None, temperature: Tensor | float) -> Tensor:
         """``c = N r / τ``, 0-dim, float64: what the Fisher is multiplied with."""
@@ -92,6 +91,58 @@ class Evidence:
         return torch.stack(
             [self.block_term(i, p, scale) for i, p in enumerate(precision_by_layer(precision, self.shapes))]
         ).sum()
+
+    @torch.no_grad()
+    def derivatives(self, logs: Tensor, temperature: float) -> tuple[float, Tensor, Tensor]:
+        """The evidence and its first two derivatives in closed form, for one precision in all or one per block.
+
+        With ``t = c λ / δ`` and the effective number of parameters ``γ = Σ t / (1 + t)`` (MacKay 1992):
+        ``∂/∂u = −½ (δ ‖θ − m‖² − γ)``, ``∂²/∂u² = −½ (δ ‖θ − m‖² + B)`` with ``B = Σ t / (1 + t)²``. The noise enters by
+        ``c ∝ σᵏ``.
+
+        Args:
+            logs: ``u = log δ``, one or ``L`` numbers, and then ``log σ`` if the likelihood is Gaussian; on the CPU.
+            temperature: ``τ``.
+
+        Returns:
+            The evidence, its gradient ``(n,)`` and its Hessian ``(n, n)``, on the CPU.
+        """
+        noisy = isinstance(self.likelihood, Gaussian)
+        u = logs[:-1] if noisy else logs
+        noise = math.exp(float(logs[-1])) if noisy else None
+        shared = len(u) == 1
+        groups = [self._all_eigenvalues] if shared else self._eigenvalues
+        scale = float(self.scale(noise, temperature))
+        sums = []
+        for eigenvalues, log in zip(groups, u.tolist(), strict=True):
+            ratio = eigenvalues * (scale / math.exp(log))
+            share = ratio / (ratio + 1)
+            sums.append(torch.stack([ratio.log1p().sum(), share.sum(), share.sum() - share.square().sum()]))
+        log_det, gamma, bend = torch.stack(sums, dim=1).cpu()
+        penalty = u.exp() * (self._sums.sum()[None] if shared else self._sums).cpu()
+        value = float(self._log_likelihood(noise)) / temperature - 0.5 * float((penalty + log_det).sum())
+        gradient = torch.zeros_like(logs)
+        hessian = torch.zeros(len(logs), len(logs), dtype=logs.dtype)
+        gradient[: len(u)] = -0.5 * (penalty - gamma)
+        hessian.diagonal()[: len(u)] = -0.5 * (penalty + bend)
+        if noise is not None:
+            k = noise_exponent(self._fisher)
+            squared_error, count = self.statistics.tolist()
+            gradient[-1] = (squared_error / noise**2 - count) / temperature - 0.5 * k * gamma.sum()
+            hessian[-1, -1] = -2 * squared_error / noise**2 / temperature - 0.5 * k**2 * bend.sum()
+            hessian[-1, :-1] = hessian[:-1, -1] = 0.5 * k * bend
+        return value, gradient, hessian
+
+    def _log_likelihood(self, noise_std: Tensor | float | None) -> Tensor:
+        if isinstance(self.likelihood, Gaussian):
+            return self.likelihood.log_likelihood(self.statistics, noise_std)
+        return self.likelihood.log_likelihood(self.statistics)
+
+    @torch.no_grad()
+    def occam_of(self, index: int | None, precision: float, scale: Tensor) -> float:
+        """`occam` of one block, or of all (None), at a precision that its weights share."""
+        at = torch.tensor(precision, dtype=torch.float64, device=self.statistics.device)
+        return float(self.occam(at, scale) if index is None else self.block_term(index, at, scale))
 
     def block_term(self, index: int, precision: Tensor, scale: Tensor) -> Tensor:
         """One block's share of `occam`, for its precision, 0-dim or ``(q, p)``, and ``c``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -33,7 +34,7 @@ from kronlaplace.laplace.prior import (
 )
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
-from kronlaplace.laplace.tuning import maximise_evidence, warn_at_the_edge
+from kronlaplace.laplace.tuning import maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
 from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
@@ -382,6 +383,12 @@ class KronLaplace:
                 )
             tuned = maximise_evidence(self._evidence(), structure, self.temperature)
             self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
+            if tuned.at_the_edge:
+                warnings.warn(
+                    f"the evidence is largest at the edge of the range searched for: {', '.join(tuned.at_the_edge)}. It has "
+                    "no maximum inside; check that the network is trained and that the prior suits its weights.",
+                    stacklevel=2,
+                )
             return self
         if data is None or isinstance(data, Iterator):
             got = "none" if data is None else "an iterator, which can be read only once"
@@ -408,9 +415,10 @@ class KronLaplace:
         self.set_hyperparameters(best.prior_precision, best.noise_std)
         if index in (0, len(grid) - 1) and len(grid) > 1:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
-            warn_at_the_edge(
+            warnings.warn(
                 f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g}; give a wider "
-                "grid=, or check the validation data."
+                "grid=, or check the validation data.",
+                stacklevel=2,
             )
         return self
 

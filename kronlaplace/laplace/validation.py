@@ -13,9 +13,9 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kronlaplace.batches import device_of, iterate, preserved_random_state
+from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state
 from kronlaplace.laplace.predictive import Predictive
-from kronlaplace.likelihoods import Gaussian, Likelihood, Prediction
+from kronlaplace.likelihoods import Gaussian, HeteroscedasticGaussian, Likelihood, Prediction
 
 __all__ = ["Candidate", "Validator", "best_of_grid", "default_grid"]
 
@@ -74,6 +74,7 @@ class Validator:
         self._predictive = predictive
         self._exponent = exponent
         likelihood = posterior.likelihood
+        self._checks = DeferredChecks()
         self._noise = likelihood.noise_std if isinstance(likelihood, Gaussian) else None
 
     def __call__(self, prior_precision: Tensor) -> Candidate:
@@ -110,7 +111,18 @@ class Validator:
             for batch in iterate(self._data, device, progress=False, description=""):
                 if batch.targets is None:
                     raise TypeError('method="validation" needs data with targets, batches (inputs, targets).')
-                yield self._posterior.predict_batch(batch.inputs.value, self._predictive), batch.targets
+                prediction = self._posterior.predict_batch(batch.inputs.value, self._predictive)
+                self._check(prediction, batch)
+                yield prediction, batch.targets
+        self._checks.settle()
+
+    def _check(self, prediction: Tensor | Prediction, batch: Batch) -> None:
+        likelihood = self._posterior.likelihood
+        if isinstance(likelihood, HeteroscedasticGaussian) or batch.targets is None:
+            return  # its predictions have another shape than its outputs; `predictive_nll` checks that
+        outputs = prediction.mean if isinstance(prediction, Prediction) else prediction
+        allowed, message = likelihood.check_targets(outputs, batch.targets)
+        self._checks.require(allowed, batch, message)
 
 
 def _loss_by_noise(

@@ -1,0 +1,282 @@
+"""Our Kronecker estimators as a curvature backend of laplace-torch 0.3.
+
+    la = Laplace(
+        model, "classification", subset_of_weights="all", hessian_structure="kron",
+        backend=KroneckerBackend, backend_kwargs={"estimator": "tkfac"},
+    )
+
+laplace-torch asks its backend for one Kronecker product per parameter and batch, and adds the products up factor by factor.
+That is K-FAC's rule, but not that of estimators whose factors are no sums over batches (TKFAC's unit traces, K-FOC's running
+sum). So one pass of ours goes on over all batches of a fit, and each batch is answered with the difference that it made to
+the factors of everything seen so far: the sum is what one pass over all of the data gives, whatever the estimator.
+
+| there | here |
+| --- | --- |
+| sum over the data | mean over examples: times ``N``, in the first of the two factors, the gradient's |
+| weight and bias separate | joint, ``scale · G ⊗ A``: each takes its columns of ``A``, the cross terms are dropped |
+| regression: unit noise; ``sigma_noise`` enters later | ``Gaussian(1.0)`` |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kronlaplace.accumulation import Accumulation
+from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock
+from kronlaplace.collect import check_model
+from kronlaplace.estimators import EKFAC, Estimator, resolve_estimator
+from kronlaplace.fisher import accumulate
+from kronlaplace.layers import Layer, find_layers
+from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Sampling
+from kronlaplace.options import choice, positive_integer, seed_number
+
+try:
+    from laplace.curvature import GGNInterface
+    from laplace.utils import Kron
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "laplace":
+        raise  # laplace-torch is there, and misses something of its own
+    raise ImportError(
+        "kronlaplace.integrations.laplace_torch needs laplace-torch: pip install 'laplace-torch==0.3'."
+    ) from error
+
+__all__ = ["KroneckerBackend"]
+
+
+class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may be absent
+    """A backend for ``Laplace(..., hessian_structure="kron")``, over all weights or the last layer.
+
+    Every example of the data set must come once in a fit (no ``drop_last``, no sampler that takes a part): a pass is over
+    when as many examples came as the data set has, and the next batch begins another. Every batch finishes a copy of what
+    was accumulated so far, which for `KFOC` costs an eigendecomposition.
+
+    Scale and shift of normalisation layers have diagonal blocks. Jacobians, ``full`` and ``diag`` are laplace-torch's own.
+
+    Args:
+        model: Given by laplace-torch, like all up to ``dict_key_y``.
+        likelihood: ``"classification"`` or ``"regression"``.
+        last_layer: Whether ``model`` is a ``FeatureExtractor`` of which only the last layer counts.
+        subnetwork_indices: For ``full`` and ``diag``.
+        dict_key_x: Where the inputs are in a batch that is a dict.
+        dict_key_y: Where the targets are.
+        estimator: How blocks are made, with one pass over the data: `KFAC`, `SUA`, `TKFAC`, `KFOC` with one sweep,
+            ``"running"``, ``"approx"`` or ``"full"``, or a shorthand of these.
+        sampling: As in `estimate_fisher`, with ``"exact"`` as the default.
+        mc_samples: Label draws per example in ``"mc"``.
+        seed: Seed of the draws. Batch ``i`` of a pass draws from a generator made from ``(seed, i)``.
+
+    Raises:
+        ValueError: For estimators that need several passes or make no Kronecker factors, and unknown options.
+        TypeError: For options of the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        *,
+        estimator: Estimator | str = "kfac",
+        sampling: Sampling | str = Sampling.EXACT,
+        mc_samples: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
+        self._estimator = resolve_estimator(estimator)
+        _check_estimator(self._estimator)
+        self._sampling = choice(Sampling, sampling, "sampling")
+        self._mc_samples = positive_integer(mc_samples, "mc_samples")
+        if self._mc_samples > 1 and self._sampling is not Sampling.MC:
+            raise ValueError(
+                f'mc_samples={mc_samples} has a meaning with sampling="mc" only; sampling is {self._sampling.value!r}.'
+            )
+        if self._sampling is Sampling.EMPIRICAL:
+            warnings.warn(
+                'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher.',
+                stacklevel=2,
+            )
+        self._seed = seed_number(seed)
+        self._pass: _Pass | None = None
+
+    def kron(self, x: Tensor | MutableMapping[str, Any], y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """What one batch adds to the Kronecker factors of everything seen in this fit.
+
+        Args:
+            x: Inputs of the batch.
+            y: Their targets.
+            N: Number of examples in the data set.
+            **kwargs: None; laplace-torch hands its ``asdl_fisher_kwargs`` on.
+
+        Returns:
+            The loss of the batch, a sum over examples, and the difference of the factors, for each trainable parameter:
+            ``[N · scale · G, A]`` for weights, one dense matrix for parameters with one axis.
+
+        Raises:
+            ValueError: If more than ``N`` examples came; and as `estimate_fisher`.
+            NotImplementedError: For layers that have no Kronecker product per parameter, by name.
+            TypeError: For options in ``kwargs``, and as `estimate_fisher`.
+        """
+        if kwargs:
+            raise TypeError(
+                f"KroneckerBackend takes no options per batch, but got {sorted(kwargs)}. Leave asdl_fisher_kwargs out; "
+                'its own options go into backend_kwargs={"estimator": ..., "sampling": ..., "mc_samples": ..., "seed": ...}.'
+            )
+        running, self._pass = self._pass, None  # kept only if all goes well
+        if running is None:
+            check_model(self.model)
+            running = _Pass(self._estimator, self._find_layers(), self.params)
+        if running.n_examples + len(y) > N:
+            raise ValueError(
+                f"{running.n_examples} examples came before and now {len(y)} more, but the data set has only {N}. Every "
+                "example must come once in a fit: no sampler that repeats some. If an earlier fit was broken off or saw "
+                "less than its whole data set (drop_last=True), fit once more, or make a new Laplace object."
+            )
+        accumulate(
+            self.model,
+            [(x, y)],
+            self._kronlaplace_likelihood(),
+            running.accumulation,
+            sampling=self._sampling,
+            mc_samples=self._mc_samples,
+            seed=_seed_of_batch(self._seed, running.n_batches),
+            progress=False,
+            description="",
+        )
+        difference = running.advance(len(y))
+        if running.n_examples < N:
+            self._pass = running
+        with torch.no_grad():
+            loss = self.factor * self.lossfunc(self.model(x), y)
+        return loss, Kron(difference)
+
+    def _kronlaplace_likelihood(self) -> Likelihood:
+        return Categorical() if self.likelihood == "classification" else Gaussian(1.0)
+
+    def _find_layers(self) -> list[Layer]:
+        names = (
+            [name for name, module in self.model.named_modules() if module is self._model] if self.last_layer else None
+        )
+        try:
+            return find_layers(self.model, names)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{error}\nOf these laplace-torch offers freezing, before the Laplace object is made; or use "
+                'subset_of_weights="last_layer".'
+            ) from None
+
+
+def _check_estimator(estimator: Estimator) -> None:
+    if isinstance(estimator, EKFAC) or estimator.for_any_layer:
+        raise ValueError(
+            f"{estimator!r} makes no Kronecker factors, and laplace-torch takes nothing else. Use KFAC(), TKFAC() or "
+            'KFOC(aggregation="running") here, or kronlaplace.KronLaplace, which takes every estimator.'
+        )
+    if estimator.passes > 1:
+        raise ValueError(
+            f"{estimator!r} needs {estimator.passes} passes over the data, and laplace-torch makes one. Use "
+            'KFOC(aggregation="running"), KFOC(sweeps=1), TKFAC() or KFAC() here, or kronlaplace.KronLaplace.'
+        )
+
+
+def _seed_of_batch(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) >> 1
+
+
+class _Pass:
+    """One pass over the data of a fit.
+
+    Args:
+        estimator: The estimator.
+        layers: The layers.
+        parameters: The parameters in laplace-torch's order.
+
+    Raises:
+        NotImplementedError: If a parameter has no Kronecker product.
+    """
+
+    def __init__(self, estimator: Estimator, layers: list[Layer], parameters: list[nn.Parameter]) -> None:
+        parts = [part for layer in layers for part in _parts(layer)]
+        by_parameter = {id(part.parameter): part for part in parts}
+        self._parts = [by_parameter[id(parameter)] for parameter in parameters]
+        self.accumulation = Accumulation(estimator, layers)
+        self.n_examples = 0
+        self.n_batches = 0
+        self._returned: list[list[Tensor]] | None = None
+
+    def advance(self, n_examples: int) -> list[list[Tensor]]:
+        """Note that a batch was accumulated; returns by how much the factors of all parameters changed."""
+        self.n_batches += 1
+        self.n_examples += n_examples
+        blocks = self.accumulation.so_far()
+        factors = [part.factors(blocks[part.layer.name], self.n_examples) for part in self._parts]
+        before = self._returned or [[torch.zeros_like(f) for f in some] for some in factors]
+        self._returned = factors
+        return [[new - old for new, old in zip(*some, strict=True)] for some in zip(factors, before, strict=True)]
+
+
+class _Part:
+    """One parameter of a layer's block.
+
+    Args:
+        layer: The layer.
+        name: Name of the parameter in the layer.
+        parameter: The parameter; with ``name`` another one if it acts only through its sum with that one.
+    """
+
+    def __init__(self, layer: Layer, name: str, parameter: nn.Parameter) -> None:
+        self.layer = layer
+        self.name = name
+        self.parameter = parameter
+        if layer.factors:
+            index = torch.arange(layer.shape[1], dtype=torch.float64, device=layer.device).expand(layer.shape)
+            # `split` may subtract a constant (the second bias of recurrent layers), which the difference is without.
+            own = layer.split(index)[name] - layer.split(torch.zeros_like(index))[name]
+            self._columns = own.reshape(layer.shape[0], -1)[0].round().long()
+
+    def factors(self, block: Block, n_examples: int) -> list[Tensor]:
+        """The parameter's part of the sum over examples: ``[N · scale · G, A]``, or one dense matrix.
+
+        Raises:
+            TypeError: If the estimator made a block of another kind.
+        """
+        if isinstance(block, DiagonalBlock) and not self.layer.factors:
+            return [torch.diag(n_examples * self.layer.split(block.values)[self.name].flatten())]
+        if not isinstance(block, KroneckerBlock):
+            raise TypeError(
+                f"the estimator made a {type(block).__name__} for layer {self.layer.name!r}; laplace-torch takes Kronecker "
+                "products only. Use an estimator such as KFAC() or TKFAC()."
+            )
+        gradient = n_examples * block.scale * block.gradient_factor
+        activation = block.activation_factor[self._columns.unsqueeze(1), self._columns]
+        return [gradient, activation] if self.parameter.ndim > 1 else [activation * gradient]
+
+
+def _parts(layer: Layer) -> list[_Part]:
+    """All parameters of a layer.
+
+    Raises:
+        NotImplementedError: If laplace-torch cannot hold their blocks.
+    """
+    reason = None
+    if layer.groups > 1:
+        reason = f"its block is block diagonal over {layer.groups} groups of rows"
+    elif not layer.factors and any(p.ndim != 1 for p in layer.parameters.values()):
+        reason = "its block is diagonal, and its weight has more than one axis"
+    if reason is not None:
+        raise NotImplementedError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) cannot be given to laplace-torch: {reason}, which is no "
+            "Kronecker product of two matrices. Freeze it with requires_grad_(False) before the Laplace object is made, use "
+            'subset_of_weights="last_layer", or use kronlaplace.KronLaplace.'
+        )
+    last = layer.parameter_names[-1]
+    own = [_Part(layer, name, parameter) for name, parameter in layer.parameters.items()]
+    return own + [_Part(layer, last, parameter) for parameter in layer.redundant.values()]
