@@ -17,7 +17,7 @@ from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace import JointPrediction, KronLaplace, Predictive
+from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
 from kronlaplace.layers import SUPPORTED_LAYERS
 from kronlaplace.likelihoods import (
     Bernoulli,
@@ -59,6 +59,8 @@ __all__ = [
     "Euclidean",
     "Sampling",
     "KronLaplace",
+    "train_by_evidence",
+    "EvidenceTraining",
     "Predictive",
     "Prediction",
     "JointPrediction",

@@ -3,5 +3,16 @@
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
 from kronlaplace.laplace.prior import PriorStructure
+from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 
-__all__ = ["JointPrediction", "KronLaplace", "Predictive", "PredictiveMethod", "PriorStructure", "TuningMethod"]
+__all__ = [
+    "EvidenceRecord",
+    "EvidenceTraining",
+    "JointPrediction",
+    "KronLaplace",
+    "Predictive",
+    "PredictiveMethod",
+    "PriorStructure",
+    "TuningMethod",
+    "train_by_evidence",
+]

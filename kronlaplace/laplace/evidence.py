@@ -23,9 +23,9 @@ from torch import Tensor
 from kronlaplace.inversion import PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.prior import precision_by_layer
-from kronlaplace.likelihoods import Euclidean, Gaussian, Sampling
+from kronlaplace.likelihoods import Euclidean, Gaussian, Likelihood, Sampling
 
-__all__ = ["Evidence", "noise_exponent", "noise_rescaling"]
+__all__ = ["Evidence", "check_has_evidence", "noise_exponent", "noise_rescaling"]
 
 
 class Evidence:
@@ -41,10 +41,7 @@ class Evidence:
     """
 
     def __init__(self, fisher: KroneckerFisher, deviations: Sequence[Tensor]) -> None:
-        if isinstance(fisher.metadata.likelihood, Euclidean):
-            raise NotImplementedError(
-                "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
-            )
+        check_has_evidence(fisher.metadata.likelihood)
         if fisher.statistics is None:
             raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
         fisher.decompose()
@@ -151,6 +148,18 @@ class Evidence:
             return precision * self._sums[index] + log_det_ratio
         log_det_ratio = self._plus_diagonal[index].logdet(scale, precision) - precision.log().sum()
         return (precision * self.squares[index]).sum() + log_det_ratio
+
+
+def check_has_evidence(likelihood: Likelihood) -> None:
+    """Refuse a likelihood that has no normaliser.
+
+    Raises:
+        NotImplementedError: With the way out.
+    """
+    if isinstance(likelihood, Euclidean):
+        raise NotImplementedError(
+            "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
+        )
 
 
 def noise_exponent(fisher: KroneckerFisher) -> int:

@@ -16,7 +16,7 @@ from kronlaplace.laplace.evidence import Evidence
 from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.likelihoods import Gaussian
 
-__all__ = ["DIAGONAL_RANGE", "PRECISION_BOUNDS", "Tuned", "maximise_evidence"]
+__all__ = ["DIAGONAL_RANGE", "NEGLIGIBLE", "PRECISION_BOUNDS", "Tuned", "maximise_evidence"]
 
 PRECISION_BOUNDS = (1e-10, 1e10)
 """Prior precisions that tuning considers."""
@@ -27,7 +27,7 @@ DIAGONAL_RANGE = 1e3
 _NOISE_BOUNDS = (1e-1, 1e3)
 """Noise that tuning considers, in multiples of the root mean square error on the training data."""
 
-_NEGLIGIBLE = 1e-3
+NEGLIGIBLE = 1e-3
 """Differences of the evidence, in nats, that mean nothing."""
 
 _TOLERANCE = 1e-9
@@ -148,14 +148,14 @@ def _at_the_edge(
     scale = evidence.scale(noise, temperature)
     for i in range(n):
         losses = [evidence.occam_of(None if n == 1 else i, math.exp(v), scale) for v in (float(u[i]), *bounds[i])]
-        if min(losses[1:]) - losses[0] <= 2 * _NEGLIGIBLE:
+        if min(losses[1:]) - losses[0] <= 2 * NEGLIGIBLE:
             names = ["prior precision"]
     if noise is not None:
 
         def loss(log: float) -> float:
             return -evidence.derivatives(torch.cat([u[:-1], torch.tensor([log], dtype=u.dtype)]), temperature)[0]
 
-        if min(map(loss, bounds[-1])) - loss(float(u[-1])) <= _NEGLIGIBLE:
+        if min(map(loss, bounds[-1])) - loss(float(u[-1])) <= NEGLIGIBLE:
             names.append("noise")
     return tuple(names)
 

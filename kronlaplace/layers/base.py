@@ -113,9 +113,9 @@ class Layer(ABC):
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
         """The matrix ``(q, p)`` that is made of values of the parameters, such as their gradients, as ``W̄`` is of them."""
 
-    def matrix(self) -> Tensor:
-        """A detached copy of ``W̄``, shape ``(q, p)``."""
-        return self.assemble({name: p.detach() for name, p in self.parameters.items()})
+    def matrix(self, *, detach: bool = True) -> Tensor:
+        """A copy of ``W̄``, shape ``(q, p)``, detached from the parameters or not."""
+        return self.assemble({name: p.detach() if detach else p for name, p in self.parameters.items()})
 
     @abstractmethod
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
@@ -245,11 +245,12 @@ class LinearLayer(Layer):
             columns.append(values[self._bias[0]].unsqueeze(1))
         return torch.cat(columns, dim=1)
 
-    def matrix(self) -> Tensor:
-        result = super().matrix()
-        if self._constant is not None:
-            result[:, -1] += self._constant.detach()
-        return result
+    def matrix(self, *, detach: bool = True) -> Tensor:
+        result = super().matrix(detach=detach)
+        if self._constant is None:
+            return result
+        constant = self._constant.detach() if detach else self._constant
+        return torch.cat([result[:, :-1], (result[:, -1] + constant).unsqueeze(1)], dim=1)
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         widths = [w[0].numel() for w in self._weights.values()]

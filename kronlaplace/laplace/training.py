@@ -1,0 +1,236 @@
+"""Training a network with its prior and noise, by the marginal likelihood (Immer et al. 2021, Algorithm 1).
+
+The weights go down the gradient of the negative log-posterior; every few epochs the Laplace evidence at the present weights
+sets the prior precision(s) and the noise. The weights with the largest evidence are kept: no validation data are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from kronlaplace.batches import device_of, iterate, preserved_random_state
+from kronlaplace.estimators import Estimator
+from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.laplace.evidence import check_has_evidence
+from kronlaplace.laplace.posterior import KronLaplace
+from kronlaplace.laplace.prior import Precision, PriorStructure, precision_by_layer
+from kronlaplace.laplace.tuning import NEGLIGIBLE
+from kronlaplace.layers import Layer, Unsupported, find_layers
+from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.options import choice, positive_integer
+
+__all__ = ["EvidenceRecord", "EvidenceTraining", "train_by_evidence"]
+
+
+@dataclass(frozen=True)
+class EvidenceRecord:
+    """One look at the evidence during training.
+
+    Attributes:
+        epoch: Number of epochs before it.
+        log_marginal_likelihood: The evidence in nats, at the hyperparameters that maximise it.
+        log_likelihood: Its first term, of the training data at the weights.
+        prior_precision: The prior precision(s) that training goes on with, as in `KronLaplace.prior_precision`.
+        likelihood: The likelihood, with its noise.
+    """
+
+    epoch: int
+    log_marginal_likelihood: float
+    log_likelihood: float
+    prior_precision: Tensor
+    likelihood: Likelihood
+
+
+@dataclass(frozen=True)
+class EvidenceTraining:
+    """What came of it.
+
+    Attributes:
+        posterior: The posterior at the best weights, tuned.
+        history: All looks at the evidence.
+        best: The one with the largest.
+    """
+
+    posterior: KronLaplace
+    history: tuple[EvidenceRecord, ...]
+    best: EvidenceRecord
+
+
+def train_by_evidence(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood | str,
+    estimator: Estimator | str = "kfac",
+    *,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    epochs: int = 100,
+    every: int = 5,
+    burn_in: int = 0,
+    patience: int | None = None,
+    structure: PriorStructure | str = PriorStructure.LAYERWISE,
+    prior_precision: Precision = 1.0,
+    temperature: float = 1.0,
+    unsupported: Unsupported | str = Unsupported.ERROR,
+    sampling: Sampling | str = Sampling.EXACT,
+    mc_samples: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> EvidenceTraining:
+    """Train a network, and its prior precision(s) and noise with it, by the Laplace evidence.
+
+    **The model is trained**: it ends with the weights of the largest evidence, in evaluation mode.
+
+    Args:
+        model: The network, at its initialisation or trained already.
+        data: Batches ``(inputs, targets)`` of the training data, readable again and again, such as a DataLoader.
+        likelihood: As in `KronLaplace`; a Gaussian's noise is where training begins.
+        estimator: As in `KronLaplace`; one that makes a single pass is the natural choice.
+        optimizer: For the weights, without weight decay, which the prior replaces. None is ``Adam(lr=1e-3)``.
+        scheduler: Of the optimizer; it makes one step after every epoch.
+        epochs: At most so many passes over the data.
+        every: Epochs between two looks at the evidence.
+        burn_in: Epochs before the first.
+        patience: Looks in a row without a larger evidence (by 1e-3 nats) after which training stops; None never stops early.
+        structure: What has a prior precision of its own: ``"scalar"``, ``"layerwise"`` or ``"diagonal"``.
+        prior_precision: Until the first look.
+        temperature: As in `KronLaplace`; it divides the log-likelihood in training, too.
+        unsupported: As in `KronLaplace`. Parameters without a block are trained without a prior.
+        sampling: As in `KronLaplace.fit`.
+        mc_samples: As in `KronLaplace.fit`.
+        seed: As in `KronLaplace.fit`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The posterior, and the history of the evidence.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As `KronLaplace` and `KronLaplace.fit`; for an optimizer with weight
+            decay; for data without targets or that can be read only once.
+        FloatingPointError: If the training loss is NaN or infinite.
+    """
+    epochs, every = positive_integer(epochs, "epochs"), positive_integer(every, "every")
+    burn_in = burn_in if burn_in == 0 else positive_integer(burn_in, "burn_in")
+    patience = None if patience is None else positive_integer(patience, "patience")
+    structure = choice(PriorStructure, structure, "structure")
+    likelihood = resolve_likelihood(likelihood)
+    check_has_evidence(likelihood)
+    if isinstance(data, Iterator):
+        raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
+    if burn_in >= epochs:
+        raise ValueError(
+            f"burn_in must be less than epochs, or the evidence is never looked at; got {burn_in}, {epochs}."
+        )
+    if optimizer is None:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if any(group.get("weight_decay") for group in optimizer.param_groups):
+        raise ValueError("the optimizer has weight decay, and the prior would count twice; set weight_decay=0.")
+    model.eval()
+    posterior = KronLaplace(
+        model,
+        likelihood,
+        estimator,
+        prior_precision=prior_precision,
+        temperature=temperature,
+        unsupported=unsupported,
+    )
+    layers = find_layers(model, unsupported=Unsupported.FIXED)
+    n_examples = _count(model, data)
+    history: list[EvidenceRecord] = []
+    best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
+    since_gain = 0
+    with tqdm(total=epochs, desc="Training", leave=False, disable=None if progress else True) as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            _epoch(model, data, posterior, optimizer, layers, n_examples, epoch)
+            if scheduler is not None:
+                scheduler.step()
+            model.eval()
+            bar.update()
+            if epoch <= burn_in or ((epoch - burn_in) % every and epoch < epochs):
+                continue
+            posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(structure=structure)
+            record = _record(epoch, posterior)
+            history.append(record)
+            bar.set_postfix(evidence=f"{record.log_marginal_likelihood:.4g}")
+            gain = record.log_marginal_likelihood - (best[0].log_marginal_likelihood if best else -math.inf)
+            if best is None or gain > 0:
+                best = record, copy.deepcopy(model.state_dict()), posterior.fisher
+            since_gain = 0 if gain > NEGLIGIBLE else since_gain + 1
+            if patience is not None and since_gain >= patience:
+                break
+    assert best is not None
+    record, weights, fisher = best
+    model.load_state_dict(weights)
+    posterior.likelihood = record.likelihood
+    posterior.prior_precision = record.prior_precision
+    posterior.fit(fisher=fisher)
+    return EvidenceTraining(posterior, tuple(history), record)
+
+
+def _epoch(
+    model: nn.Module,
+    data: Iterable[Any],
+    posterior: KronLaplace,
+    optimizer: Optimizer,
+    layers: list[Layer],
+    n_examples: int,
+    epoch: int,
+) -> None:
+    """One pass of gradient steps on the negative log-posterior, per example."""
+    precisions = precision_by_layer(posterior.prior_precision, [layer.shape for layer in layers])
+    total: Tensor | None = None
+    for batch in iterate(data, device_of(model), progress=False, description=""):
+        assert batch.targets is not None
+        optimizer.zero_grad()
+        outputs = batch.inputs.run(model)
+        log_likelihood = posterior.likelihood.log_likelihood(posterior.likelihood.statistics(outputs, batch.targets))
+        squares = [
+            (precision * layer.matrix(detach=False).double().square()).sum()
+            for layer, precision in zip(layers, precisions, strict=True)
+        ]
+        loss = -log_likelihood / (len(outputs) * posterior.temperature) + 0.5 * torch.stack(squares).sum() / n_examples
+        loss.backward()
+        optimizer.step()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    if not math.isfinite(float(total)):
+        raise FloatingPointError(
+            f"the training loss is {float(total)} in epoch {epoch}: the training diverged. Take a smaller learning rate, or "
+            "a burn_in, so that the evidence is not looked at before the network has learnt anything."
+        )
+
+
+def _count(model: nn.Module, data: Iterable[Any]) -> int:
+    """Number of examples, and a look at whether all batches have targets."""
+    count = 0
+    device = device_of(model)
+    with preserved_random_state(device), torch.no_grad():
+        for batch in iterate(data, device, progress=False, description=""):
+            if batch.targets is None:
+                raise TypeError("training needs batches of (inputs, targets); some come without targets.")
+            count += len(batch.inputs.run(model))
+    return count
+
+
+def _record(epoch: int, posterior: KronLaplace) -> EvidenceRecord:
+    fisher = posterior.fisher
+    statistics = fisher.statistics
+    assert statistics is not None
+    return EvidenceRecord(
+        epoch,
+        float(posterior.log_marginal_likelihood()),
+        float(posterior.likelihood.log_likelihood(statistics)),
+        posterior.prior_precision,
+        posterior.likelihood,
+    )
