@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def save_tensors(path: str | PathLike[str], kind: str, tensors: Mapping[str, Ten
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent}; make it first, {path.name} is to be written there.")
-    header = {"kronlaplace": json.dumps({"format": _FORMAT_VERSION, "kind": kind, "values": values})}
+    written_by = {package: _version_of(package) for package in ("kronlaplace", "torch")}
+    contents = {"format": _FORMAT_VERSION, "kind": kind, "written_by": written_by, "values": values}
+    header = {"kronlaplace": json.dumps(contents)}
     # Cloned: safetensors refuses tensors that share memory.
     flat = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -75,8 +78,20 @@ def load_tensors(
     header = json.loads(raw)
     if header["format"] > _FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format {header['format']}, this version of kronlaplace reads up to {_FORMAT_VERSION}; update it."
+            f"{path} has format {header['format']}, written by kronlaplace {_writer(header)}; this version reads up to "
+            f"{_FORMAT_VERSION}; update it."
         )
     if header["kind"] != kind:
         raise ValueError(f"{path} holds a {header['kind']}, not a {kind}.")
     return tensors, header["values"]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
+
+
+def _writer(header: dict[str, Any]) -> str:
+    return str(header.get("written_by", {}).get("kronlaplace", "of a newer version"))

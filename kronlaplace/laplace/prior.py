@@ -110,7 +110,7 @@ def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
             raise ValueError(f"prior_mean must be one number or {count} (one per weight), got {len(value)}.")
         means = by_layer(value.detach(), shapes)
     elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
-        means = [torch.full(shape, float(value)) for shape in shapes]
+        means = [torch.full(shape, float(value), dtype=torch.float64) for shape in shapes]
     else:
         raise TypeError(
             "prior_mean must be a number, a flat tensor with one per weight, or a dict of tensors by parameter name; got "

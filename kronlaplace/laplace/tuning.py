@@ -33,6 +33,11 @@ NEGLIGIBLE = 1e-3
 _TOLERANCE = 1e-9
 """Gain of a Newton step, in nats, at which the maximum is reached."""
 
+_GAIN_BY_WEIGHT = 1e-4
+"""Gain of a step of L-BFGS-B, in nats, at which the precisions of single weights are good enough."""
+
+_STEPS_BY_WEIGHT = 500
+
 _LONGEST_STEP = 3.0
 """Of a Newton step, in any logarithm: far from the maximum the evidence is nearly straight, and steps are very long."""
 
@@ -179,7 +184,9 @@ def _by_weight(evidence: Evidence, temperature: float, start: Tuned) -> Tuned:
             (gradient,) = torch.autograd.grad(value, logs)
         return -float(value.detach()), -gradient.cpu().numpy()
 
-    result = minimize(loss_and_gradient, u, jac=True, method="L-BFGS-B", bounds=bounds)
+    # SciPy's tolerance is relative to the value.
+    options = {"ftol": _GAIN_BY_WEIGHT / max(1.0, abs(loss_and_gradient(u)[0])), "maxiter": _STEPS_BY_WEIGHT}
+    result = minimize(loss_and_gradient, u, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return Tuned(
         prior_precision=torch.tensor(np.exp(result.x[:count]), dtype=torch.float64, device=device),
         noise_std=None if start.noise_std is None else float(np.exp(result.x[-1])),
