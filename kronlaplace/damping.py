@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,8 @@ class Tikhonov(Damping):
 
     Args:
         damping: ``γ``, not negative: a number, a 0-dim tensor, or one for every weight, shape ``(q, p)`` (see
-            `kronlaplace.inversion.PlusDiagonal` for what that is exact for). Tensors may carry a gradient.
+            `kronlaplace.inversion.PlusDiagonal` for what that is exact for). Tensors may carry a gradient; one for every
+            weight passes it on to `logdet`, and to solutions only where no eigenvalues of the damped block are equal.
 
     Raises:
         ValueError: If it is negative or not finite.
@@ -169,7 +171,8 @@ class FactoredTikhonov(_ByFactor):
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient = factors.scale * factors.gradient
         means = factors.activation.mean(1, keepdim=True), gradient.mean(1, keepdim=True)
-        pi = torch.where((means[0] > 0) & (means[1] > 0), torch.sqrt(means[0] / means[1]), 1.0)
+        alive = (means[0] > 0) & (means[1] > 0)
+        pi = torch.sqrt(torch.where(alive, means[0], 1.0) / torch.where(alive, means[1], 1.0))
         root = torch.as_tensor(self.damping, dtype=torch.float64, device=pi.device).sqrt()
         return gradient + root / pi, factors.activation + pi * root
 
@@ -203,7 +206,8 @@ class TraceRestricted(_ByFactor):
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient, activation = factors.unit_trace()
         damping = torch.as_tensor(self.damping, dtype=torch.float64, device=gradient.device).sqrt()
-        root = factors.trace.sqrt()
+        alive = factors.trace != 0
+        root = torch.where(alive, factors.trace, 1.0).sqrt() * alive  # the root of zero has no derivative
         return root * gradient + damping, root * activation + damping
 
     def _damped_values(self, values: Tensor) -> Tensor:
@@ -277,7 +281,9 @@ def _number(damping: float | Tensor, name: str) -> float:
     Raises:
         ValueError: If it is not one finite number, or negative.
     """
-    is_number = isinstance(damping, (int, float)) or (isinstance(damping, Tensor) and damping.ndim == 0)
+    is_number = isinstance(damping, (int, float, np.integer, np.floating)) or (
+        isinstance(damping, Tensor) and damping.ndim == 0
+    )
     value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be one finite number that is not negative, got {damping!r}.")
@@ -285,7 +291,12 @@ def _number(damping: float | Tensor, name: str) -> float:
 
 
 def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInverse:
-    """The damped inverse; if the damping is zero the block itself must be regular."""
+    """The damped inverse; its eigenvalues must be finite, and if the damping is zero the block itself must be regular."""
+    if not torch.isfinite(eigenvalues).all():
+        raise ValueError(
+            f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look at "
+            "its scale and at the size of its entries."
+        )
     if smallest == 0 and not (eigenvalues > 0).all():
         raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
     return DampedInverse(block, eigenvalues)

@@ -122,15 +122,28 @@ class PlusDiagonal:
             return self._projected(scale, diagonal).log().sum()
         matrix = scale * self._dense + torch.diag(diagonal.flatten())
         root, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:  # singular up to rounding
-            return torch.linalg.eigvalsh(matrix).clamp_min(diagonal.detach().min()).log().sum()
-        return 2 * root.diagonal().log().sum()
+        pivots = root.diagonal()
+        if failed or pivots.min() < 1e-6 * pivots.max():  # of the smallest, rounding has left few digits or none
+            stacked = torch.cat([scale.sqrt() * self._root, torch.diag(diagonal.flatten().sqrt())])
+            pivots = torch.linalg.qr(stacked).R.diagonal().abs()
+        return 2 * pivots.log().sum()
 
     def _projected(self, scale: Tensor | float, diagonal: Tensor) -> Tensor:
         """Diagonal of ``Uᵀ (c F + diag(d)) U``, shape ``(q, p)``, float64."""
         assert isinstance(self._block, RotatedBlock)
         projected = self._block.projected_diagonal(diagonal.to(self._block.dtype)).double()
         return scale * self._block.eigenvalues() + projected
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """``R`` with ``Rᵀ R = F``, float64."""
+        block, roots = self._block, self._block.eigenvalues().sqrt()
+        if isinstance(block, RotatedBlock):
+            gradient, activation = block.bases()
+            basis = EigenBlock(gradient.double(), activation.double(), roots, block.name)
+            return basis.from_eigenbasis(torch.diag(roots.flatten()).unflatten(1, block.shape)).flatten(1)
+        assert isinstance(block, DenseBlock)
+        return roots.flatten().unsqueeze(1) * block.eigen().vectors.double().T
 
     @cached_property
     def _dense(self) -> Tensor:

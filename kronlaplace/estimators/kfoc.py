@@ -19,10 +19,9 @@ from kronlaplace.estimators.moments import (
     add_pair_sums,
     add_row_sums,
     frobenius,
-    once_per_example,
     squeezed,
 )
-from kronlaplace.estimators.power import Items, best_of_krylov, compress, leading_pair, made_psd
+from kronlaplace.estimators.power import Items, best_of_krylov, compress, items_of, joined, leading_pair, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
@@ -122,16 +121,16 @@ class KFOC(Estimator):
         if self.aggregation is Aggregation.SWEEPS:
             add_pair_sums(state, calls, grads, state.get("previous activation"), state.get("previous gradient"))
         elif self.aggregation is Aggregation.FULL:
-            state["items"].append(_items(calls, grads))
+            state["items"].append(items_of(calls, grads))
         else:
-            state["batch"].append(_items(calls, grads))
+            state["batch"].append(items_of(calls, grads))
 
     def end_batch(self, state: State, calls: Calls) -> None:
         if self.aggregation is Aggregation.SWEEPS:
             add_row_sums(state, calls)
         if self.aggregation not in (Aggregation.RUNNING, Aggregation.APPROX):
             return
-        items = Items.joined(state["batch"], same_inputs=True)
+        items = joined(state["batch"], same_inputs=True)
         state["batch"] = []
         exact = items.terms(4 * self.rank) if self.rank > 1 else None
         if exact is not None:
@@ -185,7 +184,7 @@ class KFOC(Estimator):
         if self.aggregation is Aggregation.SWEEPS:
             return self._finish_sweeps(state, layer, weight)
         if self.aggregation is Aggregation.FULL:
-            items = Items.joined(state["items"], same_inputs=False)
+            items = joined(state["items"], same_inputs=False)
             gradient, activation = leading_pair(items, self._start(items), self.max_iter, self.tol**2, to_rounding=True)
         elif self.aggregation is Aggregation.APPROX:
             gradient, activation = state["gradient"] / state["batches"], state["activation"]
@@ -224,23 +223,12 @@ class KFOC(Estimator):
         state["gradient terms"], state["activation terms"] = gradient, activation
 
     def _start(self, items: Items) -> Tensor:
-        groups, p = items.groups, items.p
+        identity = items.identity()
         if self.init is Initialisation.IDENTITY:
-            return torch.eye(p, dtype=items.dtype, device=items.device).expand(groups, p, p)
-        generator = torch.Generator(device=items.device).manual_seed(self.seed)
-        draw = torch.randn(groups, p, p, generator=generator, dtype=items.dtype, device=items.device)
+            return identity
+        generator = torch.Generator(device=identity.device).manual_seed(self.seed)
+        draw = torch.randn(identity.shape, generator=generator, dtype=identity.dtype, device=identity.device)
         return (draw + draw.mT) / 2  # the operator does not see the rest
-
-
-def _items(calls: Calls, grads: Sequence[Tensor]) -> Items:
-    """All that the power iteration needs of one direction, in the form that takes the least memory."""
-    p = calls.layer.shape[1]
-    g = calls.gradients(grads)
-    if once_per_example(calls, grads) or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
-        return Items(calls.activations(), g)
-    return Items.of_weight_gradients(
-        torch.cat([part.weight_gradients(part_grads) for part, part_grads in calls.parts(grads)], dim=1)
-    )
 
 
 def _other_size(layer: Layer, key: str) -> int:

@@ -3,123 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum
+from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, once_per_example
+from kronlaplace.layers import Calls
 from kronlaplace.linalg import eigendecompose_symmetric, trace
 
-__all__ = ["Items", "best_of_krylov", "compress", "leading_pair", "made_psd"]
+__all__ = ["Items", "best_of_krylov", "compress", "items_of", "joined", "leading_pair", "made_psd"]
 
 
-class Items:
+class Items(Protocol):
     """Examples, kept so that ``A ↦ Σ X A Xᵀ`` and ``G ↦ Σ Xᵀ G X`` can be evaluated again and again.
 
-    Args:
-        a: ``(K, N, T, p)``.
-        g: ``(K, M, T, q/K)``; ``M`` may be a multiple of ``N``, several directions with the same inputs.
+    `Pairs` keeps ``a`` and ``g``, `Matrices` keeps ``X = Σ_t g_t a_tᵀ``; `items_of` chooses.
     """
-
-    def __init__(self, a: Tensor, g: Tensor, x: Tensor | None = None) -> None:
-        self._a, self._g, self._x = a, g, x
-
-    @classmethod
-    def of_weight_gradients(cls, x: Tensor) -> Items:
-        """From ``X`` itself, shape ``(K, N, q/K, p)``."""
-        return cls(x[:, :0], x[:, :0], x)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Items], *, same_inputs: bool) -> Items:
-        """All items together; with ``same_inputs`` the parts are directions of one batch."""
-        if len(parts) == 1:
-            return parts[0]
-        if parts[0]._x is not None:
-            return cls.of_weight_gradients(torch.cat([part._x for part in parts if part._x is not None], dim=1))
-        g = torch.cat([part._g for part in parts], dim=1)
-        if same_inputs:
-            return cls(parts[0]._a, g)
-        return cls(torch.cat([part._inputs for part in parts], dim=1), g)
-
-    @property
-    def _inputs(self) -> Tensor:
-        """``a`` for every direction, ``(K, M, T, p)``."""
-        times = self._g.shape[1] // self._a.shape[1]
-        return self._a if times == 1 else self._a.repeat(1, times, 1, 1)
-
-    @property
-    def _some(self) -> Tensor:
-        return self._a if self._x is None else self._x
-
-    @property
-    def groups(self) -> int:
-        """``K``."""
-        return len(self._some)
-
-    @property
-    def p(self) -> int:
-        """``p``."""
-        return self._some.shape[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the sums."""
-        return self._some.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the sums."""
-        return self._some.device
 
     def scaled(self, factor: float) -> Items:
         """The same, counting ``factor`` times as much."""
-        root = factor**0.5
-        return Items(self._a, self._g * root, None if self._x is None else self._x * root)
+
+    def identity(self) -> Tensor:
+        """The identity as ``A``, shape ``(K, p, p)``, in the sums' dtype and on their device."""
+
+    def matrices(self) -> Tensor:
+        """``X``, shape ``(K, M, q/K, p)``."""
 
     def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
         """The sum itself as Kronecker products, ``(m, K, q/K, q/K)`` and ``(m, K, p, p)``, if there are at most ``most``."""
-        if self._x is not None or self._a.shape[2] > 1 or self._a.shape[1] > most:
+
+    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+        """The leading pair, ``(G, A)`` up to how the scale is shared, where there is a cheaper way than `leading_pair`'s."""
+
+    def to_gradient(self, activation: Tensor) -> Tensor:
+        """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
+
+    def to_activation(self, gradient: Tensor) -> Tensor:
+        """``Σ Xᵀ G X``, shape ``(K, p, p)``."""
+
+
+class Pairs:
+    """Examples by ``a`` and ``g``, for few positions.
+
+    Args:
+        a: ``(K, N, T, p)``.
+        g: ``(K, M, T, q/K)``; ``M`` is ``N`` times the number of directions with the same inputs, direction by direction.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        self.a, self.g = a, g
+
+    @property
+    def positions(self) -> int:
+        """``T``."""
+        return self.a.shape[2]
+
+    @property
+    def directions(self) -> int:
+        """How many directions have the same inputs."""
+        return self.g.shape[1] // self.a.shape[1]
+
+    def inputs(self) -> Tensor:
+        """``a`` for every direction, ``(K, M, T, p)``."""
+        return _repeated(self.a, self.directions)
+
+    def scaled(self, factor: float) -> Pairs:
+        return Pairs(self.a, self.g * factor**0.5)
+
+    def identity(self) -> Tensor:
+        return _identity_for(self.a)
+
+    def matrices(self) -> Tensor:
+        return self.g.mT @ self.inputs()
+
+    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
+        n = self.a.shape[1]
+        if self.positions > 1 or n > most:
             return None
-        n = self._a.shape[1]
-        a, g = self._a[:, :, 0].transpose(0, 1), self._g[:, :, 0].transpose(0, 1)
+        a, g = self.a[:, :, 0].transpose(0, 1), self.g[:, :, 0].transpose(0, 1)
         gradients = (g.unsqueeze(3) * g.unsqueeze(2)).unflatten(0, (-1, n)).sum(0)
         activations = a.unsqueeze(3) * a.unsqueeze(2)
         norms = _norm(activations)
         return gradients * norms, activations / norms
 
-    def rank_one(self) -> tuple[Tensor, Tensor] | None:
-        """The pair itself, ``(G, A)``, where the sum has one term in the Kronecker space or is that of one matrix ``X``.
+    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+        if self.positions == 1:
+            return self._of_one_input() if self.a.shape[1] == 1 else self._by_weights(max_iter)
+        return _pair_of_one(self.matrices()) if self.g.shape[1] == 1 else None
 
-        One example with the weights used once is ``Σ_v g gᵀ ⊗ a aᵀ``; for one ``X = Σ s_i u_i v_iᵀ`` the leading pair
-        is ``s_1² u_1 u_1ᵀ ⊗ v_1 v_1ᵀ``.
-        """
-        if self._x is None and self._a.shape[1:3] == (1, 1):
-            a, g = self._a[:, 0], self._g[:, :, 0]
-            norm = a.square().sum(2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-            return (g.mT @ g) * norm, a.mT @ a / norm
-        x = self._x
-        if x is None and self._g.shape[1] == 1:
-            x = self._g.mT @ self._a
-        if x is None or x.shape[1] != 1:
-            return None
-        u, s, vh = torch.linalg.svd(x[:, 0], full_matrices=False)
-        left, right = u[:, :, :1] * s[:, None, :1], vh[:, :1]
-        return left @ left.mT, right.mT @ right
+    def _of_one_input(self) -> tuple[Tensor, Tensor]:
+        """The pair itself of one example with the weights used once, ``Σ_v g gᵀ ⊗ a aᵀ``."""
+        a, g = self.a[:, 0], self.g[:, :, 0]
+        norm = a.square().sum(2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+        return (g.mT @ g) * norm, a.mT @ a / norm
 
-    def by_weights(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+    def _by_weights(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
         """The pair by power iteration on the weights of the examples, where that is the cheaper space.
 
         With weights used once, all iterates are ``Σ_n α_n a_n a_nᵀ`` and ``Σ_n β_n g_n g_nᵀ``, and the maps are
         ``α = K_g β``, ``β = K_a α`` with the squared inner products of the examples: two small matrices. It goes on to
         rounding, which costs next to nothing.
         """
-        if self._x is not None or self._a.shape[2] > 1:
-            return None
-        (groups, n, _, p), q = self._a.shape, self._g.shape[3]
-        directions = self._g.shape[1] // n
+        a, g, directions = self.a[:, :, 0], self.g[:, :, 0], self.directions
+        (groups, n, p), q = a.shape, g.shape[2]
         if n**2 * (p + directions**2 * q) > 6 * n * (p**2 + directions * q**2):
             return None
-        a, g = self._a[:, :, 0], self._g[:, :, 0]
         by_input = (a @ a.mT).square_()
         by_gradient = (g @ g.mT).square_().view(groups, directions, n, directions, n).sum((1, 3))
         beta = torch.diagonal(by_input, dim1=1, dim2=2).sqrt().unsqueeze(2)  # from A = I
@@ -136,10 +125,46 @@ class Items:
         activation = (a * alpha).mT @ a
         return (g * beta.repeat(1, directions, 1)).mT @ g / _norm(activation) / _norm(activation), activation
 
-    def by_block(self) -> tuple[Tensor, Tensor] | None:
+    def to_gradient(self, activation: Tensor) -> Tensor:
+        kernel = _repeated(self.a @ activation.unsqueeze(1) @ self.a.mT, self.directions)  # (K, M, T, T)
+        mixed = kernel * self.g if self.positions == 1 else kernel @ self.g
+        return self.g.flatten(1, 2).mT @ mixed.flatten(1, 2)
+
+    def to_activation(self, gradient: Tensor) -> Tensor:
+        kernel = self.g @ gradient.unsqueeze(1)
+        kernel = (kernel * self.g).sum(3, keepdim=True) if self.positions == 1 else kernel @ self.g.mT  # (K, M, T, T)
+        kernel = kernel.unflatten(1, (self.directions, -1)).sum(1)
+        mixed = kernel * self.a if self.positions == 1 else kernel @ self.a
+        return self.a.flatten(1, 2).mT @ mixed.flatten(1, 2)
+
+
+class Matrices:
+    """Examples by ``X``, for many positions.
+
+    Args:
+        x: ``(K, M, q/K, p)``.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def scaled(self, factor: float) -> Matrices:
+        return Matrices(self._x * factor**0.5)
+
+    def identity(self) -> Tensor:
+        return _identity_for(self._x)
+
+    def matrices(self) -> Tensor:
+        return self._x
+
+    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
+        return None  # as a sum of Kronecker products an example has as many terms as X has singular values, squared
+
+    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+        return _pair_of_one(self._x) if self._x.shape[1] == 1 else self._by_block()
+
+    def _by_block(self) -> tuple[Tensor, Tensor] | None:
         """The pair from the whole rearranged block, for layers with so few outputs that it costs less than a few steps."""
-        if self._x is None:
-            return None
         groups, _, q, p = self._x.shape
         if q > min(p, 8) or groups * (q * p) ** 2 > 2**22:
             return None
@@ -154,27 +179,48 @@ class Items:
         return gradient * sign, activation * sign
 
     def to_gradient(self, activation: Tensor) -> Tensor:
-        """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
-        if self._x is not None:
-            return gradient_sum(self._x, activation)
-        kernel = self._a @ activation.unsqueeze(1) @ self._a.mT  # (K, N, T, T)
-        times = self._g.shape[1] // self._a.shape[1]
-        kernel = kernel if times == 1 else kernel.repeat(1, times, 1, 1)
-        mixed = kernel * self._g if kernel.shape[2] == 1 else kernel @ self._g
-        return self._g.flatten(1, 2).mT @ mixed.flatten(1, 2)
+        return gradient_sum(self._x, activation)
 
     def to_activation(self, gradient: Tensor) -> Tensor:
-        """``Σ Xᵀ G X``, shape ``(K, p, p)``."""
-        if self._x is not None:
-            return activation_sum(self._x, gradient)
-        if self._g.shape[2] == 1:
-            kernel = ((self._g @ gradient.unsqueeze(1)) * self._g).sum(3, keepdim=True)
-        else:
-            kernel = self._g @ gradient.unsqueeze(1) @ self._g.mT
-        times = self._g.shape[1] // self._a.shape[1]
-        kernel = kernel.unflatten(1, (times, -1)).sum(1)
-        mixed = kernel * self._a if kernel.shape[2] == 1 else kernel @ self._a
-        return self._a.flatten(1, 2).mT @ mixed.flatten(1, 2)
+        return activation_sum(self._x, gradient)
+
+
+def items_of(calls: Calls, grads: Sequence[Tensor]) -> Items:
+    """All examples of one direction, in the form that takes the least memory."""
+    p = calls.layer.shape[1]
+    g = calls.gradients(grads)
+    if once_per_example(calls, grads) or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
+        return Pairs(calls.activations(), g)
+    return Matrices(torch.cat([part.weight_gradients(part_grads) for part, part_grads in calls.parts(grads)], dim=1))
+
+
+def joined(parts: Sequence[Items], *, same_inputs: bool) -> Items:
+    """All items together; with ``same_inputs`` the parts are directions of one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [part for part in parts if isinstance(part, Pairs)]
+    if len(pairs) < len(parts) or len({part.positions for part in pairs}) > 1:  # sequences of several lengths
+        return Matrices(torch.cat([part.matrices() for part in parts], dim=1))
+    g = torch.cat([part.g for part in pairs], dim=1)
+    return Pairs(pairs[0].a if same_inputs else torch.cat([part.inputs() for part in pairs], dim=1), g)
+
+
+def _repeated(tensor: Tensor, times: int) -> Tensor:
+    """``(K, N, ·, ·)`` several times over along the examples."""
+    return tensor if times == 1 else tensor.repeat(1, times, 1, 1)
+
+
+def _identity_for(tensor: Tensor) -> Tensor:
+    """The identity ``(K, p, p)`` for ``(K, ..., p)``."""
+    groups, p = tensor.shape[0], tensor.shape[-1]
+    return torch.eye(p, dtype=tensor.dtype, device=tensor.device).expand(groups, p, p)
+
+
+def _pair_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading pair of one ``X = Σ s_i u_i v_iᵀ``, shape ``(K, 1, q/K, p)``: ``s_1² u_1 u_1ᵀ ⊗ v_1 v_1ᵀ``."""
+    u, s, vh = torch.linalg.svd(x[:, 0], full_matrices=False)
+    left, right = u[:, :, :1] * s[:, None, :1], vh[:, :1]
+    return left @ left.mT, right.mT @ right
 
 
 def leading_pair(
@@ -199,7 +245,7 @@ def leading_pair(
     loss = 0.0 if to_rounding else tol**2
     if 0 < loss < rounding:  # in double precision the residual tells the factors' error from there on
         loss = 0.0 if start.dtype == torch.float64 else rounding
-    direct = items.rank_one() or items.by_weights(max_iter) or items.by_block()
+    direct = items.direct(max_iter)
     if direct is not None:
         gradient, activation = direct
         norm = _norm(activation)
