@@ -12,11 +12,9 @@ the first 10,000 MNIST digits; all else, and LeNet-5 without it, noise of the ri
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import kronlaplace as kl
+from experiments.measure import Run, in_turn, peak_bytes, ratio
 from kronlaplace.demo.networks import lenet5
 from kronlaplace.demo.report import Column, Table
 
@@ -110,35 +108,6 @@ METHODS = {
 }
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(method, model, data, device):
-    synchronize(device)
-    start = time.perf_counter()
-    method(model, data)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(method, model, data, device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        method(model, data)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        method(model, data)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(np.cumsum([size for _, size in allocations]).max())
-
-
 def measure(name, device, repeats, data_dir):
     build, shape, n, batch_size = NETWORKS[name]
     torch.manual_seed(0)
@@ -153,17 +122,13 @@ def measure(name, device, repeats, data_dir):
     train(model, data)
     for method in METHODS.values():  # warm-up
         method(model, data[:2])
-    times = {key: [] for key in METHODS}
-    for _ in range(repeats):
-        for key, method in METHODS.items():
-            times[key].append(seconds(method, model, data, device))
-    peaks = {key: peak_bytes(method, model, data[:3], device) for key, method in METHODS.items()}
+    calls = {key: partial(method, model, data) for key, method in METHODS.items()}
+    times = in_turn({key: Run(call, repeats) for key, call in calls.items()}, device)
+    peaks = {key: peak_bytes(partial(method, model, data[:3]), device) for key, method in METHODS.items()}
     scores = {}
     for key in METHODS:
-        # Ratios run by run, so that a machine that drifts does not matter.
-        ratio = statistics.median(t / plain for t, plain in zip(times[key], times[PLAIN], strict=True))
-        row = statistics.median(times[key]), ratio, peaks[key] / 2**20, peaks[key] / peaks[PLAIN]
-        scores[key] = np.array([row])
+        time_ratio, memory_ratio = ratio(times[key], times[PLAIN]), peaks[key] / peaks[PLAIN]
+        scores[key] = np.array([[statistics.median(times[key]), time_ratio, peaks[key] / 2**20, memory_ratio]])
     return Table(COLUMNS, scores)
 
 

@@ -2,19 +2,16 @@
 
 import copy
 import io
-import json
 import pickle
 import random
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
+from experiments.measure import peak_bytes
 from tests.architectures import ARCHITECTURES
 from tests.networks import CASES, cnn, residual
 
@@ -253,18 +250,6 @@ def test_an_exception_in_the_network_changes_nothing(network):
 
 
 # -- memory --------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(run):
-    """The most that torch holds while something runs, above what was there before (as experiments/fit_cost.py)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(np.cumsum([size for _, size in allocations]).max())
 
 
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac", "kfoc", "ekfac", "diagonal"])

@@ -6,12 +6,12 @@ One forward pass, and one backward pass for each output, whose gradients every l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs
+from kronlaplace.batches import Inputs, tensors_of
 from kronlaplace.collect import Recorder, recording
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.laplace import terms as layer_terms
@@ -34,6 +34,7 @@ class Linearised:
         inverses: Their posterior covariances, by layer name.
         likelihood: Tells which axis of the outputs holds the classes.
         input_axis: The axis of the inputs that counts the examples.
+        kept: What was learnt about memory before, kept by the caller: numbers per example, by shapes of the inputs.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Linearised:
         inverses: Mapping[str, DampedInverse],
         likelihood: Likelihood,
         input_axis: int,
+        kept: dict[Hashable, int],
     ) -> None:
         self._model = model
         self._layers = layers
         self._inverses = inverses
         self._likelihood = likelihood
         self._input_axis = input_axis
+        self._kept = kept
 
     def outputs_and_covariance(
         self, x: Inputs, between: Between, *, differentiable: bool = False
@@ -67,17 +70,25 @@ class Linearised:
         """
         outputs, covariances = [], []
         n = x.count(self._input_axis)
-        start, chunk = 0, n if between is Between.EXAMPLES else _FIRST_CHUNK
+        one = x.examples(self._input_axis, 0, 1)
+        key = between, differentiable, tuple(tuple(t.shape) for t in tensors_of(one))
+        start = 0
         while start < n:
-            part = x.examples(self._input_axis, start, start + chunk)
-            f, covariance, kept_per_example = self._chunk(part, between, differentiable)
+            part = x.examples(self._input_axis, start, start + self._chunk_size(key, n, between))
+            f, covariance, self._kept[key] = self._chunk(part, between, differentiable)
             outputs.append(f)
             covariances.append(covariance)
-            start += chunk
-            chunk = max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(kept_per_example, 1)))
+            start += part.count(self._input_axis)
         if len(outputs) == 1:
             return outputs[0], covariances[0]
         return torch.cat(outputs), torch.cat(covariances)
+
+    def _chunk_size(self, key: Hashable, n: int, between: Between) -> int:
+        if between is Between.EXAMPLES:
+            return n
+        if key not in self._kept:
+            return _FIRST_CHUNK
+        return max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(self._kept[key], 1)))
 
     def _chunk(self, x: Inputs, between: Between, differentiable: bool) -> tuple[Tensor, Tensor, int]:
         terms: dict[str, Term] = {}

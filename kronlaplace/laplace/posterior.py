@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -104,6 +104,7 @@ class KronLaplace:
         self._mean: dict[str, Tensor] = {}
         self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
         self._cached_evidence: Evidence | None = None  # likewise
+        self._kept_per_example: dict[Hashable, int] = {}
         self.likelihood = resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
@@ -629,7 +630,12 @@ class KronLaplace:
     def _linearised(self, x: Any, between: Between, differentiable: bool = False) -> tuple[Tensor, Tensor]:
         inputs = self._checked(x, differentiable)
         network = Linearised(
-            self.model, self._layers, self.covariance(), self.likelihood, self.fisher.metadata.input_axis
+            self.model,
+            self._layers,
+            self.covariance(),
+            self.likelihood,
+            self.fisher.metadata.input_axis,
+            self._kept_per_example,
         )
         return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
