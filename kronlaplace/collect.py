@@ -5,7 +5,8 @@ from a hook on the layer's output *tensor*, not from a module's full backward ho
 so networks work unmodified: in-place activations, residual connections, any code between the layers. Modules that hide
 their layers in one fused call (recurrent layers, attention) run written out while a pass is recorded.
 
-Only output gradients are computed, never weight gradients, and each is handed on and freed as soon as it is there.
+Only output gradients are computed, never weight gradients, and each is handed on and freed as soon as it is there. On
+which axis of a call the examples are is found out in `example_axes`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kronlaplace.batches import Inputs, device_of, tensors_of, with_one_more
+from kronlaplace.batches import Inputs, device_of, tensors_of
+from kronlaplace.example_axes import ExampleAxes, UnknownAxisError
 from kronlaplace.layers import Call, Calls, Layer, written_out
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
@@ -61,10 +63,6 @@ class OutputGradients(BackpropExtension):  # type: ignore[misc]  # BackPACK is n
         return False
 
 
-class _UnknownAxisError(Exception):
-    """A call's shapes do not tell which axis the examples are on."""
-
-
 class Recorder:
     """One forward pass at a time, and any number of backward passes through it. Made by `recording`."""
 
@@ -80,19 +78,15 @@ class Recorder:
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
-        self._copies: list[Tensor] = []
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._muted = False
-        self._n_examples = 0
-        self._axes: _Axes | None = None
-        self._shapes: list[tuple[str, Tensor]] | None = None
-        self._input_storages: set[int] = set()
+        self._axes = ExampleAxes()
 
     @property
     def input_axis(self) -> int:
         """The axis of the inputs that counts the examples."""
-        return 0 if self._axes is None else self._axes.inputs
+        return self._axes.input_axis
 
     @property
     def calls(self) -> dict[str, Calls]:
@@ -120,15 +114,11 @@ class Recorder:
             inputs = inputs if self._differentiable else _ordinary(inputs)
             try:
                 outputs = self._record(inputs)
-            except _UnknownAxisError:
-                self._axes, plain = self._look_for_axes(inputs)
-                try:
-                    outputs = self._record_with_copies(inputs, self._axes, plain)
-                except _UnknownAxisError as error:
-                    raise NotImplementedError(str(error)) from None
-        if outputs.ndim == 0 or len(outputs) != self._n_examples:
+            except UnknownAxisError:
+                outputs = self._record_in_doubt(inputs)
+        if outputs.ndim == 0 or len(outputs) != self._axes.n_examples:
             raise ValueError(
-                f"the model must return one row of outputs per example; for {self._n_examples} examples it returned "
+                f"the model must return one row of outputs per example; for {self._axes.n_examples} examples it returned "
                 f"outputs of shape {tuple(outputs.shape)}. Keep the examples on the first axis of inputs and outputs."
             )
         if not outputs.requires_grad:
@@ -184,17 +174,7 @@ class Recorder:
     def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Gradients of all blocks' parameters along a direction as autograd has them, by block as ``W̄``; keeps the graph."""
         parameters = [p for layer in self._layers for p in layer.parameters.values()]
-        self._muted = True
-        try:
-            grads = torch.autograd.grad(
-                outputs,
-                parameters,
-                grad_outputs=direction.reshape(outputs.shape),
-                retain_graph=True,
-                allow_unused=True,
-            )
-        finally:
-            self._muted = False
+        grads = self._unreported(outputs, parameters, direction.reshape(outputs.shape))
         filled = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
         del grads
         return (
@@ -205,7 +185,7 @@ class Recorder:
         """Forget the last pass."""
         self._calls = {}
         self._sources = []
-        self._copies = []
+        self._axes.clear()
         self._outputs = {}
         self._grads = {}
 
@@ -217,40 +197,26 @@ class Recorder:
     def _record(self, inputs: Inputs) -> Tensor:
         self.clear()
         self._calls = {layer.name: [] for layer in self._layers}
-        self._n_examples = inputs.count(self.input_axis)
-        self._input_storages = {t.untyped_storage().data_ptr() for t in tensors_of(inputs)}
+        self._axes.begin(inputs)
         return self._run(inputs)
 
-    def _record_with_copies(self, inputs: Inputs, axes: _Axes, plain: Tensor) -> Tensor:
-        """`_record`, where some calls may be the same for all examples and each example gets a copy of its own.
+    def _record_in_doubt(self, inputs: Inputs) -> Tensor:
+        """`_record`, after a look at where the examples are."""
+        plain = self._axes.look(self._run, inputs)
+        try:
+            return self._axes.record(partial(self._record, inputs), self._unreported, plain)
+        except UnknownAxisError as error:
+            raise NotImplementedError(str(error)) from None
 
-        The copies go on a new first axis, or on one of length 1 that is there. Which of them the network means is seen in
-        its outputs: they must not change, and depend on no other example's copies.
-        """
-        if not axes.shared():
-            return self._record(inputs)
-        for axes.copies_on_new_axis in (False, True):
-            try:
-                outputs = self._record(inputs)
-            except (RuntimeError, ValueError, IndexError):
-                continue  # the network does not bear copies there
-            same = outputs.shape == plain.shape and torch.allclose(outputs, plain, rtol=1e-3, atol=1e-5, equal_nan=True)
-            if same and self._copies_are_their_own(outputs):
-                return outputs
-        raise NotImplementedError(
-            f"layers {axes.shared()} get an input that is the same for all examples, and the network does not bear a copy "
-            "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
-            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them."
-        )
-
-    def _copies_are_their_own(self, outputs: Tensor) -> bool:
-        """Whether the first example's outputs depend on no other example's copies."""
+    def _unreported(
+        self, outputs: Tensor, tensors: Sequence[Tensor], direction: Tensor | None = None
+    ) -> Sequence[Tensor | None]:
+        """Gradients as autograd has them, past the receiver; keeps the graph."""
         self._muted = True
         try:
-            grads = torch.autograd.grad(outputs[0].sum(), self._copies, retain_graph=True, allow_unused=True)
+            return torch.autograd.grad(outputs, tensors, grad_outputs=direction, retain_graph=True, allow_unused=True)
         finally:
             self._muted = False
-        return not any(bool(grad[1:].any()) for grad in grads if grad is not None)
 
     def _run(self, inputs: Inputs) -> Tensor:
         try:
@@ -269,19 +235,15 @@ class Recorder:
     ) -> Tensor | None:
         """Forward hook: report the call, with the examples on the first axis; may have to give the output that axis."""
         x = args[0] if args else kwargs["input"]
-        if self._shapes is not None:
-            self._shapes.append((layer.name, x.detach()))
+        if self._axes.looking:
+            self._axes.see(layer, x)
             return None
-        axis, fold = self._example_axis(layer, x)
-        if axis is None:  # the same for all examples: each gets a copy of its own
-            assert self._axes is not None
-            if output.shape[0] != 1 or self._axes.copies_on_new_axis:
-                x, output = x[None], output[None]
-            copies = output.expand(self._n_examples, *output.shape[1:])
-            self._report(layer, x.expand(self._n_examples, *x.shape[1:]), copies, module)
-            self._copies.append(copies)
-            return copies
-        self._report(layer, x, output, module, axis, fold)
+        place = self._axes.of_call(layer, len(self._calls[layer.name]), x)
+        if place is None:
+            x, output = self._axes.copied(x, output)
+            self._report(layer, x, output, module)
+            return output
+        self._report(layer, x, output, module, *place)
         return None
 
     def _report(
@@ -329,78 +291,10 @@ class Recorder:
 
     def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
-        if self._shapes is not None:
+        if self._axes.looking:
             return
-        if len(x) != self._n_examples:
-            raise _UnknownAxisError(
-                f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {self._n_examples} examples. Keep the "
-                f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
-                "with layers=[...]."
-            )
+        self._axes.check_first(layer, module, x)
         self._report(layer, x, output, module, is_source=True)
-
-    def _example_axis(self, layer: Layer, x: Tensor) -> tuple[int | None, int]:
-        """On which axis the examples are (None: the input is the same for all), and how many rows there are for each."""
-        n = self._n_examples
-        index = len(self._calls[layer.name])
-        complaint = (
-            f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
-            f"{n} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the examples on "
-            "the first axis (x[None] for one), or leave the layer out with layers=[...]."
-        )
-        if not layer.is_input(x):
-            raise NotImplementedError(complaint)
-        if self._axes is not None and (layer.name, index) in self._axes.calls:
-            axis, fold = self._axes.calls[layer.name, index]
-            if axis is None or x.shape[axis] == n * fold:
-                return axis, fold
-        candidates = layer.example_axes(x)
-        lookup = not x.is_floating_point()
-        clear = candidates and x.shape[candidates[0]] == n and all(x.shape[axis] != n for axis in candidates[1:])
-        # Whatever comes neither from the inputs nor from a layer that was seen may be the same for all examples.
-        unknown = not x.requires_grad and x.untyped_storage().data_ptr() not in self._input_storages
-        if not clear or unknown or (lookup and x.ndim == 1):
-            raise _UnknownAxisError(complaint)
-        return candidates[0], 1
-
-    def _look_for_axes(self, inputs: Inputs) -> tuple[_Axes, Tensor]:
-        """Run the network on one example more: the axes that grow are those of the examples. Also returns its outputs."""
-        before, outputs = self._shapes_of(inputs)
-        n = len(outputs)
-        for input_axis in (0, 1):
-            if tensors_of(inputs)[0].ndim <= input_axis or inputs.count(input_axis) != n:
-                continue
-            after, more = self._shapes_of(with_one_more(inputs, input_axis))
-            if len(more) == n + 1:
-                break
-        else:
-            raise ValueError(
-                f"the model must return one row of outputs per example; for inputs of shape "
-                f"{[tuple(t.shape) for t in tensors_of(inputs)]} it returned outputs of shape {tuple(outputs.shape)}."
-            )
-        axes = _Axes(input_axis, {})
-        if [name for name, _ in before] != [name for name, _ in after]:
-            return axes, outputs  # control flow that depends on the data: only what is clear from shapes can be used
-        counts: dict[str, int] = {}
-        for (name, x), (_, y) in zip(before, after, strict=True):
-            index = counts.get(name, 0)
-            counts[name] = index + 1
-            grown = [axis for axis in range(x.ndim) if x.shape[axis] != y.shape[axis]]
-            if not grown:
-                axes.calls[name, index] = None, 1
-            elif len(grown) == 1 and x.shape[grown[0]] % n == 0:
-                fold = x.shape[grown[0]] // n
-                first = y.narrow(grown[0], 0, x.shape[grown[0]])
-                if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
-                    axes.calls[name, index] = grown[0], fold
-        return axes, outputs
-
-    def _shapes_of(self, inputs: Inputs) -> tuple[list[tuple[str, Tensor]], Tensor]:
-        self._shapes = []
-        try:
-            return self._shapes, self._run(inputs).detach()
-        finally:
-            self._shapes = None
 
 
 class _BlockReport:
@@ -417,19 +311,6 @@ class _BlockReport:
 
     def probe(self, slot: int, zeros: Tensor) -> Tensor:
         return zeros.requires_grad_() if slot in self._layers else zeros
-
-
-class _Axes:
-    """Where the examples are: the axis of the inputs, and for every call of every layer the axis and the fold."""
-
-    def __init__(self, inputs: int, calls: dict[tuple[str, int], tuple[int | None, int]]) -> None:
-        self.inputs = inputs
-        self.calls = calls
-        self.copies_on_new_axis = False
-
-    def shared(self) -> list[str]:
-        """Layers with a call whose input is the same for all examples."""
-        return list(dict.fromkeys(name for (name, _), (axis, _) in self.calls.items() if axis is None))
 
 
 @contextmanager

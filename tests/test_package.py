@@ -53,6 +53,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "likelihoods",
         "batches",
         "layers",
+        "example_axes",
         "collect",
         "blocks",
         "coverage",

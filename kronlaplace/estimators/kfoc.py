@@ -15,12 +15,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import (
-    add_pair_sums,
-    add_row_sums,
-    frobenius,
-    squeezed,
-)
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, frobenius, squeezed
 from kronlaplace.estimators.power import Items, best_of_krylov, compress, items_of, joined, leading_pair, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.layers import Calls, Layer

@@ -1,0 +1,207 @@
+"""Finding out on which axis the examples are in each call of each layer.
+
+Mostly the shapes tell. Where they leave a doubt the network runs once more as it is and once on one example more: the axes
+that grow are the ones. Positions folded into the first axis (``x.reshape(N * T, F)``) are told apart from time-first ones
+by their values. An input that does not grow is the same for all examples (position embeddings of ``arange(T)``), and
+each example gets a copy of the call's output of its own, so that gradients belong to examples there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace.batches import Inputs, tensors_of, with_one_more
+from kronlaplace.layers import Layer
+
+__all__ = ["ExampleAxes", "Gradients", "Place", "UnknownAxisError"]
+
+Place = tuple[int, int] | None
+"""The axis that the examples are on in a call, and how many rows of it each has; None if the call is the same for all."""
+
+Gradients = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
+"""Gives the gradients of a number with respect to tensors; the graph is kept."""
+
+
+class UnknownAxisError(Exception):
+    """A call's shapes do not tell which axis the examples are on."""
+
+
+class ExampleAxes:
+    """Where the examples are, in the inputs and in every call of every layer.
+
+    A forward pass starts with `begin` and asks `of_call` for every call. If that raises `UnknownAxisError` the pass is given
+    up, `look` finds out, and `record` does the pass again. What was found is kept for the passes that follow.
+    """
+
+    def __init__(self) -> None:
+        self.input_axis = 0
+        """The axis of the inputs that counts the examples."""
+        self.n_examples = 0
+        """Number of examples in the pass."""
+        self._found: dict[tuple[str, int], Place] = {}  # by layer name and number of the call
+        self._input_storages: set[int] = set()
+        self._copies: list[Tensor] = []
+        self._copies_on_new_axis = False
+        self._seen: list[tuple[str, Tensor]] | None = None
+
+    def begin(self, inputs: Inputs) -> None:
+        """A forward pass on these inputs begins."""
+        self.clear()
+        self.n_examples = inputs.count(self.input_axis)
+        self._input_storages = {t.untyped_storage().data_ptr() for t in tensors_of(inputs)}
+
+    def clear(self) -> None:
+        """Let go of the last pass."""
+        self._copies = []
+
+    def of_call(self, layer: Layer, index: int, x: Tensor) -> Place:
+        """Where the examples are in a layer's call number ``index`` with input ``x``.
+
+        Raises:
+            NotImplementedError: If the layer cannot have an input of this shape.
+            UnknownAxisError: If it takes a look.
+        """
+        n = self.n_examples
+        if not layer.is_input(x):
+            raise NotImplementedError(self._complaint(layer, x))
+        if (layer.name, index) in self._found:
+            place = self._found[layer.name, index]
+            if place is None or x.shape[place[0]] == n * place[1]:
+                return place
+        candidates = layer.example_axes(x)
+        told = candidates and x.shape[candidates[0]] == n and all(x.shape[axis] != n for axis in candidates[1:])
+        # Whatever comes neither from the inputs nor from a layer that was seen may be the same for all examples.
+        unknown = not x.requires_grad and x.untyped_storage().data_ptr() not in self._input_storages
+        lookup = not x.is_floating_point()
+        if not told or unknown or (lookup and x.ndim == 1):
+            raise UnknownAxisError(self._complaint(layer, x))
+        return candidates[0], 1
+
+    def check_first(self, layer: Layer, module: nn.Module, x: Tensor) -> None:
+        """Make sure that the examples are on the first axis, for a call of a module that runs written out.
+
+        Raises:
+            UnknownAxisError: If the first axis has another length.
+        """
+        if len(x) != self.n_examples:
+            raise UnknownAxisError(
+                f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {self.n_examples} examples. Keep the "
+                f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
+                "with layers=[...]."
+            )
+
+    def copied(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of a call that is the same for all examples, with a copy for each on the first axis."""
+        if output.shape[0] != 1 or self._copies_on_new_axis:
+            x, output = x[None], output[None]
+        x, output = (t.expand(self.n_examples, *t.shape[1:]) for t in (x, output))
+        self._copies.append(output)
+        return x, output
+
+    @property
+    def looking(self) -> bool:
+        """Whether `look` is running the network: then calls are shown to `see` and nothing else is done."""
+        return self._seen is not None
+
+    def see(self, layer: Layer, x: Tensor) -> None:
+        """Take note of a call's input while `looking`."""
+        assert self._seen is not None
+        self._seen.append((layer.name, x.detach()))
+
+    def look(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """Run the network on one example more: the axes that grow are those of the examples.
+
+        Args:
+            run: Calls the network; all calls of layers must come to `see`.
+            inputs: The inputs.
+
+        Returns:
+            The outputs for ``inputs``, without a graph.
+
+        Raises:
+            ValueError: If the outputs do not grow with the inputs.
+        """
+        before, outputs = self._watched(run, inputs)
+        n = len(outputs)
+        for input_axis in (0, 1):
+            if tensors_of(inputs)[0].ndim <= input_axis or inputs.count(input_axis) != n:
+                continue
+            after, more = self._watched(run, with_one_more(inputs, input_axis))
+            if len(more) == n + 1:
+                break
+        else:
+            raise ValueError(
+                f"the model must return one row of outputs per example; for inputs of shape "
+                f"{[tuple(t.shape) for t in tensors_of(inputs)]} it returned outputs of shape {tuple(outputs.shape)}."
+            )
+        self.input_axis, self._found = input_axis, {}
+        if [name for name, _ in before] != [name for name, _ in after]:
+            return outputs  # control flow that depends on the data: only what is clear from shapes can be used
+        counts: dict[str, int] = {}
+        for (name, x), (_, y) in zip(before, after, strict=True):
+            index = counts.get(name, 0)
+            counts[name] = index + 1
+            grown = [axis for axis in range(x.ndim) if x.shape[axis] != y.shape[axis]]
+            if not grown:
+                self._found[name, index] = None
+            elif len(grown) == 1 and x.shape[grown[0]] % n == 0:
+                fold = x.shape[grown[0]] // n
+                first = y.narrow(grown[0], 0, x.shape[grown[0]])
+                if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
+                    self._found[name, index] = grown[0], fold
+        return outputs
+
+    def record(self, attempt: Callable[[], Tensor], gradients: Gradients, plain: Tensor) -> Tensor:
+        """Do the forward pass with what `look` has found; where calls are the same for all examples, with copies.
+
+        The copies go on a new first axis, or on one of length 1 that is there. Which of them the network means is seen in
+        its outputs: they must not change, and depend on no other example's copies.
+
+        Args:
+            attempt: Does the forward pass.
+            gradients: Gradients through that pass.
+            plain: The outputs without copies.
+
+        Raises:
+            NotImplementedError: If the network bears no copies.
+        """
+        shared = list(dict.fromkeys(name for (name, _), place in self._found.items() if place is None))
+        if not shared:
+            return attempt()
+        for on_new_axis in (False, True):
+            self._copies_on_new_axis = on_new_axis
+            try:
+                outputs = attempt()
+            except (RuntimeError, ValueError, IndexError):
+                continue  # the network does not bear copies there
+            same = outputs.shape == plain.shape and torch.allclose(outputs, plain, rtol=1e-3, atol=1e-5, equal_nan=True)
+            if same and self._are_their_own(gradients(outputs[0].sum(), self._copies)):
+                return outputs
+        raise NotImplementedError(
+            f"layers {shared} get an input that is the same for all examples, and the network does not bear a copy "
+            "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
+            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them."
+        )
+
+    @staticmethod
+    def _are_their_own(grads: Sequence[Tensor | None]) -> bool:
+        """Whether the first example's outputs, whose gradients at the copies these are, depend on its own only."""
+        return not any(bool(grad[1:].any()) for grad in grads if grad is not None)
+
+    def _watched(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        """Every call's layer and input, in order, and the outputs."""
+        self._seen = []
+        try:
+            return self._seen, run(inputs).detach()
+        finally:
+            self._seen = None
+
+    def _complaint(self, layer: Layer, x: Tensor) -> str:
+        return (
+            f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
+            f"{self.n_examples} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the "
+            "examples on the first axis (x[None] for one), or leave the layer out with layers=[...]."
+        )
