@@ -501,3 +501,25 @@ def test_a_list_that_does_not_say_how_it_decays():
     estimate(made, Lists())
     with pytest.raises(AssertionError, match="Lists must say how its 'seen' decays"):
         average(made, Lists(), batches(made))
+
+
+@pytest.mark.parametrize("lengths", [(2, 30), (30, 2), (1, 2), (30, 2, 30)])
+def test_batches_of_sequences_of_different_lengths(lengths):
+    """K-FOC keeps short sequences as pairs and long ones as products; both together are the nearest Kronecker product."""
+
+    class Averaged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = torch.nn.Linear(6, 5)
+            self.out = torch.nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.token(x)).mean(1))
+
+    torch.manual_seed(0)
+    model = Averaged().double()
+    data = [(torch.randn(4, length, 6).double(), torch.randint(2, (4,))) for length in lengths]
+    full = kl.estimate_fisher(model, data, "classification", kl.KFOC(aggregation="full", **CONVERGED))
+    swept = kl.estimate_fisher(model, data, "classification", kl.KFOC(sweeps=40))
+    for name in full:
+        torch.testing.assert_close(full[name].to_dense(), swept[name].to_dense(), rtol=1e-7, atol=1e-10)
