@@ -11,7 +11,7 @@ and a change of damping costs only new eigenvalues. With the factors of a block 
 | `TraceRestricted` | ``(√δ d_G / tr G + √λ) (√δ d_A / tr A + √λ)`` | TKFAC Eq. 5.15 |
 | `TraceRestrictedAuto` | ``(√δ̃ d_G / tr G + δ̃ / q) (√δ̃ d_A / tr A + δ̃ / p)``, ``δ̃ = max(ν, δ)`` | TKFAC Eq. 5.16–5.17 |
 
-Layers with groups of rows are damped group by group.
+Kronecker blocks with groups of rows are damped group by group.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from kronlaplace.blocks import Block, KroneckerBlock, decompose
 from kronlaplace.inversion import DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.options import positive_number
+
+_CONVOLUTION = "ConvolutionLayer"
+"""In `FisherMetadata.layer_types`."""
 
 __all__ = [
     "DampedInverse",
@@ -243,8 +246,10 @@ class TraceRestrictedAuto(_ByFactor):
         ratios = [(trace.clamp_min(self.minimum) / trace).flatten() for trace in traces]
         found = [float(ratio) for ratio in torch.cat([torch.ones(1), *(r.cpu() for r in ratios)]) if ratio < math.inf]
         others = _Expanded(self.minimum, max(found))
-        convolutions = {row.layer for row in blocks.coverage() if row.module.startswith("Conv")}
-        return {name: (self if name in convolutions else others).invert(block) for name, block in blocks.items()}
+        types = blocks.metadata.layer_types
+        return {
+            name: (self if types.get(name) == _CONVOLUTION else others).invert(block) for name, block in blocks.items()
+        }
 
     @property
     def _smallest(self) -> float:

@@ -132,6 +132,7 @@ def estimate_fisher(
         settings=estimator_to_metadata(estimator),
         input_axis=input_axis,
         ema_decay=ema_decay,
+        layer_types={layer.name: type(layer).__name__ for layer in search.layers},
     )
     return KroneckerFisher(blocks, n_examples, metadata, statistics)
 

@@ -38,6 +38,7 @@ class FisherMetadata:
         coverage: What has a block and what has none.
         input_axis: The axis of the network's inputs that counts the examples.
         ema_decay: Decay of the moving average, None for a plain mean.
+        layer_types: Which class of `kronlaplace.layers` each layer is of, by name.
     """
 
     likelihood: Likelihood
@@ -51,6 +52,7 @@ class FisherMetadata:
     settings: dict[str, Any] = field(default_factory=dict)
     input_axis: int = 0
     ema_decay: float | None = None
+    layer_types: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -66,6 +68,7 @@ class FisherMetadata:
             "settings": self.settings,
             "input_axis": self.input_axis,
             "ema_decay": self.ema_decay,
+            "layer_types": self.layer_types,
         }
 
     @classmethod
@@ -83,6 +86,7 @@ class FisherMetadata:
             settings=values.get("settings", {"name": values["estimator"]}),
             input_axis=values.get("input_axis", 0),
             ema_decay=values.get("ema_decay"),
+            layer_types=values.get("layer_types", {}),
         )
 
 

@@ -18,7 +18,7 @@ from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
-from kronlaplace.inversion import DampedInverse
+from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
@@ -236,6 +236,8 @@ class KronLaplace:
         if isinstance(data, KroneckerFisher):
             raise TypeError("a ready-made Fisher is given by name: fit(fisher=...).")
         likelihood = self.likelihood
+        if add and self._fisher is not None:
+            likelihood = self._fisher.metadata.likelihood  # with the noise of that fit; it may have been tuned since
         if fisher is None:
             assert data is not None
             fisher = estimate_fisher(
@@ -301,6 +303,18 @@ class KronLaplace:
             noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
             scale = fisher.n_examples / self.temperature * noise_rescaling(fisher, noise)
             precisions = precision_by_layer(self.prior_precision, [block.shape for block in fisher.values()])
+            inexact = [
+                f"{name!r} ({precision.numel():,} weights)"
+                for (name, block), precision in zip(fisher.items(), precisions, strict=True)
+                if precision.ndim and not PlusDiagonal(block).exact
+            ]
+            if inexact:
+                warnings.warn(
+                    f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
+                    f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
+                    "layer, or the estimator kl.Diagonal().",
+                    stacklevel=2,
+                )
             self._covariance = {
                 name: Tikhonov(precision).invert(block.scaled(scale))
                 for (name, block), precision in zip(fisher.items(), precisions, strict=True)
