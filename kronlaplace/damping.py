@@ -30,9 +30,6 @@ from kronlaplace.inversion import DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.options import positive_number
 
-_CONVOLUTION = "ConvolutionLayer"
-"""In `FisherMetadata.layer_types`."""
-
 __all__ = [
     "DampedInverse",
     "Damping",
@@ -41,6 +38,9 @@ __all__ = [
     "TraceRestricted",
     "TraceRestrictedAuto",
 ]
+
+_CONVOLUTION = "ConvolutionLayer"
+"""In `FisherMetadata.layer_types`."""
 
 
 class Damping(ABC):
