@@ -22,6 +22,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.example_axes import ExampleAxes, UnknownAxisError
@@ -220,7 +221,12 @@ class Recorder:
 
     def _run(self, inputs: Inputs) -> Tensor:
         try:
-            return inputs.run(self._model)
+            if not self._differentiable:
+                return inputs.run(self._model)
+            # Copies of the parameters take the gradients that are none of the user's; fused attention has no second ones.
+            copies = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self._model.named_parameters()}
+            with sdpa_kernel(SDPBackend.MATH):
+                return inputs.run(self._model, copies)
         except RuntimeError as error:
             dtype = next(iter(self._layers[0].parameters.values())).dtype
             given = [t.dtype for t in tensors_of(inputs) if t.is_floating_point()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +67,35 @@ def mean_over_samples(
     """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, shape ``(..., C)``."""
     noise = torch.randn(n_samples, *mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     if is_whole(mean, covariance):
-        # An eigendecomposition, not a Cholesky: a functional covariance is often singular.
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
         samples = mean + torch.einsum("...cd,s...d->s...c", root, noise)
     else:
-        samples = mean + noise * covariance.clamp_min(0).sqrt()
+        positive = covariance > 0  # the root of zero has no derivative
+        samples = mean + noise * torch.where(positive, covariance, 1).sqrt() * positive
     return inverse_link(samples, dim=-1).mean(0)
+
+
+class _SymmetricRoot(torch.autograd.Function):
+    """``U √λ Uᵀ`` of positive semidefinite matrices ``(..., C, C)``.
+
+    A functional covariance is often singular, so it is no Cholesky factor; and the symmetric root does not depend on sign
+    and order of the eigenvectors. Its derivative is ``dΣ_ij / (√λ_i + √λ_j)`` in the eigenbasis, zero where both are zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(covariance)
+        rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
+        roots = torch.where(values > rounding, values, 0).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        roots, vectors = ctx.saved_tensors
+        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+        inside = vectors.mT @ (gradient + gradient.mT) @ vectors / 2
+        return vectors @ torch.where(sums > 0, inside / sums, 0) @ vectors.mT
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -85,10 +108,11 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     n_classes = mean.shape[-1]
     row = covariance.sum(-1) if is_whole(mean, covariance) else covariance
     # The floor is for a covariance that lies on Σ_c f_c = 0 already, up to rounding.
-    floor = torch.finfo(mean.dtype).eps * variance.sum(-1, keepdim=True)
+    eps = torch.finfo(mean.dtype).eps
+    floor = (eps * variance.sum(-1, keepdim=True)).clamp_min(eps**2)
     total = torch.maximum(row.sum(-1, keepdim=True), floor)
     mean = mean - row * (mean.sum(-1, keepdim=True) / total)
-    variance = (variance - row.square() / total).clamp_min(torch.finfo(mean.dtype).eps)
+    variance = (variance - row.square() / total).clamp_min(eps)
     # α_k = (1 − 2/C + e^{f_k} / C² · Σ_l e^{−f_l}) / v_k, normalised; the log keeps e^{f_k − f_l} finite.
     log_ratio = mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(n_classes)
     offset = torch.full_like(log_ratio, 1 - 2 / n_classes).log()

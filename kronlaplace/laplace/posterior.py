@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, device_of, is_loader, iterate, preserved_random_state, tensors_of
+from kronlaplace.batches import Inputs, Rewind, device_of, is_loader, iterate, preserved_random_state, tensors_of
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
 from kronlaplace.damping import Tikhonov
@@ -216,7 +217,7 @@ class KronLaplace:
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
                 may have more blocks than the posterior has layers; `estimator` becomes the one that it was made with.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
-                fit to all of them; possible for `KFAC`, `SUA`, `TKFAC`, `Diagonal`, `ExactBlock`.
+                fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
                 matrix; ``"mc"`` is cheaper where there are many outputs.
             mc_samples: As in `estimate_fisher`.
@@ -478,10 +479,10 @@ class KronLaplace:
         if is_loader(x):
             if joint:
                 raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
-            return torch.cat(
-                [self._linearised(part, between, differentiable)[1] for part in self._batches(x, progress)]
-            )
-        covariance = self._linearised(x, between, differentiable)[1]
+            parts = [self._linearised(part, between, differentiable)[1] for part in self._batches(x, progress)]
+        else:
+            parts = [self._linearised(x, between, differentiable)[1]]
+        covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
     def predict(
@@ -543,14 +544,16 @@ class KronLaplace:
         if predictive.samples:
             inputs = self._checked(x, differentiable)
             sampler = self._sampler(predictive.seed, predictive.antithetic)
-            with torch.set_grad_enabled(differentiable):
+            with _gradients(differentiable):
                 return sampler.predict(self.model, self.likelihood, inputs, predictive.draws)
         f, covariance = self._linearised(x, predictive.between(self.likelihood), differentiable)
-        return predictive.linearised(f, covariance, self.likelihood)
+        with _gradients(differentiable):
+            return predictive.linearised(f, covariance, self.likelihood)
 
     def _predict_jointly(self, x: Any, predictive: Predictive, differentiable: bool) -> JointPrediction:
         f, covariance = self._linearised(x, Between.EXAMPLES, differentiable)
-        marginal = predictive.linearised(f, covariance.diagonal().view(f.shape), self.likelihood)
+        with _gradients(differentiable):
+            marginal = predictive.linearised(f, covariance.diagonal().view(f.shape), self.likelihood)
         assert isinstance(marginal, Prediction)
         if marginal.mean.shape != f.shape:  # the outputs are means and log-variances
             of_means = torch.arange(f.numel(), device=f.device).view(f.shape)[:, : marginal.mean.shape[1]].flatten()
@@ -651,14 +654,15 @@ class KronLaplace:
             self.fisher.metadata.input_axis,
             self._kept_per_example,
         )
-        return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
+        with _gradients(differentiable):
+            return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
     def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
         return WeightSampler(self._layers, self._mean, self.covariance(), generator, antithetic)
 
     def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
-        with preserved_random_state(device_of(self.model)):
+        with preserved_random_state(device_of(self.model)), Rewind(data):
             for batch in iterate(data, device_of(self.model), progress=progress, description="Predicting"):
                 yield batch.inputs.value
 
@@ -681,6 +685,13 @@ class KronLaplace:
             if device.type == "cpu" and t.is_floating_point() and not torch.isfinite(t).all():
                 raise ValueError("the inputs contain NaN or infinite values.")
         return inputs.map(lambda t: t.to(device))
+
+
+@contextmanager
+def _gradients(wanted: bool) -> Iterator[None]:
+    """Record a graph or not, wherever the caller is."""
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
 
 
 def _positive(value: float | Tensor, name: str) -> float | Tensor:

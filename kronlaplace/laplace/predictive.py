@@ -67,6 +67,10 @@ class Predictive:
             raise ValueError(
                 f'n_samples={self.n_samples} would have no effect: draws are made with method="sample" or link="mc".'
             )
+        if self.diagonal and self.link not in (Link.MC, Link.BRIDGE):
+            raise ValueError(
+                'diagonal=True would have no effect: only link="mc" and link="bridge" use covariances between classes.'
+            )
         if self.antithetic and not self.samples:
             raise ValueError('antithetic=True would have no effect: weights are drawn with method="sample" only.')
         if self.antithetic and self.draws % 2:

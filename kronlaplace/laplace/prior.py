@@ -94,7 +94,7 @@ def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
     Args:
         value: One number for all weights; one per weight, as the row-major flattened matrices of all blocks joined, shape
             ``(P,)``; or ``{parameter name: tensor of its shape}``, such as a state dict, of which only the parameters with a
-            posterior are looked at.
+            posterior are looked at. (The two biases of recurrent layers act through their sum, whose mean is the sum.)
         layers: The layers.
 
     Raises:
@@ -104,6 +104,7 @@ def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
     shapes = [layer.shape for layer in layers]
     if isinstance(value, Mapping):
         means = _from_parameters(value, layers, "prior_mean")
+        means = [_with_redundant(mean, layer, value) for mean, layer in zip(means, layers, strict=True)]
     elif isinstance(value, Tensor) and value.ndim == 1:
         count = sum(map(math.prod, shapes))
         if len(value) != count:
@@ -132,6 +133,15 @@ def _from_parameters(values: Mapping[str, Tensor], layers: Sequence[Layer], what
                 raise ValueError(f"{what} of {name!r} must be a tensor of shape {tuple(parameter.shape)}, got {got}.")
         matrices.append(layer.assemble({name: values[name].to(layer.device) for name in layer.parameters}))
     return matrices
+
+
+def _with_redundant(mean: Tensor, layer: Layer, values: Mapping[str, Tensor]) -> Tensor:
+    """Add the mean of a parameter that acts only through its sum with the block's last column (recurrent biases)."""
+    for name in layer.redundant:
+        if name in values:
+            last = (mean[:, -1] + values[name].to(mean)).unsqueeze(1)
+            mean = torch.cat([mean[:, :-1], last], dim=1)
+    return mean
 
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:

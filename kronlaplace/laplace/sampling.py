@@ -60,20 +60,41 @@ class WeightSampler:
 
     def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
         """The likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
-        average = scatter = noise = torch.zeros((), device=self._generator.device)
-        for i in range(0, n, self._step):
+        moments, of_pairs, noise = _Moments(), _Moments(), _Moments()
+        for _ in range(0, n, self._step):
             draws = self.draw(self._step)
+            pair = []
             for k in range(self._step):
                 outputs = inputs.run(model, {name: draw[k] for name, draw in draws.items()})
-                count = i + k + 1
-                mean = likelihood.sample_mean(outputs)
-                # Welford's update: a difference of two large sums would lose a small variance to rounding.
-                deviation = mean - average
-                average = average + deviation / count
-                scatter = scatter + deviation * (mean - average)
+                pair.append(likelihood.sample_mean(outputs))
+                moments.add(pair[-1])
                 variance = likelihood.noise_variance(outputs)
                 if variance is not None:
-                    noise = noise + (variance - noise) / count
-        if variance is None:
-            return average
-        return Prediction(average, scatter / max(n - 1, 1), noise)
+                    noise.add(variance)
+            of_pairs.add(torch.stack(pair).mean(0))
+        if noise.count == 0:
+            return moments.mean
+        if self._step == 1:
+            return Prediction(moments.mean, moments.scatter / max(n - 1, 1), noise.mean)
+        # Mirrored draws are not independent: Var x = E[scatter] / n + Var(mean of all), by the variance of pairs' means.
+        of_mean = of_pairs.scatter / max(of_pairs.count * (of_pairs.count - 1), 1)
+        return Prediction(moments.mean, moments.scatter / n + of_mean, noise.mean)
+
+
+class _Moments:
+    """Mean and sum of squared deviations, by Welford's update: a difference of two sums would lose a small variance."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor
+        self.scatter: Tensor
+
+    def add(self, value: Tensor) -> None:
+        """Take one more value."""
+        self.count += 1
+        if self.count == 1:
+            self.mean, self.scatter = value, torch.zeros_like(value)
+            return
+        deviation = value - self.mean
+        self.mean = self.mean + deviation / self.count
+        self.scatter = self.scatter + deviation * (value - self.mean)

@@ -13,14 +13,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kronlaplace.batches import Batch, DeferredChecks, device_of, iterate, preserved_random_state
+from kronlaplace.batches import Batch, DeferredChecks, Rewind, device_of, iterate, preserved_random_state
 from kronlaplace.laplace.predictive import Predictive
 from kronlaplace.likelihoods import Gaussian, HeteroscedasticGaussian, Likelihood, Prediction
 
 __all__ = ["Candidate", "Validator", "best_of_grid", "default_grid"]
 
 _NOISE_RANGE = 1e3
-"""Factor by which the noise may differ from what it was."""
+"""Factor by which the noise may differ from the root mean square error."""
 
 
 def default_grid(relative: bool) -> list[float]:
@@ -91,14 +91,32 @@ class Validator:
             self._posterior.set_hyperparameters(*with_noise(log_factor))
             return self._loss()
 
-        loss: Callable[[float], float]
-        if self._predictive.samples:
-            loss, tolerance = by_predicting, 0.05
-        else:
-            loss, tolerance = _loss_by_noise(self._predictions(), noise, self._exponent), 1e-6
-        bounds = (-math.log(_NOISE_RANGE), math.log(_NOISE_RANGE))
-        result = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": tolerance})
+        squares, variances = self._errors()
+        center = math.log(max(math.sqrt(float(squares.mean())), 1e-12) / noise)
+        if not math.isfinite(center):
+            return Candidate(math.nan, prior_precision, noise)
+
+        def by_scaling(log_factor: float) -> float:
+            total = variances * math.exp(self._exponent * log_factor) + noise**2 * math.exp(2 * log_factor)
+            return float(0.5 * (torch.log(2 * math.pi * total) + squares / total).mean())
+
+        sampled = self._predictive.samples
+        result = minimize_scalar(
+            by_predicting if sampled else by_scaling,
+            bounds=(center - math.log(_NOISE_RANGE), center + math.log(_NOISE_RANGE)),
+            method="bounded",
+            options={"xatol": 0.05 if sampled else 1e-6},
+        )
         return Candidate(float(result.fun), *with_noise(float(result.x)))
+
+    def _errors(self) -> tuple[Tensor, Tensor]:
+        """Squared errors and variances of the function, of all targets, on the CPU."""
+        squares, variances = [], []
+        for prediction, targets in self._predictions():
+            assert isinstance(prediction, Prediction)
+            squares.append((prediction.mean - targets.to(prediction.mean)).double().square().flatten().cpu())
+            variances.append(prediction.variance.double().flatten().cpu())
+        return torch.cat(squares), torch.cat(variances)
 
     def _loss(self) -> float:
         sums = [self._posterior.likelihood.predictive_nll(p, y) for p, y in self._predictions()]
@@ -107,7 +125,7 @@ class Validator:
 
     def _predictions(self) -> Iterator[tuple[Tensor | Prediction, Tensor]]:
         device = device_of(self._posterior.model)
-        with preserved_random_state(device):
+        with preserved_random_state(device), Rewind(self._data):
             for batch in iterate(self._data, device, progress=False, description=""):
                 if batch.targets is None:
                     raise TypeError('method="validation" needs data with targets, batches (inputs, targets).')
@@ -123,24 +141,6 @@ class Validator:
         outputs = prediction.mean if isinstance(prediction, Prediction) else prediction
         allowed, message = likelihood.check_targets(outputs, batch.targets)
         self._checks.require(allowed, batch, message)
-
-
-def _loss_by_noise(
-    batches: Iterable[tuple[Tensor | Prediction, Tensor]], noise: float, exponent: int
-) -> Callable[[float], float]:
-    """The loss as a function of ``log σ/σ₀``, from predictions at ``σ₀``."""
-    squares, variances = [], []
-    for prediction, targets in batches:
-        assert isinstance(prediction, Prediction)
-        squares.append((prediction.mean - targets.to(prediction.mean)).double().square().flatten().cpu())
-        variances.append(prediction.variance.double().flatten().cpu())
-    square, variance = torch.cat(squares), torch.cat(variances)
-
-    def loss(log_factor: float) -> float:
-        total = variance * math.exp(exponent * log_factor) + noise**2 * math.exp(2 * log_factor)
-        return float(0.5 * (torch.log(2 * math.pi * total) + square / total).mean())
-
-    return loss
 
 
 def best_of_grid(
