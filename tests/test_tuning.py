@@ -486,7 +486,7 @@ def test_prior_and_noise_are_found_together(network, sampling):
     posterior = made.posterior().fit(made.data(), sampling=sampling)
     posterior.tune("validation", data=[(x, y)], grid=GRID[:4])
     found = loss_of(posterior)
-    sigma_0 = made.likelihood.noise_std
+    sigma_0 = float((made.model(made.inputs) - made.targets).square().mean().sqrt().detach())
     ratio = float(posterior.prior_precision) * (posterior.likelihood.noise_std / sigma_0) ** power
     assert min(abs(math.log(ratio / point)) for point in GRID[:4]) < 1e-9
     losses = []
@@ -505,15 +505,16 @@ def test_prior_and_noise_are_found_together_by_sampling():
     x, y = shifted(made)
     predictive = kl.Predictive(method="sample", n_samples=20, seed=1)
     posterior = made.fitted().tune("validation", data=[(x, y)], predictive=predictive, grid=GRID)
+    sigma_0 = float((made.model(made.inputs) - made.targets).square().mean().sqrt().detach())
 
     def loss(delta, sigma):
-        other = made.posterior(prior_precision=delta * (0.6 / sigma) ** 2).fit(fisher=posterior.fisher)
+        other = made.posterior(prior_precision=delta * (sigma_0 / sigma) ** 2).fit(fisher=posterior.fisher)
         other.likelihood = kl.Gaussian(sigma)
         p = other.predict(x, method="sample", n_samples=20, seed=1)
         return -kl.metrics.gaussian_log_likelihood(p.mean, p.total_variance, y)
 
     sigma = posterior.likelihood.noise_std
-    found = loss(float(posterior.prior_precision) * (sigma / 0.6) ** 2, sigma)
+    found = loss(float(posterior.prior_precision) * (sigma / sigma_0) ** 2, sigma)
     best = min(loss(d, s) for d, s in itertools.product(GRID, np.geomspace(0.3, 6, 15).tolist()))
     assert found <= best + 1e-2
 
@@ -529,6 +530,18 @@ def test_validation_with_predicted_noise(name):
     posterior = made.fitted().tune("validation", data=[(x, y)], predictive=predictive, grid=GRID)
     assert float(posterior.prior_precision) == GRID[int(np.argmin(losses))]
     assert posterior.likelihood == kl.HeteroscedasticGaussian()
+
+
+@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
+def test_validation_does_not_depend_on_the_noise_before():
+    made = problem("mlp", "regression")
+    x, y = shifted(made)
+    tuned = []
+    for noise in (1.0, 0.1, 10.0):
+        posterior = kl.KronLaplace(made.model, kl.Gaussian(noise)).fit(made.data())
+        posterior.tune("validation", data=[(x, y)], grid=GRID)
+        tuned.append([float(posterior.prior_precision), posterior.likelihood.noise_std])
+    np.testing.assert_allclose(tuned[1:], tuned[:-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-5, 1e5])

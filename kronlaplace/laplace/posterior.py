@@ -376,7 +376,8 @@ class KronLaplace:
                 times.
             predictive: How predictions will be made; None is `Predictive()`, the linearised one with the probit link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
-                1e-4 to 1e6, or 1e4.
+                1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
+                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -422,7 +423,7 @@ class KronLaplace:
             base = torch.ones((), dtype=torch.float64)
             if structure is not PriorStructure.SCALAR:
                 base = maximise_evidence(self._evidence(), structure, self.temperature).prior_precision
-            validator = Validator(self, data, predictive, -noise_exponent(self.fisher))
+            validator = Validator(self, data, predictive, self._training_error(), -noise_exponent(self.fisher))
             index, best = best_of_grid([base * factor for factor in grid], validator, progress)
         except BaseException:
             self._prior_precision, self._likelihood = before
@@ -432,11 +433,19 @@ class KronLaplace:
         if index in (0, len(grid) - 1) and len(grid) > 1:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
             warnings.warn(
-                f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g}; give a wider "
-                "grid=, or check the validation data.",
+                f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g} of "
+                f"{grid[0]:.3g} to {grid[-1]:.3g}; give a wider grid=, or more validation data.",
                 stacklevel=2,
             )
         return self
+
+    def _training_error(self) -> float | None:
+        """Root mean square error on the training data, with a Gaussian likelihood; its noise if there were no targets."""
+        if not isinstance(self.likelihood, Gaussian):
+            return None
+        statistics = self.fisher.statistics
+        error = 0.0 if statistics is None else float((statistics[0] / statistics[1]).sqrt())
+        return error if error > 0 else self.likelihood.noise_std
 
     def set_hyperparameters(self, prior_precision: Precision, noise_std: float | None = None) -> None:
         """Set the prior precision, and the noise of a Gaussian likelihood if it is given."""

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from kronlaplace.batches import Batch, DeferredChecks, Rewind, device_of, iterate, preserved_random_state
 from kronlaplace.laplace.predictive import Predictive
-from kronlaplace.likelihoods import Gaussian, HeteroscedasticGaussian, Likelihood, Prediction
+from kronlaplace.likelihoods import HeteroscedasticGaussian, Likelihood, Prediction
 
 __all__ = ["Candidate", "Validator", "best_of_grid", "default_grid"]
 
@@ -58,24 +58,31 @@ class Validator:
     """The validation loss as a function of the prior precision; in regression at the noise that is best with it.
 
     The noise is searched for with the ratio of curvature and prior precision kept: the prior precision goes with
-    ``(σ₀ / σ)ᵏ``, the variance of the linearised function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀`` is
-    enough.
+    ``(σ₀ / σ)ᵏ``, the variance of the linearised function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀`` (the
+    root mean square error on the training data) is enough.
 
     Args:
         posterior: The posterior, whose hyperparameters are changed.
         data: Batches with targets.
         predictive: How predictions are made.
+        noise_std: ``σ₀``, or None for a likelihood without noise to be tuned.
         exponent: ``k``; the Fisher goes with ``σ⁻ᵏ``.
     """
 
-    def __init__(self, posterior: Predictor, data: Iterable[Any], predictive: Predictive, exponent: int) -> None:
+    def __init__(
+        self,
+        posterior: Predictor,
+        data: Iterable[Any],
+        predictive: Predictive,
+        noise_std: float | None,
+        exponent: int,
+    ) -> None:
         self._posterior = posterior
         self._data = data
         self._predictive = predictive
         self._exponent = exponent
-        likelihood = posterior.likelihood
         self._checks = DeferredChecks()
-        self._noise = likelihood.noise_std if isinstance(likelihood, Gaussian) else None
+        self._noise = noise_std
 
     def __call__(self, prior_precision: Tensor) -> Candidate:
         """The loss at a prior precision, and the best noise."""
