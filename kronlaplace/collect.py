@@ -68,7 +68,13 @@ class Recorder:
     """One forward pass at a time, and any number of backward passes through it. Made by `recording`."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], receive: Receiver, *, differentiable: bool = False
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        receive: Receiver,
+        *,
+        differentiable: bool = False,
+        axes: ExampleAxes | None = None,
     ) -> None:
         self._model = model
         self._layers = list(layers)
@@ -82,7 +88,7 @@ class Recorder:
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._muted = False
-        self._axes = ExampleAxes()
+        self._axes = ExampleAxes() if axes is None else axes
 
     @property
     def input_axis(self) -> int:
@@ -321,15 +327,21 @@ class _BlockReport:
 
 @contextmanager
 def recording(
-    model: nn.Module, layers: Sequence[Layer], receive: Receiver, *, differentiable: bool = False
+    model: nn.Module,
+    layers: Sequence[Layer],
+    receive: Receiver,
+    *,
+    differentiable: bool = False,
+    axes: ExampleAxes | None = None,
 ) -> Iterator[Recorder]:
     """Let the layers of ``model`` report to ``receive`` while the context lasts.
 
     With ``differentiable`` all that is reported, inputs and output gradients, can be differentiated with respect to the
-    network's inputs. Hooks are taken off and the ``requires_grad`` of all parameters is as before when the context ends,
+    network's inputs. ``axes`` is where the examples were in earlier passes over the same network; what is found in
+    this one is added. Hooks are taken off and the ``requires_grad`` of all parameters is as before when the context ends,
     however it ends. Parameters' ``.grad`` is never touched.
     """
-    recorder = Recorder(model, layers, receive, differentiable=differentiable)
+    recorder = Recorder(model, layers, receive, differentiable=differentiable, axes=axes)
     wanted = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     handles = []

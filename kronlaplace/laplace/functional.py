@@ -13,16 +13,33 @@ from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs, tensors_of
 from kronlaplace.collect import Recorder, recording
+from kronlaplace.example_axes import ExampleAxes
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.laplace import terms as layer_terms
 from kronlaplace.laplace.terms import Between, Term, make_term, output_layer_part
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.likelihoods import Likelihood
 
-__all__ = ["Linearised"]
+__all__ = ["Known", "Linearised"]
 
 _MAX_CHUNK = 256
 _FIRST_CHUNK = 16
+
+
+class Known:
+    """What calls with inputs of the same shapes find out, so that the next one need not."""
+
+    def __init__(self) -> None:
+        self.axes = ExampleAxes()
+        """Where the examples are."""
+        self.kept_per_example: int | None = None
+        """How many numbers are kept for each example."""
+
+    def chunk(self) -> int:
+        """How many examples are worked off at a time."""
+        if self.kept_per_example is None:
+            return _FIRST_CHUNK
+        return max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(self.kept_per_example, 1)))
 
 
 class Linearised:
@@ -34,7 +51,7 @@ class Linearised:
         inverses: Their posterior covariances, by layer name.
         likelihood: Tells which axis of the outputs holds the classes.
         input_axis: The axis of the inputs that counts the examples.
-        kept: What was learnt about memory before, kept by the caller: numbers per example, by shapes of the inputs.
+        known: What earlier calls have found out, by what they were asked for; kept by the caller.
     """
 
     def __init__(
@@ -44,14 +61,14 @@ class Linearised:
         inverses: Mapping[str, DampedInverse],
         likelihood: Likelihood,
         input_axis: int,
-        kept: dict[Hashable, int],
+        known: dict[Hashable, Known],
     ) -> None:
         self._model = model
         self._layers = layers
         self._inverses = inverses
         self._likelihood = likelihood
         self._input_axis = input_axis
-        self._kept = kept
+        self._known = known
 
     def outputs_and_covariance(
         self, x: Inputs, between: Between, *, differentiable: bool = False
@@ -71,26 +88,23 @@ class Linearised:
         outputs, covariances = [], []
         n = x.count(self._input_axis)
         one = x.examples(self._input_axis, 0, 1)
-        key = between, differentiable, tuple(tuple(t.shape) for t in tensors_of(one))
+        shapes = tuple(tuple(t.shape) for t in tensors_of(one))
+        known = self._known.setdefault((between, differentiable, shapes), Known())
         start = 0
         while start < n:
-            part = x.examples(self._input_axis, start, start + self._chunk_size(key, n, between))
-            f, covariance, self._kept[key] = self._chunk(part, between, differentiable)
+            count = n if between is Between.EXAMPLES else known.chunk()
+            part = x.examples(self._input_axis, start, start + count)
+            f, covariance, known.kept_per_example = self._chunk(part, between, differentiable, known.axes)
             outputs.append(f)
             covariances.append(covariance)
-            start += part.count(self._input_axis)
+            start += count
         if len(outputs) == 1:
             return outputs[0], covariances[0]
         return torch.cat(outputs), torch.cat(covariances)
 
-    def _chunk_size(self, key: Hashable, n: int, between: Between) -> int:
-        if between is Between.EXAMPLES:
-            return n
-        if key not in self._kept:
-            return _FIRST_CHUNK
-        return max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(self._kept[key], 1)))
-
-    def _chunk(self, x: Inputs, between: Between, differentiable: bool) -> tuple[Tensor, Tensor, int]:
+    def _chunk(
+        self, x: Inputs, between: Between, differentiable: bool, axes: ExampleAxes
+    ) -> tuple[Tensor, Tensor, int]:
         terms: dict[str, Term] = {}
         done: str | None = None
 
@@ -102,7 +116,7 @@ class Linearised:
                 terms[name] = make_term(self._inverses[name], calls, between)
             terms[name].add(calls, grads)
 
-        with recording(self._model, self._layers, receive, differentiable=differentiable) as recorder:
+        with recording(self._model, self._layers, receive, differentiable=differentiable, axes=axes) as recorder:
             f = recorder.forward(x)
             class_axis = self._likelihood.class_axis_of(f) if between is Between.CLASSES else None
             covariance: Tensor | None = None

@@ -23,7 +23,7 @@ from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
-from kronlaplace.laplace.functional import Linearised
+from kronlaplace.laplace.functional import Known, Linearised
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.prior import (
     Precision,
@@ -105,7 +105,7 @@ class KronLaplace:
         self._mean: dict[str, Tensor] = {}
         self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
         self._cached_evidence: Evidence | None = None  # likewise
-        self._kept_per_example: dict[Hashable, int] = {}
+        self._known: dict[Hashable, Known] = {}  # of passes over the network
         self.likelihood = resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
@@ -661,7 +661,7 @@ class KronLaplace:
             self.covariance(),
             self.likelihood,
             self.fisher.metadata.input_axis,
-            self._kept_per_example,
+            self._known,
         )
         with _gradients(differentiable):
             return network.outputs_and_covariance(inputs, between, differentiable=differentiable)

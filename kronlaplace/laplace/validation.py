@@ -58,8 +58,8 @@ class Validator:
     """The validation loss as a function of the prior precision; in regression at the noise that is best with it.
 
     The noise is searched for with the ratio of curvature and prior precision kept: the prior precision goes with
-    ``(σ₀ / σ)ᵏ``, the variance of the linearised function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀`` (the
-    root mean square error on the training data) is enough.
+    ``(σ₀ / σ)ᵏ``, the variance of the linearised function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀``
+    (the root mean square error on the training data) is enough.
 
     Args:
         posterior: The posterior, whose hyperparameters are changed.
