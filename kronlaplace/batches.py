@@ -130,9 +130,21 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
+    """Whether a mapping is given to the model as keywords.
+
+    Raises:
+        TypeError: If the model's ``forward`` takes some of them as keywords, but not all.
+    """
+    signature = inspect.signature(model.forward)
     try:
-        inspect.signature(model.forward).bind(**value)
-    except TypeError:
+        signature.bind(**value)
+    except TypeError as error:
+        taken = [name for name in signature.parameters if name in value]
+        if taken:
+            raise TypeError(
+                f"the model's forward takes {list(signature.parameters)}; the batch has {list(value)}: {error}. Give "
+                "batches with the keys that it takes (and the targets), by a generator over the loader."
+            ) from None
         return False
     return True
 

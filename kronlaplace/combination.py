@@ -96,7 +96,7 @@ def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
     yield "the sampling", metadata.sampling.value
     yield "mc_samples", metadata.mc_samples
     yield "the axis of the inputs that counts the examples", metadata.input_axis
-    yield "what it has of the targets", "nothing" if fisher.statistics is None else "the log-likelihood's statistics"
+    yield "what the data came with", "inputs only" if fisher.statistics is None else "inputs and targets"
     for name in sorted(fisher):
         block = fisher[name]
         parameters = ", ".join(metadata.parameters.get(name, ()))

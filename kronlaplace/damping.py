@@ -46,22 +46,39 @@ _CONVOLUTION = "ConvolutionLayer"
 class Damping(ABC):
     """A rule that makes a block invertible."""
 
-    @abstractmethod
     def invert(self, block: Block) -> DampedInverse:
         """The damped inverse of one layer's block.
 
         Raises:
+            TypeError: If it is not a block.
             ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
                 naming the layer.
         """
+        if not isinstance(block, Block):
+            raise TypeError(
+                f"invert takes one block, such as fisher[layer_name]; got {type(block).__name__}. For all blocks of a "
+                "Fisher use invert_all(fisher)."
+            )
+        return self._invert(block)
+
+    @abstractmethod
+    def _invert(self, block: Block) -> DampedInverse: ...
 
     def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         """The damped inverses of all blocks, such as those of a `KroneckerFisher`; equal sizes are decomposed together.
 
         Raises:
+            TypeError: If it is not a mapping of blocks.
             ValueError: As `invert`.
         """
+        if not isinstance(blocks, Mapping):
+            raise TypeError(
+                f"invert_all takes a Fisher or a dict of blocks; got {type(blocks).__name__}. Use invert(block)."
+            )
         decompose(blocks.values())
+        return self._invert_all(blocks)
+
+    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         return {name: self.invert(block) for name, block in blocks.items()}
 
 
@@ -87,7 +104,7 @@ class Tikhonov(Damping):
             return
         _number(self.damping, "damping")
 
-    def invert(self, block: Block) -> DampedInverse:
+    def _invert(self, block: Block) -> DampedInverse:
         if isinstance(self.damping, Tensor) and self.damping.ndim == 2:
             if self.damping.shape != block.shape:
                 raise ValueError(
@@ -103,7 +120,7 @@ class Tikhonov(Damping):
 class _ByFactor(Damping):
     """Damps both factors of a Kronecker block; all other blocks by what that amounts to."""
 
-    def invert(self, block: Block) -> DampedInverse:
+    def _invert(self, block: Block) -> DampedInverse:
         if isinstance(block, KroneckerBlock):
             gradient, activation = self._damped(_Factors(block))
             return _checked(block, (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1), self._smallest)
@@ -238,10 +255,9 @@ class TraceRestrictedAuto(_ByFactor):
     def __post_init__(self) -> None:
         positive_number(self.minimum, "minimum")
 
-    def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
-        decompose(blocks.values())
+    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         if not isinstance(blocks, KroneckerFisher):
-            return {name: self.invert(block) for name, block in blocks.items()}
+            return super()._invert_all(blocks)
         traces = [_Factors(block).trace for block in blocks.values() if isinstance(block, KroneckerBlock)]
         ratios = [(trace.clamp_min(self.minimum) / trace).flatten() for trace in traces]
         found = [float(ratio) for ratio in torch.cat([torch.ones(1), *(r.cpu() for r in ratios)]) if ratio < math.inf]

@@ -76,6 +76,12 @@ class DampedInverse:
         return self.block.squared_rows(self.weights)
 
     def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
+        q, p = self.block.shape
+        if matrices.shape[-2:] != (q, p):
+            raise ValueError(
+                f"matrices for layer {self.block.name!r} must have shape (..., {q}, {p}), its weight flattened to a "
+                f"matrix, with the bias as the last column if it has one; got {tuple(matrices.shape)}."
+            )
         return self.block.from_eigenbasis(self.block.to_eigenbasis(matrices) * weights)
 
 

@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Link", "is_whole", "laplace_bridge", "mean_over_samples", "probit_scaled", "variance_of"]
+__all__ = ["Link", "is_whole", "laplace_bridge", "mean_over_samples", "probit_scaled", "symmetric_root", "variance_of"]
+
+
+_BUDGET = 2**22
+"""Numbers that the draws of the outputs may take at a time, unless one draw of all examples is more."""
 
 
 class Link(str, Enum):
@@ -65,14 +69,26 @@ def mean_over_samples(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, shape ``(..., C)``."""
-    noise = torch.randn(n_samples, *mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    if is_whole(mean, covariance):
-        root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
-        samples = mean + torch.einsum("...cd,s...d->s...c", root, noise)
+    whole = is_whole(mean, covariance)
+    if whole:
+        root = symmetric_root(covariance)
     else:
         positive = covariance > 0  # the root of zero has no derivative
-        samples = mean + noise * torch.where(positive, covariance, 1).sqrt() * positive
-    return inverse_link(samples, dim=-1).mean(0)
+        root = torch.where(positive, covariance, 1).sqrt() * positive
+    total = torch.zeros_like(mean)
+    at_a_time = max(1, _BUDGET // max(mean.numel(), 1))
+    for start in range(0, n_samples, at_a_time):
+        count = min(at_a_time, n_samples - start)
+        noise = torch.randn(count, *mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        deviations = torch.einsum("...cd,s...d->s...c", root, noise) if whole else noise * root
+        total = total + inverse_link(mean + deviations, dim=-1).sum(0)
+    return total / n_samples
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """The symmetric root of positive semidefinite matrices ``(..., C, C)``, which may be singular; differentiable."""
+    root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
+    return root
 
 
 class _SymmetricRoot(torch.autograd.Function):

@@ -471,3 +471,65 @@ def test_data_made_in_inference_mode():
         x = torch.randn(6, 4)
         posterior = kl.KronLaplace(model, "classification").fit([(x, Y)])
         assert posterior.predict(x).shape == (6, 3)
+
+
+CALLS_BY_TYPE = {
+    "grid": (
+        lambda p: p.tune("validation", data=[(X, Y)], grid=5.0),
+        r"grid must be a list of prior precisions.*got 5.0",
+    ),
+    "predictive": (
+        lambda p: p.tune("validation", data=[(X, Y)], predictive="mc"),
+        r"predictive must be a kl.Predictive, .*got 'mc'",
+    ),
+    "inverting a Fisher": (lambda p: kl.damping.Tikhonov(1.0).invert(p.fisher), r"invert takes one block.*invert_all"),
+    "inverting all of a block": (
+        lambda p: kl.damping.Tikhonov(1.0).invert_all(p.fisher["0"]),
+        r"invert_all takes a Fisher or a dict of blocks; got KroneckerBlock",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_BY_TYPE)
+def test_arguments_of_another_type(name):
+    call, message = CALLS_BY_TYPE[name]
+    with pytest.raises(TypeError, match=message):
+        call(kl.KronLaplace(mlp32(), "classification").fit([(X, Y)]))
+
+
+def test_a_gradient_without_the_bias():
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
+    q, p = posterior.fisher["0"].shape
+    with pytest.raises(ValueError, match=rf"must have shape \(..., {q}, {p}\).* bias as the last column"):
+        posterior.covariance()["0"].solve(torch.zeros(q, p - 1))
+
+
+def test_noise_of_a_classifier():
+    posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
+    with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood"):
+        posterior.set_hyperparameters(1.0, noise_std=1.0)
+
+
+@pytest.mark.parametrize("call", ["tune", "log_marginal_likelihood", "covariance", "predict"])
+def test_changed_weights_are_an_error_everywhere(call):
+    model = mlp32()
+    posterior = kl.KronLaplace(model, "classification").fit([(X, Y)])
+    posterior.covariance()
+    with torch.no_grad():
+        model[0].weight.add_(0.1)
+    arguments = (X,) if call == "predict" else ()
+    with pytest.raises(RuntimeError, match="changed after the posterior was fitted"):
+        getattr(posterior, call)(*arguments)
+
+
+def test_a_batch_with_keys_that_the_network_does_not_take():
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = mlp32()
+
+        def forward(self, features, mask=None):
+            return self.layer(features)
+
+    with pytest.raises(TypeError, match=r"forward takes \['features', 'mask'\]; the batch has \['features', 'idx'\]"):
+        kl.estimate_fisher(Named(), [{"features": X, "idx": Y, "labels": Y}], "classification")

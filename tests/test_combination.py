@@ -228,10 +228,10 @@ def test_without_targets_there_are_no_statistics():
     one, other = (estimate(made, kl.KFAC(), [x]) for x in (made.inputs[:2], made.inputs[2:]))
     assert combined(one, other).statistics is None
     with_targets = estimate(made, kl.KFAC(), batches(made))
-    message = "what it has of the targets is the log-likelihood's statistics in the first and nothing in the second"
+    message = "what the data came with is inputs and targets in the first and inputs only in the second"
     with pytest.raises(ValueError, match=message):
         combined(with_targets, other)
-    with pytest.raises(ValueError, match="targets is nothing in the first and the log-likelihood's statistics in the"):
+    with pytest.raises(ValueError, match="came with is inputs only in the first and inputs and targets in the second"):
         combined(other, with_targets)
 
 

@@ -144,3 +144,21 @@ def test_divergence_is_an_error():
     model = mlp()
     with pytest.raises(FloatingPointError, match="diverged"):
         kl.train_by_evidence(model, loader(), "regression", optimizer=torch.optim.SGD(model.parameters(), lr=1e200))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda model: torch.optim.Adam(mlp().parameters()), ValueError, r"does not have these parameters.*0\.weight"),
+        (
+            lambda model: torch.optim.Adam(model[0].parameters()),
+            ValueError,
+            r"does not have .*: \['2.weight', '2.bias'\]",
+        ),
+        (lambda model: torch.optim.Adam, TypeError, "optimizer must be a torch optimizer"),
+    ],
+)
+def test_optimizers_of_other_parameters(make, error, message):
+    model = mlp()
+    with pytest.raises(error, match=message):
+        kl.train_by_evidence(model, loader(), "regression", optimizer=make(model))

@@ -745,3 +745,39 @@ def test_in_place_activations_right_behind_a_layer():
     posterior = problem.fitted()
     _, covariance = outputs_and_covariance(problem, posterior)
     assert_close(posterior.functional_variance(made.inputs, joint=True), covariance.reshape(16, 16))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_draws_of_the_outputs_take_bounded_memory(diagonal, monkeypatch):
+    """As many draws at a time as the budget allows; the average is over all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5)).double()
+    x = torch.randn(10, 4, dtype=torch.float64)
+    posterior = kl.KronLaplace(model, "classification").fit([(x, torch.randint(5, (10,)))])
+    predictive = {"link": "mc", "n_samples": 20_000, "diagonal": diagonal}
+    whole = posterior.predict(x, **predictive)
+    monkeypatch.setattr("kronlaplace.links._BUDGET", 3 * 50 + 1)
+    shapes = []
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: shapes.append(size) or draw(*size, **options))
+    parts = posterior.predict(x, **predictive)
+    assert {size[0] for size in shapes} == {3, 20_000 % 3}
+    assert sum(size[0] for size in shapes) == 20_000
+    torch.testing.assert_close(parts, whole, atol=0.02, rtol=0)  # other draws: 0.5 / sqrt(20,000) is a standard error
+
+
+def test_draws_of_a_joint_prediction():
+    """Their covariance is the joint covariance, also where that is singular: more inputs than weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 2)).double()
+    x = torch.randn(5, 1, dtype=torch.float64)
+    posterior = kl.KronLaplace(model, "regression").fit([(x, torch.randn(5, 2, dtype=torch.float64))])
+    joint = posterior.predict(x, joint=True)
+    n = 20_000
+    draws = joint.sample(n, seed=1)
+    assert draws.shape == (n, 5, 2)
+    variance = joint.covariance.diagonal()
+    error = torch.sqrt((torch.outer(variance, variance) + joint.covariance**2) / n)
+    assert ((draws.flatten(1).T.cov() - joint.covariance).abs() / error).max() < 6
+    assert ((draws.mean(0) - joint.mean).flatten().abs() / (variance / n).sqrt()).max() < 6
+    assert torch.equal(draws, joint.sample(n, seed=1))

@@ -298,8 +298,9 @@ class KronLaplace:
         Warns:
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
+        fisher = self.fisher
+        self._check_weights()
         if self._covariance is None:
-            fisher = self.fisher
             fisher.decompose()
             noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
             scale = fisher.n_examples / self.temperature * noise_rescaling(fisher, noise)
@@ -345,7 +346,7 @@ class KronLaplace:
         if isinstance(self.likelihood, Gaussian):
             noise_std = self.likelihood.noise_std if noise_std is None else _positive(noise_std, "noise_std")
         elif noise_std is not None:
-            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
+            self._with_noise()
         precision = self.prior_precision if prior_precision is None else precision_tensor(prior_precision, self._layers)
         return evidence(
             precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
@@ -413,10 +414,16 @@ class KronLaplace:
                 f'method="validation" needs data=, batches (inputs, targets) such as a DataLoader; got {got}.'
             )
         grid = default_grid(structure is not PriorStructure.SCALAR) if grid is None else grid
-        grid = sorted(positive_number(value, "grid") for value in grid)
+        if not isinstance(grid, Iterable):
+            raise TypeError(f"grid must be a list of prior precisions, such as [0.1, 1, 10]; got {grid!r}.")
+        grid = sorted(positive_number(value, "an entry of grid") for value in grid)
         if not grid:
             raise ValueError("grid is empty; give at least one prior precision.")
         predictive = Predictive() if predictive is None else predictive
+        if not isinstance(predictive, Predictive):
+            raise TypeError(
+                f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.'
+            )
         predictive.check(self.likelihood)
         before = self._prior_precision, self._likelihood
         try:
@@ -434,7 +441,8 @@ class KronLaplace:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
             warnings.warn(
                 f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g} of "
-                f"{grid[0]:.3g} to {grid[-1]:.3g}; give a wider grid=, or more validation data.",
+                f"{grid[0]:.3g} to {grid[-1]:.3g}; give a wider grid= or more validation data"
+                + (", unless the trained network itself predicts best." if index else "."),
                 stacklevel=2,
             )
         return self
@@ -451,8 +459,13 @@ class KronLaplace:
         """Set the prior precision, and the noise of a Gaussian likelihood if it is given."""
         self.prior_precision = prior_precision
         if noise_std is not None:
-            assert isinstance(self.likelihood, Gaussian)
-            self.likelihood = replace(self.likelihood, noise_std=noise_std)
+            self.likelihood = replace(self._with_noise(), noise_std=noise_std)
+
+    def _with_noise(self) -> Gaussian:
+        """The likelihood, if it is a Gaussian."""
+        if not isinstance(self.likelihood, Gaussian):
+            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
+        return self.likelihood
 
     def functional_variance(
         self,
@@ -512,8 +525,8 @@ class KronLaplace:
 
         Args:
             x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
-                worked off in chunks. Or a loader (any iterable of batches, with or without targets): the predictions of all
-                of its batches, joined.
+                worked off in chunks. Or a loader (any iterable of batches, with or without targets, but a list of tensors,
+                which is several inputs): the predictions of all of its batches, joined.
             method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
             link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs)
@@ -632,7 +645,7 @@ class KronLaplace:
 
     def _evidence(self) -> Evidence:
         fisher = self.fisher
-        self._follow_device()
+        self._check_weights()
         if self._cached_evidence is None:
             deviations = [self._mean[name] - self._prior_mean[name] for name in fisher]
             self._cached_evidence = Evidence(self.fisher, deviations)
@@ -687,7 +700,10 @@ class KronLaplace:
                 f"fit, or a loader; got {got}. Turn arrays into tensors with torch.from_numpy."
             )
         if differentiable and not any(t.requires_grad for t in tensors):
-            raise ValueError("differentiable=True needs inputs that ask for gradients: x.requires_grad_() first.")
+            raise ValueError(
+                "differentiable=True needs inputs that ask for gradients: x.requires_grad_() first (with a loader, on the "
+                "inputs of every batch)."
+            )
         device = device_of(self.model)
         for t in tensors:
             # Accelerators are not waited for: there, NaN inputs give NaN predictions.

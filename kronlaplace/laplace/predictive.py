@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronlaplace.laplace.terms import Between
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.links import Link
+from kronlaplace.links import Link, symmetric_root
 from kronlaplace.options import Choice, choice, positive_integer, seed_number
 
 __all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
@@ -150,6 +150,18 @@ class JointPrediction(Prediction):
         """Covariance of new observations: that of the function plus the noise on the diagonal, ``(N·C, N·C)``."""
         noise = self.noise_variance.expand(self.mean.shape).flatten()
         return self.covariance + torch.diag(noise)
+
+    def sample(self, n: int, *, seed: int = 0) -> Tensor:
+        """Draw the function's values at all inputs together, without noise: shape ``(n, N, C)``.
+
+        Args:
+            n: Number of draws.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+        """
+        generator = torch.Generator(device=self.mean.device).manual_seed(seed_number(seed))
+        shape = (positive_integer(n, "n"), self.mean.numel())
+        noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.covariance.dtype)
+        return self.mean + (noise @ symmetric_root(self.covariance)).view(-1, *self.mean.shape)
 
 
 def joined(parts: Sequence[Tensor | Prediction]) -> Tensor | Prediction:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class EvidenceTraining:
     """
 
     posterior: KronLaplace
-    history: tuple[EvidenceRecord, ...]
+    history: tuple[EvidenceRecord, ...] = field(repr=False)
     best: EvidenceRecord
 
 
@@ -133,6 +133,11 @@ def train_by_evidence(
         )
     if optimizer is None:
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch optimizer of this model's parameters, such as torch.optim.Adam(model.parameters()); "
+            f"got {optimizer!r}."
+        )
     if any(group.get("weight_decay") for group in optimizer.param_groups):
         raise ValueError("the optimizer has weight decay, and the prior would count twice; set weight_decay=0.")
     model.eval()
@@ -145,6 +150,7 @@ def train_by_evidence(
         unsupported=unsupported,
     )
     layers = find_layers(model, unsupported=Unsupported.FIXED)
+    _check_parameters(optimizer, layers)
     n_examples = _count(model, data)
     history: list[EvidenceRecord] = []
     best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
@@ -176,6 +182,16 @@ def train_by_evidence(
     posterior.prior_precision = record.prior_precision
     posterior.fit(fisher=fisher)
     return EvidenceTraining(posterior, tuple(history), record)
+
+
+def _check_parameters(optimizer: Optimizer, layers: list[Layer]) -> None:
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for layer in layers for name, p in layer.parameters.items() if id(p) not in known]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not have these parameters of the model: {missing}. Make it of model.parameters() (of this "
+            "model, not of a copy), or freeze them."
+        )
 
 
 def _epoch(
