@@ -166,7 +166,28 @@ def _unit(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FactoredTikhonov(_ByFactor):
+class _ByNumber(_ByFactor):
+    """What dampings by one number have in common."""
+
+    damping: float | Tensor
+
+    def __post_init__(self) -> None:
+        _number(self.damping, "damping")
+
+    @property
+    def _smallest(self) -> float:
+        return _number(self.damping, "damping")
+
+    def _damped_values(self, values: Tensor) -> Tensor:
+        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
+
+    def _root(self, device: torch.device) -> Tensor:
+        """``√γ``."""
+        return torch.as_tensor(self.damping, dtype=torch.float64, device=device).sqrt()
+
+
+@dataclass(frozen=True)
+class FactoredTikhonov(_ByNumber):
     """Factored Tikhonov damping ``(G + √γ/π I) ⊗ (A + π √γ I)`` with ``π`` from the trace norm (K-FAC appendix, KFC Eq. 28).
 
     The product does not depend on how a scale is divided between the factors. Blocks that have no factors (diagonal, dense,
@@ -179,29 +200,17 @@ class FactoredTikhonov(_ByFactor):
         ValueError: If it is negative or not finite.
     """
 
-    damping: float | Tensor
-
-    def __post_init__(self) -> None:
-        _number(self.damping, "damping")
-
-    @property
-    def _smallest(self) -> float:
-        return _number(self.damping, "damping")
-
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient = factors.scale * factors.gradient
         means = factors.activation.mean(1, keepdim=True), gradient.mean(1, keepdim=True)
         alive = (means[0] > 0) & (means[1] > 0)
         pi = torch.sqrt(torch.where(alive, means[0], 1.0) / torch.where(alive, means[1], 1.0))
-        root = torch.as_tensor(self.damping, dtype=torch.float64, device=pi.device).sqrt()
+        root = self._root(pi.device)
         return gradient + root / pi, factors.activation + pi * root
-
-    def _damped_values(self, values: Tensor) -> Tensor:
-        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
 
 
 @dataclass(frozen=True)
-class TraceRestricted(_ByFactor):
+class TraceRestricted(_ByNumber):
     """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of the factors with unit traces (TKFAC Eq. 5.15).
 
     For any Kronecker block: its factors are brought to unit traces first, with ``δ`` the block's trace. Blocks that have no
@@ -214,24 +223,12 @@ class TraceRestricted(_ByFactor):
         ValueError: If it is negative or not finite.
     """
 
-    damping: float | Tensor
-
-    def __post_init__(self) -> None:
-        _number(self.damping, "damping")
-
-    @property
-    def _smallest(self) -> float:
-        return _number(self.damping, "damping")
-
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient, activation = factors.unit_trace()
-        damping = torch.as_tensor(self.damping, dtype=torch.float64, device=gradient.device).sqrt()
+        damping = self._root(gradient.device)
         alive = factors.trace != 0
         root = torch.where(alive, factors.trace, 1.0).sqrt() * alive  # the root of zero has no derivative
         return root * gradient + damping, root * activation + damping
-
-    def _damped_values(self, values: Tensor) -> Tensor:
-        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
 
 
 @dataclass(frozen=True)

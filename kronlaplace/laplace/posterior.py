@@ -293,13 +293,16 @@ class KronLaplace:
     def covariance(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
-        Computed once for given hyperparameters: eigendecompositions at the first call, sums of eigenvalues later.
+        Computed once for given hyperparameters, from the eigendecompositions that `fit` made.
+
+        Raises:
+            RuntimeError: Before `fit`, or if the weights changed after it.
 
         Warns:
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
-        fisher = self.fisher
         self._check_weights()
+        fisher = self.fisher
         if self._covariance is None:
             fisher.decompose()
             noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
@@ -644,10 +647,9 @@ class KronLaplace:
         return posterior
 
     def _evidence(self) -> Evidence:
-        fisher = self.fisher
         self._check_weights()
         if self._cached_evidence is None:
-            deviations = [self._mean[name] - self._prior_mean[name] for name in fisher]
+            deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
             self._cached_evidence = Evidence(self.fisher, deviations)
         return self._cached_evidence
 
