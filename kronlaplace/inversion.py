@@ -75,6 +75,13 @@ class DampedInverse:
         assert isinstance(self.block, RotatedBlock)
         return self.block.squared_rows(self.weights)
 
+    @cached_property
+    def centered_row_weights(self) -> Tensor:
+        """`row_weights` for each row less the mean of all rows; for blocks without groups."""
+        assert isinstance(self.block, RotatedBlock)
+        (basis,) = self.block.bases()[0]
+        return (basis - basis.mean(0)).square() @ self.weights
+
     def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
         q, p = self.block.shape
         if matrices.shape[-2:] != (q, p):

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Link", "is_whole", "laplace_bridge", "mean_over_samples", "probit_scaled", "symmetric_root", "variance_of"]
+__all__ = [
+    "Link",
+    "centered_probit_scaled",
+    "is_whole",
+    "laplace_bridge",
+    "mean_over_samples",
+    "probit_scaled",
+    "symmetric_root",
+    "variance_of",
+]
 
 
 _BUDGET = 2**22
@@ -25,11 +34,13 @@ _BUDGET = 2**22
 class Link(str, Enum):
     """How a Gaussian over the outputs becomes class probabilities.
 
-    ``PROBIT`` is MacKay's closed form, ``MC`` averages over samples of the outputs, ``BRIDGE`` is the Laplace
-    bridge to a Dirichlet (Hobbhahn et al. 2022).
+    ``PROBIT`` is MacKay's closed form, ``CENTERED_PROBIT`` the same for each logit less the mean of all (the softmax does
+    not see a shift of all logits, and the variance of that is no uncertainty about the class), ``MC`` averages over samples
+    of the outputs, ``BRIDGE`` is the Laplace bridge to a Dirichlet (Hobbhahn et al. 2022).
     """
 
     PROBIT = "probit"
+    CENTERED_PROBIT = "centered-probit"
     MC = "mc"
     BRIDGE = "bridge"
 
@@ -59,6 +70,19 @@ def variance_of(mean: Tensor, covariance: Tensor) -> Tensor:
 def probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
     """``f / √(1 + π/8 · var f)`` (MacKay 1992), of the shape of the mean."""
     return mean / torch.sqrt(1 + math.pi / 8 * variance_of(mean, covariance))
+
+
+def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
+    """`probit_scaled` for each output less the mean of all ``C`` outputs, of the shape of the mean.
+
+    Args:
+        mean: Mean of the outputs, ``(..., C)``.
+        covariance: Their covariance, whole, ``(..., C, C)``; or the variances of the centred outputs, ``(..., C)``.
+    """
+    if is_whole(mean, covariance):
+        row = covariance.mean(-1)
+        covariance = (variance_of(mean, covariance) - 2 * row + row.mean(-1, keepdim=True)).clamp_min(0)
+    return probit_scaled(mean - mean.mean(-1, keepdim=True), covariance)
 
 
 def mean_over_samples(

@@ -311,7 +311,10 @@ def test_bad_options_of_the_posterior(name):
 
 CALLS = {
     "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
-    "link": (lambda p: p.predict(X, link="logit"), r"unknown link 'logit'; allowed are 'probit', 'mc', 'bridge'"),
+    "link": (
+        lambda p: p.predict(X, link="logit"),
+        r"unknown link 'logit'; allowed are 'probit', 'centered-probit', 'mc', 'bridge'",
+    ),
     "link of samples": (
         lambda p: p.predict(X, method="sample", link="mc"),
         "link='mc' would have no effect: method=\"sample\" needs none",

@@ -189,7 +189,7 @@ def test_samples_are_reproducible():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
-@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
 @pytest.mark.parametrize("network", CASES)
 def test_classification_predictions_are_probabilities(network, link):
     case = CASES[network]()
@@ -205,6 +205,24 @@ def test_probit_prediction_by_hand():
     variance = posterior.functional_variance(case.inputs).diagonal(dim1=1, dim2=2)
     expected = (case.model(case.inputs) / (1 + math.pi / 8 * variance).sqrt()).softmax(1)
     torch.testing.assert_close(posterior.predict(case.inputs), expected.detach())
+
+
+def test_centered_probit_prediction_by_hand():
+    """MacKay's formula for each logit less the mean of all; a shift of all logits by anything changes nothing."""
+    case = mlp()
+    posterior = fitted(case)
+    covariance = posterior.functional_variance(case.inputs)
+    c = covariance.shape[1]
+    centering = torch.eye(c, dtype=torch.float64) - 1 / c
+    variance = (centering @ covariance @ centering).diagonal(dim1=1, dim2=2)
+    logits = case.model(case.inputs).detach() @ centering
+    expected = (logits / (1 + math.pi / 8 * variance).sqrt()).softmax(1)
+    torch.testing.assert_close(posterior.predict(case.inputs, link="centered-probit"), expected)
+    shifted = covariance + torch.rand(len(covariance), 1, 1).double()
+    likelihood = kl.Categorical()
+    for mean in (logits, logits + 3):
+        actual = likelihood.predictive(mean, shifted, kl.Link.CENTERED_PROBIT, 1, None)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_strong_prior_recovers_the_trained_network():

@@ -21,7 +21,7 @@ from tests.test_priors import Problem, dense_precision, some_prior
 from tests.test_priors import problem as problem_of
 
 RTOL = 1e-8
-GLM_LINKS = [Link.PROBIT, Link.MC, Link.BRIDGE]
+GLM_LINKS = [Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE]
 
 
 class Tokens(nn.Module):
@@ -238,7 +238,8 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
         groups = index.reshape(-1, 1) if axis is None else index.movedim(axis - 1, -1).reshape(-1, outputs.shape[axis])
         for group in groups:
             mean, block = outputs.reshape(n, -1)[:, group], covariance[:, group][:, :, group]
-            block = block.diagonal(dim1=1, dim2=2) if diagonal else block
+            # The centred link has a variance for each class whatever is asked; it is not that of the class alone.
+            block = block.diagonal(dim1=1, dim2=2) if diagonal and link is not Link.CENTERED_PROBIT else block
             expected = made.likelihood.predictive(
                 mean, block, link or Link.PROBIT, 4000, torch.Generator().manual_seed(7)
             )
@@ -293,7 +294,13 @@ def test_the_output_layer_needs_no_gradients(network, estimator, structure):
     x = first.inputs
     for options in ({}, {"diagonal": True}, {"joint": True}):
         assert_close(seen.functional_variance(x, **options), unseen.functional_variance(x, **options), 1e-10)
-    for options in ({}, {"link": "bridge"}, {"link": "mc"}, {"link": "mc", "diagonal": True}):
+    for options in (
+        {},
+        {"link": "centered-probit"},
+        {"link": "bridge"},
+        {"link": "mc"},
+        {"link": "mc", "diagonal": True},
+    ):
         actual, expected = (p.predict(x, **options) for p in (seen, unseen))
         # The root of a covariance is not unique where eigenvalues are close.
         assert_close(actual, expected, 0.5 if options == {"link": "mc"} else 1e-10)
@@ -450,7 +457,7 @@ def test_derivatives_by_one_of_several_inputs():
     assert torch.autograd.gradcheck(probabilities, extra, fast_mode=True)
 
 
-@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
 @pytest.mark.parametrize(("units", "outputs"), [(1, 3), (1, 5), (2, 4)])
 def test_derivatives_where_the_covariance_is_singular(units, outputs, link):
     """More outputs than hidden units, of which only the first layer is uncertain; against differences."""
@@ -468,7 +475,7 @@ def test_derivatives_where_the_covariance_is_singular(units, outputs, link):
     torch.testing.assert_close((gradient * step).sum(), difference.detach(), rtol=1e-2, atol=1e-7)
 
 
-@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
 def test_derivatives_where_the_covariance_is_zero(link):
     """All units of the layer that is uncertain are dead: there is nothing to average over."""
     torch.manual_seed(0)

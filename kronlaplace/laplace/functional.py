@@ -82,8 +82,8 @@ class Linearised:
 
         Returns:
             The outputs as the network gives them, and, with ``M`` outputs per example: variances of the outputs' shape
-            (``Between.NONE``), ``(N, ..., C, C)`` (``CLASSES``; without the class axis in the middle), ``(N, M, M)``
-            (``OUTPUTS``), or ``(N·M, N·M)`` (``EXAMPLES``).
+            (``Between.NONE``, ``CENTERED``), ``(N, ..., C, C)`` (``CLASSES``; without the class axis in the middle),
+            ``(N, M, M)`` (``OUTPUTS``), or ``(N·M, N·M)`` (``EXAMPLES``).
         """
         outputs, covariances = [], []
         n = x.count(self._input_axis)
@@ -118,7 +118,7 @@ class Linearised:
 
         with recording(self._model, self._layers, receive, differentiable=differentiable, axes=axes) as recorder:
             f = recorder.forward(x)
-            class_axis = self._likelihood.class_axis_of(f) if between is Between.CLASSES else None
+            class_axis = self._likelihood.class_axis_of(f) if between.by_class else None
             covariance: Tensor | None = None
             last = recorder.output_layer
             if last is not None and class_axis in (None, f.ndim - 1):
@@ -148,14 +148,18 @@ class Linearised:
             for element in group:
                 passes -= 1
                 direction = torch.zeros(n, elements.numel(), dtype=f.dtype, device=f.device)
-                direction[:, element] = 1
+                if between is Between.CENTERED:
+                    direction[:, group] = -1 / len(group)
+                direction[:, element] += 1
                 recorder.backward(f, direction, retain_graph=passes > 0)
             results = [term.result() for term in terms.values()]
             parts.append(sum(results[1:], results[0]))
         kept = sum(term.kept_per_example(groups.shape[1]) for term in terms.values())
         if between is Between.NONE:
             return parts[0].view(f.shape), kept
-        if between is not Between.CLASSES:
+        if class_axis is None:
             return parts[0], kept
         positions = [size for axis, size in enumerate(f.shape) if axis not in (0, class_axis)]
-        return torch.stack(parts, dim=1).view(n, *positions, groups.shape[1], groups.shape[1]), kept
+        by_position = torch.stack(parts, dim=1)
+        by_position = by_position.view(n, *positions, *by_position.shape[2:])
+        return (by_position.movedim(-1, class_axis) if between.variances else by_position), kept

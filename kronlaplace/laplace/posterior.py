@@ -532,8 +532,8 @@ class KronLaplace:
                 which is several inputs): the predictions of all of its batches, joined.
             method: ``"glm"``, the linearised model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
-            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs)
-                or ``"bridge"`` (Laplace bridge; several classes only).
+            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs),
+                or, for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
             n_samples: Number of draws, where there are any; 100 if not given.
             diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
                 much cheaper for many classes.

@@ -33,8 +33,8 @@ class Predictive:
 
     Args:
         method: ``"glm"`` or ``"sample"``.
-        link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs) or
-            ``"bridge"`` (Laplace bridge; several classes only).
+        link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs), or,
+            for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
         n_samples: Number of draws, where there are any; 100 if not given.
         diagonal: Whether ``"mc"`` and ``"bridge"`` take the outputs' variances only, without the covariances between
             classes; for thousands of classes.
@@ -130,6 +130,8 @@ class Predictive:
 
     def between(self, likelihood: Likelihood) -> Between:
         """The covariances that `linearised` needs."""
+        if self.link is Link.CENTERED_PROBIT:
+            return Between.CENTERED
         of_classes = Link.BRIDGE in likelihood.links and self.link in (Link.MC, Link.BRIDGE)
         return Between.CLASSES if of_classes and not self.diagonal else Between.NONE
 

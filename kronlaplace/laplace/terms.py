@@ -37,12 +37,24 @@ class Between(Enum):
 
     NONE = auto()
     """Variances only."""
+    CENTERED = auto()
+    """Variances only, of the classes less the mean of all classes at their position."""
     CLASSES = auto()
     """The classes at one position of one example."""
     OUTPUTS = auto()
     """All outputs of one example."""
     EXAMPLES = auto()
     """All outputs of all examples."""
+
+    @property
+    def variances(self) -> bool:
+        """Whether variances are all that is wanted."""
+        return self in (Between.NONE, Between.CENTERED)
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the classes at one position belong together."""
+        return self in (Between.CLASSES, Between.CENTERED)
 
 
 class Term(Protocol):
@@ -90,8 +102,9 @@ def output_layer_part(inverse: DampedInverse, calls: Calls, outputs: Tensor, bet
         return None
     gradient_basis, activation_basis = block.bases()
     squares = calls.project(activation_basis)[0].square()  # (N, T, p)
-    if between is Between.NONE:
-        return (squares @ inverse.row_weights.T).reshape(outputs.shape)
+    if between.variances:
+        weights = inverse.row_weights if between is Between.NONE else inverse.centered_row_weights
+        return (squares @ weights.T).reshape(outputs.shape)
     spread = (squares @ inverse.weights.T).reshape(*outputs.shape[:-1], 1, -1)  # (N, ..., 1, q)
     return (gradient_basis[0] * spread) @ gradient_basis[0].T
 
@@ -107,15 +120,15 @@ class _SingleUse:
 
     def add(self, calls: Calls, grads: list[Tensor]) -> None:
         h = (calls.gradients(grads)[0] @ self._basis).squeeze(1)
-        self._rows.append((h.square() * self._spread).sum(1) if self._between is Between.NONE else h)
+        self._rows.append((h.square() * self._spread).sum(1) if self._between.variances else h)
 
     def result(self) -> Tensor:
         rows = torch.stack(self._rows, dim=1)
         self._rows.clear()
-        return rows if self._between is Between.NONE else (rows * self._spread.unsqueeze(1)) @ rows.mT
+        return rows if self._between.variances else (rows * self._spread.unsqueeze(1)) @ rows.mT
 
     def kept_per_example(self, n_outputs: int) -> int:
-        return self._spread.shape[1] * (1 if self._between is Between.NONE else n_outputs)
+        return self._spread.shape[1] * (1 if self._between.variances else n_outputs)
 
 
 class _SharedWeights:
@@ -127,7 +140,7 @@ class _SharedWeights:
         self._b = b  # (N, T, p)
         self._between = between
         _, positions, p = b.shape
-        self._keep_h = between is not Between.NONE and positions < p
+        self._keep_h = not between.variances and positions < p
         self._rows: list[Tensor] = []
 
     def add(self, calls: Calls, grads: list[Tensor]) -> None:
@@ -136,7 +149,7 @@ class _SharedWeights:
             self._rows.append(h)
         else:
             r = (h.mT @ self._b) * self._root  # (N, q, p)
-            self._rows.append(r.square().sum((1, 2)) if self._between is Between.NONE else r.flatten(1))
+            self._rows.append(r.square().sum((1, 2)) if self._between.variances else r.flatten(1))
 
     def result(self) -> Tensor:
         rows = torch.stack(self._rows, dim=1)
@@ -158,7 +171,7 @@ class _SharedWeights:
     def kept_per_example(self, n_outputs: int) -> int:
         _, positions, p = self._b.shape
         q = len(self._root)
-        if self._between is Between.NONE:
+        if self._between.variances:
             return positions * p + q * p
         return positions * p + n_outputs * q * min(positions, p)
 
@@ -177,7 +190,7 @@ class _AnyBlock:
         for part, part_grads in calls.parts(grads):
             x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1, 2)  # (N, q, p)
             r = self._block.to_eigenbasis(x) * self._root
-            rows.append(r.square().sum((1, 2)) if self._between is Between.NONE else r.flatten(1))
+            rows.append(r.square().sum((1, 2)) if self._between.variances else r.flatten(1))
         self._rows.append(torch.cat(rows))
 
     def result(self) -> Tensor:
@@ -186,12 +199,12 @@ class _AnyBlock:
         return _products(rows, self._between)
 
     def kept_per_example(self, n_outputs: int) -> int:
-        return self._root.numel() * (1 if self._between is Between.NONE else n_outputs)
+        return self._root.numel() * (1 if self._between.variances else n_outputs)
 
 
 def _products(rows: Tensor, between: Between) -> Tensor:
     """Inner products of rows ``(N, C, d)``; variances ``(N, C)`` are there already."""
-    if between is Between.NONE:
+    if between.variances:
         return rows
     if between is Between.EXAMPLES:
         rows = rows.flatten(0, 1)

@@ -19,7 +19,7 @@ from kronlaplace.likelihoods.base import (
     wide,
     without,
 )
-from kronlaplace.links import Link, laplace_bridge, mean_over_samples, probit_scaled
+from kronlaplace.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
 
 __all__ = ["Categorical"]
 
@@ -213,7 +213,7 @@ class Categorical(Likelihood):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        return (Link.PROBIT, Link.MC, Link.BRIDGE)
+        return (Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return F.softmax(outputs, dim=self._axis(outputs))
@@ -224,6 +224,8 @@ class Categorical(Likelihood):
         """Class probabilities, of the shape of ``mean``, by ``link``."""
         if link is Link.PROBIT:
             return F.softmax(probit_scaled(mean, covariance), dim=-1)
+        if link is Link.CENTERED_PROBIT:
+            return F.softmax(centered_probit_scaled(mean, covariance), dim=-1)
         if link is Link.MC:
             return mean_over_samples(F.softmax, mean, covariance, n_samples, generator)
         return laplace_bridge(mean, covariance)
