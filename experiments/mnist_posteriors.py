@@ -6,7 +6,7 @@ The network is trained as in the demo, on the first 55,000 training digits; the 
 Fisher of each estimator is estimated once, `sampling="exact"`, and tuned three ways: one prior precision or one per layer
 by the evidence, and one by the likelihood of the validation digits on a grid. Two kinds of foreign digits are to be told
 from the test digits by the predictive entropy: the test digits turned by 90 degrees, and scikit-learn's 8x8 digits scaled
-to 28x28. The table is of one link; the CSV has both, every seed and the prior precisions. Trained networks are kept in
+to 28x28. The table is of one link; the CSV has all four, every seed and the prior precisions. Trained networks are kept in
 `--out` and taken from there the next time; delete them to train again.
 """
 
@@ -47,7 +47,12 @@ COLUMNS = (
 ESTIMATORS = {"K-FAC": kl.KFAC(), "TKFAC": kl.TKFAC(), "K-FOC": kl.KFOC(), "EKFAC": kl.EKFAC()}
 LAST = "K-FAC, last layer"
 TUNINGS = ("evidence", "evidence by layer", "validation")
-LINKS = {"mc": kl.Predictive(link="mc", n_samples=1000), "probit": kl.Predictive(link="probit")}
+LINKS = {
+    "mc": kl.Predictive(link="mc", n_samples=1000),
+    "probit": kl.Predictive(link="probit"),
+    "centered-probit": kl.Predictive(link="centered-probit"),
+    "bridge": kl.Predictive(link="bridge"),
+}
 GRID = [10 ** (k / 2) for k in range(-2, 11)]
 N_TRAIN, BATCH = 55_000, 500
 
@@ -165,6 +170,20 @@ def precisions(rows, link):
     return [f"prior precision, {group}: {'; '.join(parts)}" for group, parts in lines.items()]
 
 
+def by_link(rows):
+    """Two tables, NLL and ECE: a row for each posterior, a column for each link."""
+    columns = tuple(Column(link.replace("-", "_"), link) for link in LINKS)
+    tables = {}
+    for index, what in ((1, "NLL"), (COLUMNS.index(next(c for c in COLUMNS if c.key == "ece")), "ECE")):
+        values = {}
+        for row in rows:
+            if row["link"]:
+                name = f"{row['group']}, {row['tuning']}"
+                values.setdefault(name, {}).setdefault(row["seed"], []).append(row["scores"][index])
+        tables[what] = Table(columns, {name: np.array(list(seeds.values())) for name, seeds in values.items()})
+    return tables
+
+
 def write_rows(rows, path):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -250,7 +269,11 @@ def main(argv=None):
     ]
     print(f"{title}\n\n{table.to_text()}\n\n" + "\n".join(f"  {note}" for note in notes))
     write_rows(rows, args.out / "mnist_posteriors.csv")
-    (args.out / "mnist_posteriors.md").write_text(table.to_markdown(title, notes), encoding="utf-8")
+    markdown = table.to_markdown(title, notes)
+    for what, links in by_link(rows).items():
+        print(f"\n{what} by link\n\n{links.to_text()}")
+        markdown += "\n" + links.to_markdown(f"{what} by link", [])
+    (args.out / "mnist_posteriors.md").write_text(markdown, encoding="utf-8")
     draw(table, args.out / "mnist_posteriors.png", title)
     print(f"\n{time.perf_counter() - start:.0f} s; written to {args.out}")
     return 0
