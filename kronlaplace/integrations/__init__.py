@@ -1,1 +1,18 @@
-"""Our estimators inside other libraries; each module needs its library installed, and nothing else here imports it."""
+"""Our estimators inside other libraries. Nothing is imported before it is asked for, and no other room imports this one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kronlaplace.integrations.laplace_torch import KroneckerBackend
+
+__all__ = ["KroneckerBackend"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KroneckerBackend":
+        from kronlaplace.integrations.laplace_torch import KroneckerBackend
+
+        return KroneckerBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
