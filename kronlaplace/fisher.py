@@ -31,7 +31,7 @@ from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_la
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
 
-__all__ = ["accumulate", "check_belongs", "estimate_fisher"]
+__all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
 
 def estimate_fisher(
@@ -197,7 +197,7 @@ def accumulate(
                 if batch.index == 0 and passes > 1 and sampling is Sampling.MC:
                     beginning = detached if beginning is None else beginning
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
-                _check_batch(likelihood, detached, batch, checks, sampling)
+                check_batch(likelihood, detached, batch, checks, sampling)
                 if i == 0 and batch.index == 0:
                     likelihood = likelihood.informed_by(detached, batch.targets)
                     explained = {}
@@ -276,7 +276,7 @@ def _probe(matrix: Tensor) -> Tensor:
     return (vector / torch.linalg.vector_norm(vector)).to(matrix)
 
 
-def _check_batch(
+def check_batch(
     likelihood: Likelihood, outputs: Tensor, batch: Batch, checks: DeferredChecks, sampling: Sampling
 ) -> None:
     """Check one batch's outputs and targets."""

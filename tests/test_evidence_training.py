@@ -124,14 +124,17 @@ def test_trains_in_training_mode_and_ends_in_evaluation_mode():
         ({"burn_in": 5, "epochs": 5}, ValueError, "burn_in must be less than epochs"),
         ({"data": iter([(X, Y)])}, TypeError, "readable again and again"),
         ({"data": [X]}, TypeError, "without targets"),
+        ({"data": loader(y=Y[:, 0])}, ValueError, r"batch 0: Gaussian targets must have the shape of .* \(20, 1\)"),
         ({"likelihood": "euclidean"}, NotImplementedError, "no noise model"),
         ({"structure": "full"}, ValueError, "unknown structure 'full'"),
     ],
 )
 def test_refusals(change, error, message):
-    arguments = {"model": mlp(), "data": loader(), "likelihood": "regression"} | change
+    model = mlp()
+    arguments = {"model": model, "data": loader(), "likelihood": "regression"} | change
     with pytest.raises(error, match=message):
         kl.train_by_evidence(**arguments)
+    torch.testing.assert_close(model.state_dict(), mlp().state_dict(), rtol=0, atol=0)  # nothing was trained
 
 
 def test_weight_decay_is_refused():

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from kronlaplace.batches import device_of, iterate, preserved_random_state
+from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state
 from kronlaplace.estimators import Estimator
+from kronlaplace.fisher import check_batch
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
@@ -151,7 +152,7 @@ def train_by_evidence(
     )
     layers = find_layers(model, unsupported=Unsupported.FIXED)
     _check_parameters(optimizer, layers)
-    n_examples = _count(model, data)
+    n_examples = _look_through(model, data, likelihood)
     history: list[EvidenceRecord] = []
     best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
     since_gain = 0
@@ -227,15 +228,19 @@ def _epoch(
         )
 
 
-def _count(model: nn.Module, data: Iterable[Any]) -> int:
-    """Number of examples, and a look at whether all batches have targets."""
+def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood) -> int:
+    """Check outputs and targets of all batches before any training, and count the examples."""
     count = 0
     device = device_of(model)
-    with preserved_random_state(device), torch.no_grad():
+    checks = DeferredChecks()
+    with preserved_random_state(device), Rewind(data), torch.no_grad():
         for batch in iterate(data, device, progress=False, description=""):
             if batch.targets is None:
                 raise TypeError("training needs batches of (inputs, targets); some come without targets.")
-            count += len(batch.inputs.run(model))
+            outputs = batch.inputs.run(model)
+            check_batch(likelihood, outputs, batch, checks, Sampling.EXACT)
+            count += len(outputs)
+    checks.settle()
     return count
 
 
