@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, RotatedBlock
+from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, RotatedBlock
 from kronlaplace.linalg import Eigen, eigendecompose
 
 __all__ = ["LARGEST_DENSE", "DampedInverse", "PlusDiagonal"]
@@ -148,23 +148,21 @@ class PlusDiagonal:
         return scale * self._block.eigenvalues() + projected
 
     @cached_property
+    def _basis(self) -> Tensor:
+        """``U`` as a float64 matrix, ``(q·p, q·p)``."""
+        block = self._block
+        if isinstance(block, RotatedBlock):
+            parts = zip(*(basis.double() for basis in block.bases()), strict=True)
+            return torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in parts))
+        assert isinstance(block, DenseBlock)
+        return block.eigen().vectors.double()
+
+    @property
     def _root(self) -> Tensor:
         """``R`` with ``Rᵀ R = F``, float64."""
-        block, roots = self._block, self._block.eigenvalues().sqrt()
-        if isinstance(block, RotatedBlock):
-            gradient, activation = block.bases()
-            basis = EigenBlock(gradient.double(), activation.double(), roots, block.name)
-            return basis.from_eigenbasis(torch.diag(roots.flatten()).unflatten(1, block.shape)).flatten(1)
-        assert isinstance(block, DenseBlock)
-        return roots.flatten().unsqueeze(1) * block.eigen().vectors.double().T
+        return self._block.eigenvalues().sqrt().flatten().unsqueeze(1) * self._basis.T
 
     @cached_property
     def _dense(self) -> Tensor:
         """``F`` as a float64 matrix that is positive semidefinite to float64 rounding, whatever the block's dtype."""
-        block = self._block
-        if isinstance(block, RotatedBlock):
-            gradient, activation = block.bases()
-            return EigenBlock(gradient.double(), activation.double(), block.eigenvalues(), block.name).to_dense()
-        assert isinstance(block, DenseBlock)
-        vectors = block.eigen().vectors.double()
-        return (vectors * block.eigenvalues().flatten()) @ vectors.T
+        return (self._basis * self._block.eigenvalues().flatten()) @ self._basis.T

@@ -62,6 +62,16 @@ class Evidence:
         """``(q, p)`` of every block."""
         return [block.shape for block in self.blocks]
 
+    @property
+    def n_weights(self) -> int:
+        """``P``."""
+        return sum(square.numel() for square in self.squares)
+
+    @property
+    def squared_norm(self) -> float:
+        """``‖θ − m‖²`` of all blocks."""
+        return float(self._sums.sum())
+
     def __call__(
         self, precision: Tensor, noise_std: Tensor | float | None = None, temperature: Tensor | float = 1.0
     ) -> Tensor:

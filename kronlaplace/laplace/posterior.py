@@ -455,7 +455,7 @@ class KronLaplace:
         if not isinstance(self.likelihood, Gaussian):
             return None
         statistics = self.fisher.statistics
-        error = 0.0 if statistics is None else float((statistics[0] / statistics[1]).sqrt())
+        error = 0.0 if statistics is None else self.likelihood.root_mean_square_error(statistics)
         return error if error > 0 else self.likelihood.noise_std
 
     def set_hyperparameters(self, prior_precision: Precision, noise_std: float | None = None) -> None:
@@ -600,7 +600,6 @@ class KronLaplace:
         n = positive_integer(n, "n")
         if antithetic and n % 2:
             raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
-        self._check_weights()
         return self._sampler(seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -692,7 +691,6 @@ class KronLaplace:
 
     def _checked(self, x: Any, differentiable: bool = False) -> Inputs:
         check_mode(self.model)
-        self._check_weights()
         inputs = Inputs(x)
         tensors = tensors_of(inputs) if isinstance(x, (Tensor, tuple, list, Mapping)) else []
         if not tensors or tensors[0].numel() == 0:

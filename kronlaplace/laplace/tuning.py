@@ -41,7 +41,6 @@ _STEPS_BY_WEIGHT = 500
 _LONGEST_STEP = 3.0
 """Of a Newton step, in any logarithm: far from the maximum the evidence is nearly straight, and steps are very long."""
 
-
 _HALVINGS = 40
 """Of a step, until one goes up; if none does, the maximum is reached."""
 
@@ -81,10 +80,8 @@ def maximise_evidence(evidence: Evidence, structure: PriorStructure, temperature
     scalar = structure is PriorStructure.SCALAR
     n = 1 if scalar else len(evidence.blocks)
     low, high = map(math.log, PRECISION_BOUNDS)
-    total = max(float(sum(square.sum() for square in evidence.squares)), 1e-12)
-    count = sum(square.numel() for square in evidence.squares)
     bounds = [(low, high)] * n
-    start = [min(max(math.log(count / total), low), high)] * n
+    start = [min(max(math.log(evidence.n_weights / max(evidence.squared_norm, 1e-12)), low), high)] * n
     if isinstance(evidence.likelihood, Gaussian):
         start.append(_log_error(evidence))
         bounds.append(_noise_bounds(evidence))
@@ -135,13 +132,12 @@ def _newton(
 
 
 def _log_error(evidence: Evidence) -> float:
-    squared_error, count = evidence.statistics.tolist()
-    return math.log(max(math.sqrt(squared_error / count), 1e-12))
+    return math.log(max(Gaussian.root_mean_square_error(evidence.statistics), 1e-12))
 
 
 def _noise_bounds(evidence: Evidence) -> tuple[float, float]:
-    low, high = _NOISE_BOUNDS
-    return _log_error(evidence) + math.log(low), _log_error(evidence) + math.log(high)
+    center, (low, high) = _log_error(evidence), _NOISE_BOUNDS
+    return center + math.log(low), center + math.log(high)
 
 
 def _at_the_edge(
@@ -168,7 +164,7 @@ def _at_the_edge(
 def _by_weight(evidence: Evidence, temperature: float, start: Tuned) -> Tuned:
     """One precision per weight, by L-BFGS-B with gradients by autograd."""
     device = evidence.statistics.device
-    count = sum(square.numel() for square in evidence.squares)
+    count = evidence.n_weights
     center = math.log(float(start.prior_precision))
     bounds = [(center - math.log(DIAGONAL_RANGE), center + math.log(DIAGONAL_RANGE))] * count
     u = np.full(count, center)

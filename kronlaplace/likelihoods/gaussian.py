@@ -55,6 +55,12 @@ class Gaussian(Likelihood):
         squared_error, count = statistics
         return -squared_error / (2 * sigma**2) - count * (torch.log(sigma) + 0.5 * math.log(2 * math.pi))
 
+    @staticmethod
+    def root_mean_square_error(statistics: Tensor) -> float:
+        """Of the data that the summed `statistics` are of, in the targets' unit."""
+        squared_error, count = statistics.tolist()
+        return math.sqrt(squared_error / count)
+
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         yield from columns(torch.full_like(outputs, 1 / self.noise_std))
 
