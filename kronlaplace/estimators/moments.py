@@ -101,8 +101,8 @@ def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
 
 
 def frobenius(matrices: Tensor) -> Tensor:
-    """Frobenius norms over the last two axes, which stay."""
-    return torch.linalg.matrix_norm(matrices, keepdim=True)
+    """Frobenius norms over the last two axes, which stay. Squares are summed in float64, where they do not underflow."""
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(matrices.dtype)
 
 
 def squeezed(matrices: Tensor) -> Tensor:
