@@ -74,9 +74,9 @@ class KFOC(Estimator):
             once per example add all of their examples instead, which wait until there are up to ``4 · rank`` of them
             before the sum is cut to ``rank`` terms again.
         unit_factor: Which factor of a batch has unit norm before factors are averaged (``"approx"`` only), see
-            `UnitFactor`. Batches without any gradient have no direction, and do not count in the average of the unit
-            factors. (The paper prints the sum of the unit factors in place of their average, which would grow with the
-            number of batches.)
+            `UnitFactor`. The unit factor of every batch counts the same in their average, however small its gradients;
+            only batches without any gradient have none. (The paper prints the sum of the unit factors in place of their
+            average; that would grow with the number of batches.)
         sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
         max_iter: Most steps of the power iteration of a batch (of all data in ``"full"``).
         tol: Relative error of the factors at which it stops (in single precision it may stop at some 1e-4, where the
@@ -143,7 +143,7 @@ class KFOC(Estimator):
         if self.aggregation is Aggregation.SWEEPS:
             add_pair_sums(state, calls, grads, state.get("previous activation"), state.get("previous gradient"))
         elif self.aggregation is Aggregation.FULL:
-            state["items"].append(items_of(calls, grads))
+            state["items"].append(items_of(calls, grads).copied())  # the loader may reuse the memory of its batches
         else:
             state["batch"].append(items_of(calls, grads))
 

@@ -31,6 +31,9 @@ class Items(Protocol):
     def scaled(self, factor: float) -> Items:
         """The same, counting ``factor`` times as much."""
 
+    def copied(self) -> Items:
+        """The same in memory of its own."""
+
     def normalized(self) -> tuple[Items, Tensor]:
         """The same with a largest entry of one, and how much it counts, shape ``(K,)``, float64.
 
@@ -83,6 +86,9 @@ class Pairs:
 
     def scaled(self, factor: float) -> Pairs:
         return Pairs(self.a, self.g * factor**0.5)
+
+    def copied(self) -> Pairs:
+        return Pairs(self.a.clone(), self.g.clone())
 
     def normalized(self) -> tuple[Pairs, Tensor]:
         a, input_size = _normalized(self.a)
@@ -164,6 +170,9 @@ class Matrices:
 
     def scaled(self, factor: float) -> Matrices:
         return Matrices(self._x * factor**0.5)
+
+    def copied(self) -> Matrices:
+        return self  # X is a product, and no view of anything
 
     def normalized(self) -> tuple[Matrices, Tensor]:
         x, size = _normalized(self._x)
