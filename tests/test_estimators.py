@@ -410,19 +410,33 @@ def test_small_gradients_in_single_precision(options, size):
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2}, {"aggregation": "full"}, {"aggregation": "sweeps", "sweeps": 5}])
+@pytest.mark.parametrize("positions", [1, 2])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_any_of_several_equally_good_products_will_do(options, rotated):
-    """Three orthogonal examples of one size: rounding chooses the leading singular pair, if anything does."""
+def test_any_of_several_equally_good_products_will_do(options, positions, size, rotated):
+    """Three orthogonal examples count the same: rounding chooses the leading singular pair, if anything does."""
     basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
-    x = basis if rotated else torch.eye(3).double()
+    a = basis if rotated else torch.eye(3).double()
+    x = a if positions == 1 else torch.stack([a, torch.zeros(3, 3).double()], dim=1)
     model = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
     nn.init.zeros_(model[0].weight)
+    data = list(zip(x.split(size), x.split(size), strict=True))  # the gradients are the inputs
     estimator = kl.KFOC(**{"aggregation": "running", **options})
-    fisher = kl.estimate_fisher(
-        model, list(zip(x.split(1), x.split(1), strict=True)), "regression", estimator, sampling="empirical"
-    )
-    exact = oracles.exact_block((x.unsqueeze(2) * x.unsqueeze(1)).unsqueeze(1))
+    fisher = kl.estimate_fisher(model, data, "regression", estimator, sampling="empirical")
+    exact = oracles.exact_block((a.unsqueeze(2) * a.unsqueeze(1)).unsqueeze(1))
     assert oracles.error(fisher["0"].to_dense(), exact) <= (2 / 3) ** 0.5 + 1e-7
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("name", [name for name in EVERYTHING if name.startswith("kfoc") and "one" not in name])
+def test_what_overflows_is_refused_with_the_name_of_the_layer(name, size):
+    made = case(nn.Sequential(nn.Linear(3, 2)), torch.randn(6, 3), 2, "regression")
+    made.model.float()
+    x, y = made.inputs.float(), made.targets.float()
+    x[1] = 1e30
+    data = list(zip(x.split(size), y.split(size), strict=True))
+    with pytest.raises(ValueError, match="NaN or infinite entries in .* of layer '0'"):
+        kl.estimate_fisher(made.model, data, "regression", EVERYTHING[name](), sampling="exact")
 
 
 @pytest.mark.parametrize("aggregation", ["sweeps", "running", "full"])
