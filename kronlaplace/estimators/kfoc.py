@@ -206,8 +206,9 @@ class KFOC(Estimator):
             # The first pass had the identity on the other side, not the identity of unit norm.
             norm = 1.0 if f"previous {key}" in state else _other_size(layer, key) ** 0.5
             result[f"older {key}"] = state.pop(f"previous {key}", None)  # None: the identity
-            result[f"length {key}"] = frobenius(total) / (weight * norm)
-            result[f"previous {key}"] = total.div_(frobenius(total).clamp_min(torch.finfo(total.dtype).tiny))
+            length = frobenius(total, torch.float64)
+            result[f"length {key}"] = length / (weight * norm)
+            result[f"previous {key}"] = total.div_(length.clamp_min(torch.finfo(total.dtype).tiny))
         return result
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
@@ -238,12 +239,12 @@ class KFOC(Estimator):
         if "previous activation" not in state:
             return trace_preserving_block(state["gradient"], state["activation"], weight, layer.name)
         keys = "activation", "gradient"
-        lengths = [state[f"length {key}"].double() for key in keys]
-        lengths += [frobenius(state[key]).double() / weight for key in keys]
+        new_lengths = [frobenius(state[key], torch.float64) for key in keys]
+        lengths = [state[f"length {key}"] for key in keys] + [length / weight for length in new_lengths]
         iterates = {}
-        for key in keys:
+        for key, length in zip(keys, new_lengths, strict=True):
             older, new = state.pop(f"older {key}"), state.pop(key)
-            new /= frobenius(new).clamp_min(torch.finfo(new.dtype).tiny)
+            new /= length.clamp_min(torch.finfo(new.dtype).tiny)
             if older is None:
                 size = new.shape[-1]
                 older = torch.eye(size, dtype=new.dtype, device=new.device).expand_as(new) / size**0.5

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, once_per_example
-from kronlaplace.estimators.truncation import (
-    Examples,
-    batched_eigen,
-    by_group,
-    leading_eigenvector,
-    unit,
-)
+from kronlaplace.estimators.truncation import Examples, batched_eigen, by_group, leading_eigenvector, unit
 from kronlaplace.layers import Calls
 from kronlaplace.linalg import eigendecompose_symmetric, trace
 
@@ -285,7 +279,8 @@ def leading_triple(
     gradient, activation = items.direct(max_iter, name) or _iterated(items, start, max_iter, tol, name, to_rounding)
     lengths = frobenius(gradient), frobenius(activation)
     size = lengths[0].double() * lengths[1].double()
-    some = (size > 0).to(gradient.dtype)  # rounding does not decide: the largest entries of normalized items are one
+    # Where nothing is left both factors are zero. Rounding does not decide: the largest entries of the items are one.
+    some = (size > 0).to(gradient.dtype)
     gradient, activation = (
         matrix * (some / length.clamp_min(torch.finfo(length.dtype).tiny))
         for matrix, length in zip((gradient, activation), lengths, strict=True)
@@ -331,7 +326,7 @@ def _iterated(
     gradient = _combination(left, vs)
     if len(ws) < len(vs):
         activation = _combination(value.unsqueeze(1) * right, us)
-    # else: from the best v the best u for it, whose length is the size
+    # Else it is the best u for the best v, and its length is the size already.
     sign = torch.where(trace(activation) < 0, -1.0, 1.0).to(activation.dtype).view(-1, 1, 1)
     return gradient * sign, activation * sign
 
@@ -341,9 +336,11 @@ def _leading_vectors(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]
     if matrix.shape[1] == 1:
         one = torch.ones_like(matrix[:, 0])
         return one, matrix[:, 0, 0], one
-    start = torch.zeros_like(matrix[:, 0])
-    start[:, 0] = 1  # the first iterate
-    right = leading_eigenvector(*batched_eigen(matrix.mT @ matrix, name), start)
+    try:  # in every step, so by the quickest way
+        left, values, right = torch.linalg.svd(matrix)
+        return left[:, :, 0], values[:, 0], right[:, 0]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        right = batched_eigen(matrix.mT @ matrix, name)[1][:, :, -1]
     left = (matrix @ right.unsqueeze(2))[:, :, 0]
     value = torch.linalg.vector_norm(left, dim=1)
     return left / value.clamp_min(torch.finfo(value.dtype).tiny).unsqueeze(1), value, right

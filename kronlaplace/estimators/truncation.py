@@ -175,7 +175,9 @@ def _best_of_two(terms: Terms) -> Terms:
     ones on the diagonal and no negative entries.
     """
     tiny = torch.finfo(terms.sizes.dtype).tiny
-    s, t = (terms.sizes / terms.sizes.amax(1, keepdim=True).clamp_min(tiny)).unbind(1)
+    largest = terms.sizes.amax(1, keepdim=True)
+    sizes = terms.sizes / largest.clamp_min(tiny)
+    s, t = sizes.unbind(1)
     g, a = (
         torch.linalg.vecdot(some[:, 0].flatten(1), some[:, 1].flatten(1)).double().clamp_min(0)
         for some in (terms.gradients, terms.activations)
@@ -190,8 +192,8 @@ def _best_of_two(terms: Terms) -> Terms:
     inner = c + a.unsqueeze(1) * c.flip(1)  # with A_1 and A_2
     inner = inner / (c * inner).sum(1, keepdim=True).sqrt()
     activation = _combined(terms.activations, c.unsqueeze(2))
-    gradient = _combined(terms.gradients, (terms.sizes * inner).unsqueeze(2))
-    return Terms(frobenius(gradient).double()[:, :, 0, 0], unit(gradient), unit(activation))
+    gradient = _combined(terms.gradients, (sizes * inner).unsqueeze(2))
+    return Terms(largest * frobenius(gradient)[:, :, 0, 0].double(), unit(gradient), unit(activation))
 
 
 def _combined(matrices: Tensor, coefficients: Tensor) -> Tensor:
