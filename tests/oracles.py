@@ -635,12 +635,49 @@ def kfoc_running(group, batches):
     return scale / len(group.X), G, A
 
 
-def kfoc_approx(group, batches):
-    """Activation parts of unit norm are summed, gradient parts (which carry the size) averaged."""
-    parts = [best_rank_one(len(batch) * exact_block(group.X[batch]), *group.X.shape[2:]) for batch in batches]
-    A = sum(A for _, _, A in parts)
-    G = sum(scale * G for scale, G, _ in parts) / len(parts)
-    return 1 / len(group.X), G, A
+def kfoc_approx(group, batches, unit_factor="gradient", weights=None):
+    """K-FOC_approx: L (of unit norm, of the gradients) and R (with the size) are averaged each on its own.
+
+    Batches without a gradient have no direction L. With ``unit_factor="activation"`` L is of the activations.
+    """
+    weights = [1.0] * len(batches) if weights is None else weights
+    L, R, count = 0, 0, 0.0
+    for batch, weight in zip(batches, weights, strict=True):
+        X = group.X[batch]
+        if X.any():
+            scale, G, A = best_rank_one(len(batch) * exact_block(X), *X.shape[2:])
+            unit, sized = (G, scale * A) if unit_factor == "gradient" else (A, scale * G)
+            L, R, count = L + weight * unit, R + weight * sized, count + weight
+    total = sum(weight * len(batch) for batch, weight in zip(batches, weights, strict=True))
+    q, p = group.X.shape[2:]
+    if count == 0:
+        return 0.0, torch.zeros(q, q, dtype=torch.float64), torch.zeros(p, p, dtype=torch.float64)
+    return (1 / total, L / count, R) if unit_factor == "gradient" else (1 / total, R, L / count)
+
+
+def kfoc_running_sum(group, batches, rank, decay=1.0):
+    """A running sum of more than one term, for weights used once, as a dense operator that is cut by its SVD.
+
+    Up to ``4 · rank`` examples wait before they are merged; of a larger batch the best rank one is merged at once.
+    """
+    q, p = group.X.shape[2:]
+
+    def cut(R, rank):
+        U, S, V = torch.linalg.svd(R, full_matrices=False)
+        return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+    total, waiting, weight = torch.zeros(q * q, p * p, dtype=torch.float64), [], 0.0
+    for batch in batches:
+        total, waiting, weight = decay * total, [decay * one for one in waiting], decay * weight + len(batch)
+        ones = [rearranged(exact_block(X[None]), q, p) for X in group.X[batch]]
+        if len(batch) > 4 * rank:
+            total = cut(total + cut(sum(ones), 1), rank)
+            continue
+        if len(waiting) + len(batch) > 4 * rank:
+            total, waiting = cut(total + sum(waiting), rank), []
+        waiting += ones
+    last = cut(total + sum(waiting), 1) / weight
+    return last.view(q, q, p, p).permute(0, 2, 1, 3).reshape(q * p, q * p)
 
 
 def kfoc_published(group, batches, max_iter=1000, tol=1e-14):

@@ -16,7 +16,7 @@ from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
 from tests import oracles
 from tests.architectures import case
-from tests.test_estimators import CONVERGED, CONVERGED_FULL, assert_close, batches, estimate, problem
+from tests.test_estimators import CONVERGED, CONVERGED_FULL, assert_close, batches, estimate, problem, several
 
 NETWORKS = ["mlp", "cnn", "depthwise", "transformer", "lstm", "norms", "reused", "language_model"]
 ONE_PASS = {
@@ -40,6 +40,7 @@ BY_BATCH = {
     "kfoc-running": lambda: kl.KFOC(aggregation="running", **CONVERGED),
     "kfoc-running-rank-3": lambda: kl.KFOC(aggregation="running", rank=3, **CONVERGED),
     "kfoc-approx": lambda: kl.KFOC(aggregation="approx", **CONVERGED),
+    "kfoc-approx-other-side": lambda: kl.KFOC(aggregation="approx", unit_factor="activation", **CONVERGED),
 }
 ALL = {**ONE_PASS, **SEVERAL_PASSES, **BY_BATCH}
 
@@ -138,15 +139,56 @@ def test_merging_with_a_running_sum_that_has_seen_nothing():
     assert_same(empty.finish(), expected)
 
 
-def test_merging_batches_whose_factors_are_added():
+@pytest.mark.parametrize("name", ["kfoc-approx", "kfoc-approx-other-side"])
+def test_merging_batches_whose_factors_are_added(name):
     made, _ = problem("cnn")
     first, *rest = batches(made, 2)
     one, other = (
-        accumulated(made, BY_BATCH["kfoc-approx"](), [first]),
-        accumulated(made, BY_BATCH["kfoc-approx"](), rest),
+        accumulated(made, BY_BATCH[name](), [first]),
+        accumulated(made, BY_BATCH[name](), rest),
     )
     one.merge(other)
-    assert_same(one.finish(), estimate(made, BY_BATCH["kfoc-approx"]()), 1e-7)
+    assert_same(one.finish(), estimate(made, BY_BATCH[name]()), 1e-7)
+
+
+@pytest.mark.parametrize("splits", [(1, 2), (3, 7), (7, 8)])
+def test_merging_running_sums_with_examples_that_wait(splits):
+    """With two outputs the last layer's block has three terms at most: a running sum of rank three loses nothing."""
+    made, _, data = several((1, 3, 8, 12, 2, 2, 8, 9, 1, 5), outputs=2)
+    estimator = kl.KFOC(aggregation="running", rank=3)
+    i, j = splits
+    total, *others = (accumulated(made, estimator, part) for part in (data[:i], data[i:j], data[j:]))
+    alone = [copy.deepcopy(other).finish()["2"].to_dense() for other in others]
+    for other in others:
+        total.merge(other)
+    best = estimate(made, kl.KFOC(aggregation="full", **CONVERGED_FULL))["2"]
+    assert_close(total.finish()["2"].to_dense(), best.to_dense(), 1e-7)
+    for other, expected in zip(others, alone, strict=True):  # what was merged is as it was
+        assert_close(other.finish()["2"].to_dense(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_blocks_so_far_are_those_of_the_batches_so_far(name):
+    made, _, data = several()
+    accumulation = kl.Accumulation(BY_BATCH[name](), find_layers(made.model))
+    for seen in range(1, len(data) + 1):
+        one_pass(accumulation, made, data[seen - 1 : seen])
+        expected = kl.estimate_fisher(made.model, data[:seen], made.likelihood, BY_BATCH[name](), sampling="exact")
+        assert_same(accumulation.so_far(), expected, 1e-7)
+
+
+def test_a_running_sum_does_not_grow():
+    made, _, data = several((3,) * 60)
+    rank, estimator = 2, kl.KFOC(aggregation="running", rank=2)
+    accumulation = kl.Accumulation(estimator, find_layers(made.model))
+    most = 0
+    for batch in data:
+        one_pass(accumulation, made, [batch])
+        for layer in accumulation.layers:
+            state, (q, p) = accumulation.state(layer.name), layer.shape
+            kept = [*state.get("terms", ()), *(x for examples in state["waiting"] for x in (examples.a, examples.g))]
+            most = max(most, sum(x.numel() for x in kept) - rank * (1 + q**2 + p**2) - 4 * rank * (p + 3 * q))
+    assert most <= 0
 
 
 @pytest.mark.parametrize(
@@ -319,6 +361,27 @@ def test_moving_average_of_a_running_sum():
             weight = DECAY * weight + len(batch[1])
         expected = oracles.dense(*oracles.best_rank_one(total, *block.shape)) / weight
         assert_close(block.to_dense(), expected, 1e-7, layer)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 20, (1, 3, 8, 20, 2, 2, 8)])
+def test_moving_average_of_a_running_sum_of_several_terms(sizes):
+    """Examples that wait fade like those that have been merged."""
+    made, rows, data = several(sizes)
+    fisher = average(made, kl.KFOC(aggregation="running", rank=2, **CONVERGED), data)
+    for layer, d in oracles.gradients(made.model, made.inputs, made.likelihood).items():
+        expected = oracles.kfoc_running_sum(d.groups[0], rows, 2, DECAY)
+        assert_close(fisher[layer].to_dense(), expected, 1e-7, layer)
+
+
+@pytest.mark.parametrize("unit_factor", ["gradient", "activation"])
+def test_moving_average_of_factors_that_are_added(unit_factor):
+    """Every batch counts with its weight on both sides."""
+    made, rows, data = several((1, 3, 2, 4))
+    weights = [DECAY ** (len(data) - 1 - i) for i in range(len(data))]
+    fisher = average(made, kl.KFOC(aggregation="approx", unit_factor=unit_factor, **CONVERGED), data)
+    for layer, d in oracles.gradients(made.model, made.inputs, made.likelihood).items():
+        expected = oracles.dense(*oracles.kfoc_approx(d.groups[0], rows, unit_factor, weights))
+        assert_close(fisher[layer].to_dense(), expected, 1e-7, layer)
 
 
 def estimate_one(made, batch):

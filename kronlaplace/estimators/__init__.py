@@ -13,7 +13,7 @@ from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.baselines import Diagonal, ExactBlock
 from kronlaplace.estimators.ekfac import EKFAC
 from kronlaplace.estimators.kfac import KFAC, SUA, WeightSharing
-from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialisation
+from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialisation, UnitFactor
 from kronlaplace.estimators.tkfac import TKFAC, SpatialCorrelation
 from kronlaplace.layers import Calls, Layer
 from kronlaplace.options import resolve
@@ -32,6 +32,7 @@ __all__ = [
     "Initialisation",
     "SpatialCorrelation",
     "State",
+    "UnitFactor",
     "WeightSharing",
     "estimator_from_metadata",
     "estimator_to_metadata",

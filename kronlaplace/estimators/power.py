@@ -1,4 +1,4 @@
-"""The leading singular pair of a rearranged Fisher, and best approximations of sums of Kronecker products."""
+"""The leading singular triple of a rearranged Fisher."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, once_per_example
+from kronlaplace.estimators.truncation import Examples, batched_eigen, by_group, leading_eigenvector, unit
 from kronlaplace.layers import Calls
 from kronlaplace.linalg import eigendecompose_symmetric, trace
 
-__all__ = ["Items", "best_of_krylov", "compress", "items_of", "joined", "leading_pair", "made_psd"]
+__all__ = ["Items", "best_of_krylov", "items_of", "joined", "leading_triple", "made_psd"]
 
 
 class Items(Protocol):
@@ -24,17 +25,26 @@ class Items(Protocol):
     def scaled(self, factor: float) -> Items:
         """The same, counting ``factor`` times as much."""
 
+    def copied(self) -> Items:
+        """The same in memory of its own."""
+
+    def normalized(self) -> tuple[Items, Tensor]:
+        """The same with a largest entry of one, and how much it counts, shape ``(K,)``, float64.
+
+        Powers of small gradients would underflow: the power iteration has fourth ones.
+        """
+
     def identity(self) -> Tensor:
         """The identity as ``A``, shape ``(K, p, p)``, in the sums' dtype and on their device."""
 
     def matrices(self) -> Tensor:
         """``X``, shape ``(K, M, q/K, p)``."""
 
-    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
-        """The sum itself as Kronecker products, ``(m, K, q/K, q/K)`` and ``(m, K, p, p)``, if there are at most ``most``."""
+    def examples(self, most: int) -> Examples | None:
+        """Copies, if each example is one Kronecker product and there are at most ``most``."""
 
-    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
-        """The leading pair, ``(G, A)`` up to how the scale is shared, where there is a cheaper way than `leading_pair`'s."""
+    def direct(self, max_iter: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """The leading ``(G, A)``, up to how the size is shared, where there is a cheaper way than `leading_triple`'s."""
 
     def to_gradient(self, activation: Tensor) -> Tensor:
         """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
@@ -71,32 +81,35 @@ class Pairs:
     def scaled(self, factor: float) -> Pairs:
         return Pairs(self.a, self.g * factor**0.5)
 
+    def copied(self) -> Pairs:
+        return Pairs(self.a.clone(), self.g.clone())
+
+    def normalized(self) -> tuple[Pairs, Tensor]:
+        a, input_size = _normalized(self.a)
+        g, gradient_size = _normalized(self.g)
+        return Pairs(a, g), (input_size * gradient_size).square()
+
     def identity(self) -> Tensor:
         return _identity_for(self.a)
 
     def matrices(self) -> Tensor:
         return self.g.mT @ self.inputs()
 
-    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
+    def examples(self, most: int) -> Examples | None:
         n = self.a.shape[1]
         if self.positions > 1 or n > most:
             return None
-        a, g = self.a[:, :, 0].transpose(0, 1), self.g[:, :, 0].transpose(0, 1)
-        gradients = (g.unsqueeze(3) * g.unsqueeze(2)).unflatten(0, (-1, n)).sum(0)
-        activations = a.unsqueeze(3) * a.unsqueeze(2)
-        norms = _norm(activations)
-        return gradients * norms, activations / norms
+        return Examples(self.a.clone(), self.g[:, :, 0].unflatten(1, (-1, n)).transpose(1, 2).clone())
 
-    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
+    def direct(self, max_iter: int, name: str) -> tuple[Tensor, Tensor] | None:
         if self.positions == 1:
             return self._of_one_input() if self.a.shape[1] == 1 else self._by_weights(max_iter)
-        return _pair_of_one(self.matrices()) if self.g.shape[1] == 1 else None
+        return _pair_of_one(self.matrices(), name) if self.g.shape[1] == 1 else None
 
     def _of_one_input(self) -> tuple[Tensor, Tensor]:
         """The pair itself of one example with the weights used once, ``Σ_v g gᵀ ⊗ a aᵀ``."""
         a, g = self.a[:, 0], self.g[:, :, 0]
-        norm = a.square().sum(2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-        return (g.mT @ g) * norm, a.mT @ a / norm
+        return g.mT @ g, a.mT @ a
 
     def _by_weights(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
         """The pair by power iteration on the weights of the examples, where that is the cheaper space.
@@ -123,7 +136,8 @@ class Pairs:
             if bool((change <= 0).all()):
                 break
         activation = (a * alpha).mT @ a
-        return (g * beta.repeat(1, directions, 1)).mT @ g / _norm(activation) / _norm(activation), activation
+        square = frobenius(activation).square().clamp_min(torch.finfo(a.dtype).tiny)
+        return (g * beta.repeat(1, directions, 1)).mT @ g / square, activation
 
     def to_gradient(self, activation: Tensor) -> Tensor:
         kernel = _repeated(self.a @ activation.unsqueeze(1) @ self.a.mT, self.directions)  # (K, M, T, T)
@@ -151,19 +165,26 @@ class Matrices:
     def scaled(self, factor: float) -> Matrices:
         return Matrices(self._x * factor**0.5)
 
+    def copied(self) -> Matrices:
+        return self  # X is a product, and no view of anything
+
+    def normalized(self) -> tuple[Matrices, Tensor]:
+        x, size = _normalized(self._x)
+        return Matrices(x), size.square()
+
     def identity(self) -> Tensor:
         return _identity_for(self._x)
 
     def matrices(self) -> Tensor:
         return self._x
 
-    def terms(self, most: int) -> tuple[Tensor, Tensor] | None:
+    def examples(self, most: int) -> Examples | None:
         return None  # as a sum of Kronecker products an example has as many terms as X has singular values, squared
 
-    def direct(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
-        return _pair_of_one(self._x) if self._x.shape[1] == 1 else self._by_block()
+    def direct(self, max_iter: int, name: str) -> tuple[Tensor, Tensor] | None:
+        return _pair_of_one(self._x, name) if self._x.shape[1] == 1 else self._by_block(name)
 
-    def _by_block(self) -> tuple[Tensor, Tensor] | None:
+    def _by_block(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The pair from the whole rearranged block, for layers with so few outputs that it costs less than a few steps."""
         groups, _, q, p = self._x.shape
         if q > min(p, 8) or groups * (q * p) ** 2 > 2**22:
@@ -171,12 +192,10 @@ class Matrices:
         flat = self._x.flatten(2)
         block = (flat.mT @ flat).view(groups, q, p, q, p)
         rearranged = block.transpose(2, 3).flatten(3).flatten(1, 2).double()  # (K, q², p²)
-        vectors = torch.linalg.eigh(rearranged @ rearranged.mT).eigenvectors
-        gradient = vectors[:, :, -1:]
-        activation = (rearranged.mT @ gradient).view(groups, p, p).to(flat.dtype)
-        gradient = gradient.view(groups, q, q).to(flat.dtype)
-        sign = torch.sign(trace(activation)).view(-1, 1, 1)
-        return gradient * sign, activation * sign
+        start = rearranged @ torch.eye(p, dtype=torch.float64, device=flat.device).flatten()
+        gradient = leading_eigenvector(*batched_eigen(rearranged @ rearranged.mT, name), start).unsqueeze(2)
+        activation = rearranged.mT @ gradient
+        return gradient.view(groups, q, q).to(flat.dtype), activation.view(groups, p, p).to(flat.dtype)
 
     def to_gradient(self, activation: Tensor) -> Tensor:
         return gradient_sum(self._x, activation)
@@ -216,19 +235,29 @@ def _identity_for(tensor: Tensor) -> Tensor:
     return torch.eye(p, dtype=tensor.dtype, device=tensor.device).expand(groups, p, p)
 
 
-def _pair_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
+def _normalized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """``(K, ·, ·, ·)`` over its largest absolute entry (zeros stay zeros), and that entry, ``(K,)``, float64."""
+    size = torch.linalg.vector_norm(tensor, ord=torch.inf, dim=(1, 2, 3), keepdim=True)
+    return tensor / size.clamp_min(torch.finfo(tensor.dtype).tiny), size.double().flatten()
+
+
+def _pair_of_one(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The leading pair of one ``X = Σ s_i u_i v_iᵀ``, shape ``(K, 1, q/K, p)``: ``s_1² u_1 u_1ᵀ ⊗ v_1 v_1ᵀ``."""
-    u, s, vh = torch.linalg.svd(x[:, 0], full_matrices=False)
-    left, right = u[:, :, :1] * s[:, None, :1], vh[:, :1]
-    return left @ left.mT, right.mT @ right
+    x = x[:, 0]
+    wide = x.shape[1] < x.shape[2]
+    one = x.mT if wide else x  # (K, m, n) with n ≤ m
+    right = batched_eigen((one.mT @ one).double(), name)[1][:, :, -1:].to(x.dtype)
+    left = one @ right
+    left, right = left @ left.mT, right @ right.mT
+    return (right, left) if wide else (left, right)
 
 
-def leading_pair(
-    items: Items, start: Tensor, max_iter: int, tol: float, *, to_rounding: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The best ``G ⊗ A`` for the sum over all items: ``A`` of unit Frobenius norm, ``G`` with the scale.
+def leading_triple(
+    items: Items, start: Tensor, max_iter: int, tol: float, name: str, *, to_rounding: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``s · G ⊗ A`` for the sum over all items.
 
-    The power iteration (K-FOC Algorithm 1), with the best combination of all iterates taken instead of the last one
+    The power iteration (K-FOC Algorithms 1 and 2), with the best combination of all iterates taken instead of the last one
     (Golub and Kahan's bidiagonalisation): the same limit, reached in fewer steps. It waits for the device in every step,
     to see whether it is over.
 
@@ -239,19 +268,36 @@ def leading_pair(
         tol: Relative error of the factors at which it stops. The error is seen in what more steps would still add to the
             captured norm, by extrapolation of what the last ones gained: that is its square. In single precision it
             stops too where the square is lost in the rounding of the norm.
+        name: What an error calls it.
         to_rounding: Go on until the residual ``|Rᵀ v − σ u|`` is below ``tol · σ`` instead.
+
+    Returns:
+        ``s``, shape ``(K,)``, float64, not negative; ``G``, shape ``(K, q/K, q/K)``, and ``A``, shape ``(K, p, p)``, of unit
+        Frobenius norm. Where all items are zero all three are.
     """
+    items, unit_size = items.normalized()
+    gradient, activation = items.direct(max_iter, name) or _iterated(items, start, max_iter, tol, name, to_rounding)
+    lengths = frobenius(gradient), frobenius(activation)
+    size = lengths[0].double() * lengths[1].double()
+    # Where nothing is left both factors are zero. Rounding does not decide: the largest entries of the items are one.
+    some = (size > 0).to(gradient.dtype)
+    gradient, activation = (
+        matrix * (some / length.clamp_min(torch.finfo(length.dtype).tiny))
+        for matrix, length in zip((gradient, activation), lengths, strict=True)
+    )
+    return size[:, 0, 0] * unit_size, gradient, activation
+
+
+def _iterated(
+    items: Items, start: Tensor, max_iter: int, tol: float, name: str, to_rounding: bool
+) -> tuple[Tensor, Tensor]:
+    """The leading ``(G, A)``, up to how the size is shared, by the iteration of `leading_triple`."""
     rounding = 4 * torch.finfo(start.dtype).eps
     loss = 0.0 if to_rounding else tol**2
     if 0 < loss < rounding:  # in double precision the residual tells the factors' error from there on
         loss = 0.0 if start.dtype == torch.float64 else rounding
-    direct = items.direct(max_iter)
-    if direct is not None:
-        gradient, activation = direct
-        norm = _norm(activation)
-        return gradient * norm, activation / norm
     tiny = torch.finfo(start.dtype).tiny
-    us = [start / _norm(start)]
+    us = [unit(start)]
     vs: list[Tensor] = []
     ws: list[Tensor] = []
     captured: list[Tensor] = []
@@ -264,7 +310,7 @@ def leading_pair(
         matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
         matrix[:, :, -1] = torch.stack(inner, dim=1).double()
         vs.append(z / inner[-1].clamp_min(tiny).view(-1, 1, 1))
-        left, value, right = _leading_vectors(matrix)
+        left, value, right = _leading_vectors(matrix, name)
         captured.append(value)
         if step and _settled(captured, loss):
             break
@@ -279,22 +325,25 @@ def leading_pair(
         us.append(w / beta.clamp_min(tiny))
     gradient = _combination(left, vs)
     if len(ws) < len(vs):
-        activation = _combination(right, us)
-        scale = value.to(start.dtype).view(-1, 1, 1)
-    else:  # from the best v the best u for it: its length is the scale
-        scale = _norm(activation)
-        activation = activation / scale
-    sign = torch.sign(trace(activation)).view(-1, 1, 1)
-    return gradient * (scale * sign), activation * sign
+        activation = _combination(value.unsqueeze(1) * right, us)
+    # Else it is the best u for the best v, and its length is the size already.
+    sign = torch.where(trace(activation) < 0, -1.0, 1.0).to(activation.dtype).view(-1, 1, 1)
+    return gradient * sign, activation * sign
 
 
-def _leading_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _leading_vectors(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular vectors, ``(K, m)`` each, and value, ``(K,)``, of matrices ``(K, m, m)``."""
     if matrix.shape[1] == 1:
         one = torch.ones_like(matrix[:, 0])
         return one, matrix[:, 0, 0], one
-    left, values, right = torch.linalg.svd(matrix)
-    return left[:, :, 0], values[:, 0], right[:, 0]
+    try:  # in every step, so by the quickest way
+        left, values, right = torch.linalg.svd(matrix)
+        return left[:, :, 0], values[:, 0], right[:, 0]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        right = batched_eigen(matrix.mT @ matrix, name)[1][:, :, -1]
+    left = (matrix @ right.unsqueeze(2))[:, :, 0]
+    value = torch.linalg.vector_norm(left, dim=1)
+    return left / value.clamp_min(torch.finfo(value.dtype).tiny).unsqueeze(1), value, right
 
 
 def _settled(captured: list[Tensor], loss: float) -> bool:
@@ -313,75 +362,10 @@ def _orthogonal(w: Tensor, basis: list[Tensor]) -> Tensor:
     return w
 
 
-def compress(gradients: Tensor, activations: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best sum of ``rank`` Kronecker products for a sum of ``m``: no iteration, an SVD of size ``m``.
-
-    Args:
-        gradients: ``(m, K, q/K, q/K)``.
-        activations: ``(m, K, p, p)``.
-        rank: How many terms to keep.
-
-    Returns:
-        Terms of the same shapes, ``m = rank``; the first is the best one, with activation factors of unit norm.
-    """
-    if len(gradients) == 2 and rank == 1:
-        return _best_of_two(gradients, activations)
-    # Of unit terms, so that rounding is small against the smallest of them.
-    lengths = torch.linalg.matrix_norm(gradients) * torch.linalg.matrix_norm(activations)  # (m, K)
-    gradients, activations = (some / _norm(some) for some in (gradients, activations))
-    left, left_inverse = _root_of_gram(gradients)
-    right, right_inverse = _root_of_gram(activations)
-    p, s, qh = torch.linalg.svd(left.mT @ (lengths.T.double().unsqueeze(2) * right))
-    keep_left = left_inverse.mT @ (p * s.unsqueeze(1))[:, :, :rank]  # (K, m, rank)
-    keep_right = right_inverse.mT @ qh.mT[:, :, :rank]
-    new_gradients = torch.einsum("mkab,kmr->rkab", gradients, keep_left.to(gradients.dtype))
-    new_activations = torch.einsum("mkab,kmr->rkab", activations, keep_right.to(activations.dtype))
-    signs = torch.sign(trace(new_activations))[..., None, None]
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
-    return new_gradients * signs, new_activations * signs
-
-
-def _best_of_two(gradients: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
-    """`compress` from two positive semidefinite terms to one, in closed form.
-
-    For ``u = Σ c_i A_i`` the map ``Rᵀ R`` is ``c ↦ K_G K_A c`` with the Gram matrices, which have no negative entries.
-    """
-    gram_g, gram_a = (_gram(some).clamp_min(0) for some in (gradients, activations))
-    m = gram_g @ gram_a
-    half = (m[:, 0, 0] - m[:, 1, 1]) / 2
-    root = torch.sqrt(half.square() + m[:, 0, 1] * m[:, 1, 0])
-    # (λ − m_11, m_10) and (m_01, λ − m_00) are both eigenvectors, or zero; their sum is one.
-    c = torch.stack([half + root + m[:, 0, 1], root - half + m[:, 1, 0]], dim=1)
-    c = c / c.sum(1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)
-    activation = _combination(c, list(activations))
-    inner = (gram_a @ c.unsqueeze(2))[:, :, 0]  # <A_i, u>
-    norm = _norm(activation)
-    return (_combination(inner, list(gradients)) / norm).unsqueeze(0), (activation / norm).unsqueeze(0)
-
-
-def _gram(matrices: Sequence[Tensor] | Tensor) -> Tensor:
-    """Inner products of ``m`` matrices ``(K, ·, ·)``, shape ``(K, m, m)``, summed in their dtype, given as float64."""
-    m = len(matrices)
-    gram = torch.empty(len(matrices[0]), m, m, dtype=torch.float64, device=matrices[0].device)
-    for i in range(m):
-        for j in range(i, m):
-            gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(matrices[i].flatten(1), matrices[j].flatten(1)).double()
-    return gram
-
-
-def _root_of_gram(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """``L`` with ``L Lᵀ`` the Gram matrix of ``m`` matrices, and its (pseudo-)inverse, ``(K, m, m)``, float64."""
-    gram = _gram(matrices)
-    values, vectors = torch.linalg.eigh(gram)
-    floor = values[:, -1:] * torch.finfo(matrices.dtype).eps * len(matrices)
-    root = values.clamp_min(0).sqrt()
-    inverse = torch.where(values > floor, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
-    return vectors * root.unsqueeze(1), inverse.unsqueeze(2) * vectors.mT
-
-
 def best_of_krylov(
     gradients: Sequence[Tensor],
     activations: Sequence[Tensor],
+    name: str,
     length_activation: Tensor,
     length_gradient: Tensor,
     new_length_activation: Tensor,
@@ -397,6 +381,7 @@ def best_of_krylov(
     Args:
         gradients: ``v_0, v_1, v_2``, shape ``(K, q/K, q/K)``.
         activations: ``u_0, u_1, u_2``, shape ``(K, p, p)``.
+        name: What an error calls them.
         length_activation: ``|Rᵀ v_0|``, shape ``(K, 1, 1)``, float64.
         length_gradient: ``|R u_0|``.
         new_length_activation: ``|Rᵀ v_1|``.
@@ -415,11 +400,10 @@ def best_of_krylov(
     to_u, to_v = _orthonormal(gram_u, tolerance), _orthonormal(gram_v, tolerance)
     inner = to_v @ known @ to_u.mT
     inner[:, 2, 2] = _completion(inner)
-    left, values, right = torch.linalg.svd(inner)
-    activation = _combination((right[:, :1] @ to_u)[:, 0], activations)
-    gradient = _combination((left[:, None, :, 0] @ to_v)[:, 0], gradients) * values[:, :1, None].to(gradients[0].dtype)
-    sign = torch.sign(trace(activation)).view(-1, 1, 1)
-    return gradient * sign, activation * sign
+    start = inner.new_tensor([1.0, 0.0, 0.0]).expand(len(inner), 3)  # u_1, which is positive semidefinite
+    right = leading_eigenvector(*batched_eigen(inner.mT @ inner, name), start)
+    left = (inner @ right.unsqueeze(2)).mT  # with the size
+    return _combination((left @ to_v)[:, 0], gradients), _combination((right.unsqueeze(1) @ to_u)[:, 0], activations)
 
 
 def _completion(inner: Tensor) -> Tensor:
@@ -453,6 +437,16 @@ def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
+def _gram(matrices: Sequence[Tensor]) -> Tensor:
+    """Inner products of a few matrices ``(K, ·, ·)`` of about unit norm, summed in their dtype: ``(K, m, m)``, float64."""
+    m = len(matrices)
+    gram = torch.empty(len(matrices[0]), m, m, dtype=torch.float64, device=matrices[0].device)
+    for i in range(m):
+        for j in range(i, m):
+            gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(matrices[i].flatten(1), matrices[j].flatten(1)).double()
+    return gram
+
+
 def _combination(coefficients: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """``Σ_i c_i M_i`` for coefficients ``(K, m)`` and ``m`` matrices ``(K, ·, ·)``."""
     weights = coefficients.to(matrices[0].dtype).unsqueeze(2).unsqueeze(3)
@@ -467,9 +461,5 @@ def made_psd(matrices: Tensor, name: str) -> Tensor:
 
     Cut off, they would leave eigenvectors of zero that are arbitrary, and `EKFAC` takes the eigenvectors.
     """
-    parts = eigendecompose_symmetric({f"a factor of layer {name!r}{' ' * k}": m for k, m in enumerate(matrices)})
+    parts = eigendecompose_symmetric(by_group(matrices, name))
     return torch.stack([(e.vectors * e.values.abs()) @ e.vectors.T for e in parts.values()])
-
-
-def _norm(matrices: Tensor) -> Tensor:
-    return frobenius(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
