@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from kronlaplace.alignment import Alignment
+
 __all__ = [
     "Batch",
     "all_finite",
@@ -253,15 +255,20 @@ def is_loader(x: Any) -> bool:
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, description: str) -> Iterator[Batch]:
+def iterate(
+    data: Iterable[Any], device: torch.device, *, alignment: Alignment | None, progress: bool, description: str
+) -> Iterator[Batch]:
     """Yield the batches of ``data`` on ``device``, checked as far as shapes and types go.
 
     Args:
         data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
             ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
             ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
-            mapping of tensors (see `Inputs`).
+            mapping of tensors (see `Inputs`). Labels of tokens in a mapping are those that Hugging Face's models take,
+            and are shifted for models that predict the next token (see `kronlaplace.alignment`); targets in a pair are
+            taken as they are.
         device: Where the batches are needed.
+        alignment: Moves labels to the outputs that they belong to; None where targets are not looked at.
         progress: Whether to show a progress bar (never where the output is not a terminal).
         description: What the bar says.
 
@@ -285,11 +292,13 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
             if not tensors or tensors[0].numel() == 0:
                 shape = tuple(tensors[0].shape) if tensors else ()
                 raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
-            yield Batch(
-                index,
-                inputs.map(lambda t: t.to(device, non_blocking=True)),
-                None if targets is None else targets.to(device, non_blocking=True),
-            )
+            inputs = inputs.map(lambda t: t.to(device, non_blocking=True))
+            if targets is not None:
+                targets = targets.to(device, non_blocking=True)
+                if alignment is not None:
+                    in_pair = not isinstance(raw, Mapping)
+                    targets = alignment(inputs.value, targets, in_pair=in_pair, batch=index)
+            yield Batch(index, inputs, targets)
             seen += 1
             bar.update()
     if not seen:

@@ -88,6 +88,7 @@ class Recorder:
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._muted = False
+        self._running = False
         self._axes = ExampleAxes() if axes is None else axes
 
     @property
@@ -226,6 +227,7 @@ class Recorder:
             self._muted = False
 
     def _run(self, inputs: Inputs) -> Tensor:
+        self._running = True
         try:
             if not self._differentiable:
                 return inputs.run(self._model)
@@ -241,11 +243,15 @@ class Recorder:
             raise ValueError(
                 f"the model failed on inputs of dtype {given[0]}; its parameters are {dtype}. Use inputs.to({dtype})."
             ) from error
+        finally:
+            self._running = False
 
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook: report the call, with the examples on the first axis; may have to give the output that axis."""
+        if not self._running:
+            return None  # somebody else's call
         x = args[0] if args else kwargs["input"]
         if self._axes.looking:
             self._axes.see(layer, x)
@@ -303,7 +309,7 @@ class Recorder:
 
     def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
-        if self._axes.looking:
+        if self._axes.looking or not self._running:
             return
         self._axes.check_first(layer, module, x)
         self._report(layer, x, output, module, is_source=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.accumulation import Accumulation
+from kronlaplace.alignment import Alignment
 from kronlaplace.batches import (
     Batch,
     DeferredChecks,
@@ -168,6 +169,7 @@ def accumulate(
     n_examples = 0
     statistics: Tensor | None = None
     checks = DeferredChecks()
+    alignment = Alignment(model, likelihood)
     explained: dict[str, tuple[Tensor, Tensor]] | None = None
     beginning: Tensor | None = None
 
@@ -188,7 +190,7 @@ def accumulate(
                 accumulation.next_pass()
                 rewind.restore()
             which = f", pass {i + 1} of {passes}" if passes > 1 else ""
-            for batch in iterate(data, device, progress=progress, description=description + which):
+            for batch in iterate(data, device, alignment=alignment, progress=progress, description=description + which):
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")

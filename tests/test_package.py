@@ -51,6 +51,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "serialization",
         "links",
         "likelihoods",
+        "alignment",
         "batches",
         "layers",
         "example_axes",

@@ -686,7 +686,8 @@ class KronLaplace:
 
     def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
         with preserved_random_state(device_of(self.model)), Rewind(data):
-            for batch in iterate(data, device_of(self.model), progress=progress, description="Predicting"):
+            device = device_of(self.model)
+            for batch in iterate(data, device, alignment=None, progress=progress, description="Predicting"):
                 yield batch.inputs.value
 
     def _checked(self, x: Any, differentiable: bool = False) -> Inputs:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
+from kronlaplace.alignment import Alignment
 from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher import check_batch
@@ -152,14 +153,15 @@ def train_by_evidence(
     )
     layers = find_layers(model, unsupported=Unsupported.FIXED)
     _check_parameters(optimizer, layers)
-    n_examples = _look_through(model, data, likelihood)
+    alignment = Alignment(model, likelihood)
+    n_examples = _look_through(model, data, likelihood, alignment)
     history: list[EvidenceRecord] = []
     best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
     since_gain = 0
     with tqdm(total=epochs, desc="Training", leave=False, disable=None if progress else True) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
-            _epoch(model, data, posterior, optimizer, layers, n_examples, epoch)
+            _epoch(model, data, alignment, posterior, optimizer, layers, n_examples, epoch)
             if scheduler is not None:
                 scheduler.step()
             model.eval()
@@ -198,6 +200,7 @@ def _check_parameters(optimizer: Optimizer, layers: list[Layer]) -> None:
 def _epoch(
     model: nn.Module,
     data: Iterable[Any],
+    alignment: Alignment,
     posterior: KronLaplace,
     optimizer: Optimizer,
     layers: list[Layer],
@@ -207,7 +210,7 @@ def _epoch(
     """One pass of gradient steps on the negative log-posterior, per example."""
     precisions = precision_by_layer(posterior.prior_precision, [layer.shape for layer in layers])
     total: Tensor | None = None
-    for batch in iterate(data, device_of(model), progress=False, description=""):
+    for batch in iterate(data, device_of(model), alignment=alignment, progress=False, description=""):
         assert batch.targets is not None
         optimizer.zero_grad()
         outputs = batch.inputs.run(model)
@@ -228,13 +231,13 @@ def _epoch(
         )
 
 
-def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood) -> int:
+def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood, alignment: Alignment) -> int:
     """Check outputs and targets of all batches before any training, and count the examples."""
     count = 0
     device = device_of(model)
     checks = DeferredChecks()
     with preserved_random_state(device), Rewind(data), torch.no_grad():
-        for batch in iterate(data, device, progress=False, description=""):
+        for batch in iterate(data, device, alignment=alignment, progress=False, description=""):
             if batch.targets is None:
                 raise TypeError("training needs batches of (inputs, targets); some come without targets.")
             outputs = batch.inputs.run(model)
