@@ -21,6 +21,7 @@ from kronlaplace.batches import (
     iterate,
     preserved_random_state,
     tensors_of,
+    warn_of_share,
 )
 from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
@@ -61,7 +62,8 @@ def estimate_fisher(
         data: Batches ``(inputs, targets)``, such as a DataLoader, with inputs that are a tensor, or a tuple (given as
             ``model(*inputs)``) or a dict of tensors; see `kronlaplace.batches.iterate`. Targets are needed for
             ``sampling="empirical"`` and for the evidence of a Laplace posterior. They are moved to the model's device.
-            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again.
+            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again. Where several processes
+            work together each needs all of the data: nothing is exchanged between them.
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, `Euclidean`, or a shorthand:
             ``"classification"``, ``"binary"``, ``"regression"``, ``"heteroscedastic"``, ``"euclidean"``.
         estimator: How blocks are made: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal`, `ExactBlock`, or a shorthand:
@@ -87,6 +89,9 @@ def estimate_fisher(
             names, batch norm or dropout in training mode.
         TypeError: For data, batches or options of the wrong type.
         NotImplementedError: For layers or outputs that are not supported, with the ways out.
+
+    Warns:
+        UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
     """
     likelihood = resolve_likelihood(likelihood)
     estimator = resolve_estimator(estimator)
@@ -100,6 +105,7 @@ def estimate_fisher(
     if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
         raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
     check_model(model)
+    warn_of_share(data)
     search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
     if sampling is Sampling.EMPIRICAL:
         warnings.warn(

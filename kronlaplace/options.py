@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number"]
+__all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number", "warn"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
 _Object = TypeVar("_Object")
@@ -102,3 +106,14 @@ def seed_number(value: int) -> int:
     if not 0 <= number < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {value}.")
     return number
+
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` at the line outside the package that led here, however deep inside the reason was found."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

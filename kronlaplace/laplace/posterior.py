@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, Rewind, device_of, is_loader, iterate, preserved_random_state, tensors_of
+from kronlaplace.batches import (
+    Inputs,
+    Rewind,
+    device_of,
+    is_loader,
+    iterate,
+    preserved_random_state,
+    tensors_of,
+    warn_of_share,
+)
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
 from kronlaplace.damping import Tikhonov
@@ -35,7 +44,7 @@ from kronlaplace.laplace.prior import (
 )
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
-from kronlaplace.laplace.tuning import maximise_evidence
+from kronlaplace.laplace.tuning import NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
 from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
@@ -361,11 +370,12 @@ class KronLaplace:
         structure: PriorStructure | str = PriorStructure.SCALAR,
         data: Iterable[Any] | None = None,
         *,
+        noise: NoiseTuning | str = NoiseTuning.TUNED,
         predictive: Predictive | None = None,
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision, and in regression the noise with it.
+        """Set the prior precision, and in regression the noise with it (unless it is known).
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
         share a precision). By validation it costs one prediction of the validation data for every point of the grid.
@@ -378,18 +388,21 @@ class KronLaplace:
                 prefers, and the grid has factors in front.
             data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
                 times.
+            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it is
+                known, and stays as the posterior's `likelihood` has it.
             predictive: How predictions will be made; None is `Predictive()`, the linearised one with the probit link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
-                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio.
+                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With
+                ``noise="fixed"`` they are tried as they are.
             progress: Whether to show a progress bar.
 
         Returns:
             The posterior itself, with new `prior_precision` and `likelihood`.
 
         Raises:
-            ValueError: For an unknown method or structure, if the fit saw no targets, or if no loss is finite. The
-                posterior is then as before.
+            ValueError: For an unknown method or structure, for a fixed noise where there is none, if the fit saw no targets,
+                or if no loss is finite. The posterior is then as before.
             TypeError: If ``data`` is missing, or has no effect.
 
         Warns:
@@ -397,12 +410,13 @@ class KronLaplace:
         """
         method = choice(TuningMethod, method, "method")
         structure = choice(PriorStructure, structure, "structure")
+        known = known_noise(noise, self.likelihood)
         if method is TuningMethod.EVIDENCE:
             if data is not None or predictive is not None or grid is not None:
                 raise TypeError(
                     'data, predictive and grid are for method="validation"; the evidence needs none of them.'
                 )
-            tuned = maximise_evidence(self._evidence(), structure, self.temperature)
+            tuned = maximise_evidence(self._evidence(), structure, self.temperature, known)
             self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
             if tuned.at_the_edge:
                 warnings.warn(
@@ -428,12 +442,14 @@ class KronLaplace:
                 f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.'
             )
         predictive.check(self.likelihood)
+        warn_of_share(data)
         before = self._prior_precision, self._likelihood
         try:
             base = torch.ones((), dtype=torch.float64)
             if structure is not PriorStructure.SCALAR:
-                base = maximise_evidence(self._evidence(), structure, self.temperature).prior_precision
-            validator = Validator(self, data, predictive, self._training_error(), -noise_exponent(self.fisher))
+                base = maximise_evidence(self._evidence(), structure, self.temperature, known).prior_precision
+            start = self._training_error() if known is None else None
+            validator = Validator(self, data, predictive, start, -noise_exponent(self.fisher))
             index, best = best_of_grid([base * factor for factor in grid], validator, progress)
         except BaseException:
             self._prior_precision, self._likelihood = before

@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from kronlaplace.alignment import Alignment
-from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state
+from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher import check_batch
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
 from kronlaplace.laplace.prior import Precision, PriorStructure, precision_by_layer
-from kronlaplace.laplace.tuning import NEGLIGIBLE
+from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer
@@ -81,6 +81,7 @@ def train_by_evidence(
     burn_in: int = 0,
     patience: int | None = None,
     structure: PriorStructure | str = PriorStructure.LAYERWISE,
+    noise: NoiseTuning | str = NoiseTuning.TUNED,
     prior_precision: Precision = 1.0,
     temperature: float = 1.0,
     unsupported: Unsupported | str = Unsupported.ERROR,
@@ -105,6 +106,7 @@ def train_by_evidence(
         burn_in: Epochs before the first.
         patience: Looks in a row without a larger evidence (by 1e-3 nats) after which training stops; None never stops early.
         structure: What has a prior precision of its own: ``"scalar"``, ``"layerwise"`` or ``"diagonal"``.
+        noise: As in `KronLaplace.tune`: ``"tuned"``, or ``"fixed"`` where a Gaussian likelihood's is known.
         prior_precision: Until the first look.
         temperature: As in `KronLaplace`; it divides the log-likelihood in training, too.
         unsupported: As in `KronLaplace`. Parameters without a block are trained without a prior.
@@ -127,6 +129,7 @@ def train_by_evidence(
     structure = choice(PriorStructure, structure, "structure")
     likelihood = resolve_likelihood(likelihood)
     check_has_evidence(likelihood)
+    known_noise(noise, likelihood)  # for its check
     if isinstance(data, Iterator):
         raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
     if burn_in >= epochs:
@@ -154,6 +157,7 @@ def train_by_evidence(
     layers = find_layers(model, unsupported=Unsupported.FIXED)
     _check_parameters(optimizer, layers)
     alignment = Alignment(model, likelihood)
+    warn_of_share(data)
     n_examples = _look_through(model, data, likelihood, alignment)
     history: list[EvidenceRecord] = []
     best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
@@ -168,7 +172,9 @@ def train_by_evidence(
             bar.update()
             if epoch <= burn_in or ((epoch - burn_in) % every and epoch < epochs):
                 continue
-            posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(structure=structure)
+            posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(
+                structure=structure, noise=noise
+            )
             record = _record(epoch, posterior)
             history.append(record)
             bar.set_postfix(evidence=f"{record.log_marginal_likelihood:.4g}")
