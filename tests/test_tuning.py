@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -330,6 +331,52 @@ def test_a_noise_that_is_not_there_cannot_be_fixed(likelihood):
         made.fitted().tune(noise="known")
 
 
+# -- noise and training error --------------------------------------------------------------------------------
+
+
+def interpolating(n):
+    """Noisy data and the features whose least squares fit goes through (nearly) all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
+    y = x[:, :1] + 0.5 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 1, bias=False)).double()
+    with torch.no_grad():
+        ridge = x.T @ x + 1e-3 * torch.eye(20, dtype=torch.float64)
+        model[0].weight.copy_(torch.linalg.solve(ridge, x.T @ y).T)
+    return model, x, y
+
+
+@at_the_edge
+@pytest.mark.parametrize(("n", "suspicious"), [(20, True), (22, False), (200, False)])
+def test_a_noise_that_training_errors_do_not_show_is_said(n, suspicious):
+    """With as many weights as targets the errors vanish and say nothing of the noise; ``σ² = SSE / (n − γ)``."""
+    model, x, y = interpolating(n)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = kl.KronLaplace(model, "regression", "exact").fit([(x, y)]).tune()
+    error = float((model(x) - y).square().mean().sqrt().detach())
+    ratio = posterior.likelihood.noise_std / error
+    said = [w for w in caught if "noise_std" in str(w.message)]
+    assert (ratio > 4) == suspicious == bool(said)
+    eigenvalues = torch.linalg.eigvalsh(x.T @ x) / posterior.likelihood.noise_std**2
+    effective = float((eigenvalues / (eigenvalues + posterior.prior_precision)).sum())
+    assert ratio == pytest.approx((1 - effective / n) ** -0.5, rel=1e-3)
+    for w in said:
+        assert w.filename == __file__
+        assert f"is {ratio:.3g} times the network's root mean square error on the training data" in str(w.message)
+        assert 'tune with noise="fixed"' in str(w.message)
+
+
+@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
+def test_validation_errors_far_from_those_of_training_are_said():
+    model, x, y = interpolating(60)
+    posterior = kl.KronLaplace(model, "regression").fit([(x, y)])
+    with pytest.warns(UserWarning, match="the tuned noise_std, .* errors on the validation data are so much larger"):
+        posterior.tune("validation", data=[(x, 1000 * y)], grid=[1.0])
+    posterior.tune("validation", data=[(x, y)], grid=[1.0])
+    posterior.tune("validation", data=[(x, 1000 * y)], grid=[1.0], noise="fixed")
+
+
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_zero_weights_are_at_the_edge(structure):
     """The data say nothing of how small they are: infinitely precise, and said so at the line that asked."""
@@ -651,7 +698,10 @@ def test_validation_does_not_depend_on_the_noise_before():
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-5, 1e5])
-@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge of the grid, for the prior precision")
+@pytest.mark.filterwarnings(
+    "ignore:the validation loss is smallest at the edge of the grid, for the prior precision",
+    "ignore:the tuned noise_std",
+)
 def test_validation_does_not_depend_on_the_unit_of_the_targets(unit):
     """Nor on the noise that was there: with targets in millimetres it is a thousand times as large, or it is said."""
     made = problem("mlp", "regression")

@@ -44,12 +44,12 @@ from kronlaplace.laplace.prior import (
 )
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
-from kronlaplace.laplace.tuning import NoiseTuning, known_noise, maximise_evidence
+from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
 from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
-from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
+from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -406,7 +406,8 @@ class KronLaplace:
             TypeError: If ``data`` is missing, or has no effect.
 
         Warns:
-            UserWarning: If the optimum is at the edge of what was searched.
+            UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
+                square error on the training data; for validation data that are one process's share.
         """
         method = choice(TuningMethod, method, "method")
         structure = choice(PriorStructure, structure, "structure")
@@ -424,6 +425,11 @@ class KronLaplace:
                     "no maximum inside; check that the network is trained and that the prior suits its weights.",
                     stacklevel=2,
                 )
+            self._check_noise(
+                tuned.noise_std,
+                "the network has nearly as many effective parameters as there are targets and follows their noise, so that "
+                "its training errors do not tell it",
+            )
             return self
         if data is None or isinstance(data, Iterator):
             got = "none" if data is None else "an iterator, which can be read only once"
@@ -464,7 +470,25 @@ class KronLaplace:
                 + (", unless the trained network itself predicts best." if index else "."),
                 stacklevel=2,
             )
+        self._check_noise(
+            best.noise_std,
+            "its errors on the validation data are so much larger. It follows the noise of the training data, or the "
+            "validation data are of another kind, or in another unit",
+        )
         return self
+
+    def _check_noise(self, tuned: float | None, meaning: str) -> None:
+        """Say so if the tuned noise is far from the errors on the training data."""
+        statistics = self.fisher.statistics
+        if tuned is None or statistics is None:
+            return
+        error = self._with_noise().root_mean_square_error(statistics)
+        if 0 < error < tuned / SUSPICIOUS_NOISE:
+            warn(
+                f"the tuned noise_std, {tuned:.3g}, is {tuned / error:.3g} times the network's root mean square error on "
+                f"the training data, {error:.3g}: {meaning}. Train with more data or weight decay, or stop earlier; if the "
+                'noise is known set it, posterior.likelihood = kl.Gaussian(noise_std), and tune with noise="fixed".'
+            )
 
     def _training_error(self) -> float | None:
         """Root mean square error on the training data, with a Gaussian likelihood; its noise if there were no targets."""

@@ -21,6 +21,7 @@ __all__ = [
     "DIAGONAL_RANGE",
     "NEGLIGIBLE",
     "PRECISION_BOUNDS",
+    "SUSPICIOUS_NOISE",
     "NoiseTuning",
     "Tuned",
     "known_noise",
@@ -35,6 +36,13 @@ DIAGONAL_RANGE = 1e3
 
 _NOISE_BOUNDS = (1e-1, 1e3)
 """Noise that tuning considers, in multiples of the root mean square error on the training data."""
+
+SUSPICIOUS_NOISE = 4.0
+"""Tuned noise, in multiples of the root mean square error on the training data, that is worth a warning.
+
+Where the evidence is largest ``σ² = SSE / (n − γ)`` (MacKay 1992): at this factor the ``γ`` effective parameters are 15/16 of
+the ``n`` targets.
+"""
 
 NEGLIGIBLE = 1e-3
 """Differences of the evidence, in nats, that mean nothing."""
@@ -108,8 +116,8 @@ def maximise_evidence(
         noise_std: The noise if it is known, and only the prior is to be found (Gaussian likelihood only).
     """
     if structure is PriorStructure.DIAGONAL:
-        scalar = maximise_evidence(evidence, PriorStructure.SCALAR, temperature, noise_std)
-        return _by_weight(evidence, temperature, scalar, noise_std)
+        of_all = maximise_evidence(evidence, PriorStructure.SCALAR, temperature, noise_std)
+        return _by_weight(evidence, temperature, of_all, noise_std)
     scalar = structure is PriorStructure.SCALAR
     n = 1 if scalar else len(evidence.blocks)
     low, high = map(math.log, PRECISION_BOUNDS)
