@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightsGuard", "difference", "fingerprint"]
+__all__ = ["WeightsGuard", "difference", "digest", "fingerprint"]
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """A digest of every parameter and buffer by name; equal values in the same dtype, on any device, are equal."""
-    return {name: _digest(tensor) for name, tensor in _tensors(model)}
+    return {name: digest(tensor) for name, tensor in _tensors(model)}
 
 
 def difference(expected: dict[str, str], actual: dict[str, str]) -> str | None:
@@ -51,7 +51,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """A digest of dtype, shape and values of a tensor on any device."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     digest = hashlib.blake2b(header, digest_size=16)

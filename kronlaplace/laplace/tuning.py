@@ -40,8 +40,8 @@ _NOISE_BOUNDS = (1e-1, 1e3)
 SUSPICIOUS_NOISE = 4.0
 """Tuned noise, in multiples of the root mean square error on the training data, that is worth a warning.
 
-Where the evidence is largest ``σ² = SSE / (n − γ)`` (MacKay 1992): at this factor the ``γ`` effective parameters are 15/16 of
-the ``n`` targets.
+Where the evidence is largest ``σ² = SSE / (n − γ)`` (MacKay 1992): at this factor the ``γ`` effective parameters are 15/16
+of the ``n`` targets.
 """
 
 NEGLIGIBLE = 1e-3
