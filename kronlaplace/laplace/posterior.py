@@ -311,6 +311,10 @@ class KronLaplace:
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
         self._check_weights()
+        return self._inverses()
+
+    def _inverses(self) -> dict[str, DampedInverse]:
+        """`covariance`, where the weights have been checked."""
         fisher = self.fisher
         if self._covariance is None:
             fisher.decompose()
@@ -323,11 +327,10 @@ class KronLaplace:
                 if precision.ndim and not PlusDiagonal(block).exact
             ]
             if inexact:
-                warnings.warn(
+                warn(
                     f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
                     f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
-                    "layer, or the estimator kl.Diagonal().",
-                    stacklevel=2,
+                    "layer, or the estimator kl.Diagonal()."
                 )
             self._covariance = {
                 name: Tikhonov(precision).invert(block.scaled(scale))
@@ -449,6 +452,7 @@ class KronLaplace:
             )
         predictive.check(self.likelihood)
         warn_of_share(data)
+        self._check_weights()
         before = self._prior_precision, self._likelihood
         try:
             base = torch.ones((), dtype=torch.float64)
@@ -541,6 +545,7 @@ class KronLaplace:
         if diagonal and joint:
             raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
         between = Between.EXAMPLES if joint else Between.NONE if diagonal else Between.OUTPUTS
+        self._check_weights()
         if is_loader(x):
             if joint:
                 raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
@@ -593,6 +598,7 @@ class KronLaplace:
         """
         predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
         predictive.check(self.likelihood)
+        self._check_weights()
         if joint:
             if is_loader(x) or predictive.samples or self.likelihood.links:
                 raise ValueError(
@@ -605,7 +611,7 @@ class KronLaplace:
         return self.predict_batch(x, predictive, differentiable)
 
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
-        """`predict` for one batch of inputs, with its options as an object."""
+        """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
         if predictive.samples:
             inputs = self._checked(x, differentiable)
             sampler = self._sampler(predictive.seed, predictive.antithetic)
@@ -640,6 +646,7 @@ class KronLaplace:
         n = positive_integer(n, "n")
         if antithetic and n % 2:
             raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
+        self._check_weights()
         return self._sampler(seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -712,7 +719,7 @@ class KronLaplace:
         network = Linearised(
             self.model,
             self._layers,
-            self.covariance(),
+            self._inverses(),
             self.likelihood,
             self.fisher.metadata.input_axis,
             self._known,
@@ -722,7 +729,7 @@ class KronLaplace:
 
     def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
-        return WeightSampler(self._layers, self._mean, self.covariance(), generator, antithetic)
+        return WeightSampler(self._layers, self._mean, self._inverses(), generator, antithetic)
 
     def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
         with preserved_random_state(device_of(self.model)), Rewind(data):
