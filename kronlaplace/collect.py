@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kronlaplace.batches import Inputs, device_of, tensors_of
+from kronlaplace.batches import Inputs, device_of
 from kronlaplace.example_axes import ExampleAxes, UnknownAxisError
 from kronlaplace.layers import Call, Calls, Layer, written_out
 
@@ -235,14 +235,6 @@ class Recorder:
             copies = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self._model.named_parameters()}
             with sdpa_kernel(SDPBackend.MATH):
                 return inputs.run(self._model, copies)
-        except RuntimeError as error:
-            dtype = next(iter(self._layers[0].parameters.values())).dtype
-            given = [t.dtype for t in tensors_of(inputs) if t.is_floating_point()]
-            if not given or given[0] == dtype:
-                raise
-            raise ValueError(
-                f"the model failed on inputs of dtype {given[0]}; its parameters are {dtype}. Use inputs.to({dtype})."
-            ) from error
         finally:
             self._running = False
 
@@ -297,6 +289,13 @@ class Recorder:
     def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
         if self._muted:
             return
+        if self._running:
+            raise NotImplementedError(
+                f"the network takes derivatives inside its forward pass, through layer {layer.name!r}: its outputs then "
+                "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
+                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True); or leave these "
+                "layers out with layers=[...]."
+            )
         grad = self._kept(grad).movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._grads:
@@ -400,6 +399,12 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     device_of(model)
+    inference = [name for name, p in model.named_parameters() if p.is_inference()]
+    if inference:
+        raise ValueError(
+            f"these parameters were made under torch.inference_mode() and cannot be differentiated: {inference}. Make and "
+            "load the model outside of it (copy.deepcopy(model) there will do)."
+        )
     check_mode(model)
     finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
     if not finite.all():

@@ -28,6 +28,7 @@ from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import difference, fingerprint
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
@@ -113,20 +114,20 @@ def estimate_fisher(
             'where the network fits its data. Use "mc" or "exact" unless you mean it.',
             stacklevel=2,
         )
-    accumulation = Accumulation(estimator, search.layers, ema_decay)
-    likelihood, n_examples, statistics, input_axis = accumulate(
-        model,
-        data,
-        likelihood,
-        accumulation,
-        sampling=sampling,
-        mc_samples=mc_samples,
-        seed=seed,
-        progress=progress,
-        description=f"Fisher ({estimator.name})",
-    )
-
-    blocks = accumulation.finish()
+    with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
+        accumulation = Accumulation(estimator, search.layers, ema_decay)
+        likelihood, n_examples, statistics, input_axis = accumulate(
+            model,
+            data,
+            likelihood,
+            accumulation,
+            sampling=sampling,
+            mc_samples=mc_samples,
+            seed=seed,
+            progress=progress,
+            description=f"Fisher ({estimator.name})",
+        )
+        blocks = accumulation.finish()
     metadata = FisherMetadata(
         likelihood=likelihood,
         estimator=estimator.name,
@@ -200,7 +201,8 @@ def accumulate(
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
-                outputs = recorder.forward(batch.inputs)
+                with explained_errors(model, batch.inputs.value, batch.index):
+                    outputs = recorder.forward(batch.inputs)
                 detached = outputs.detach()
                 if batch.index == 0 and passes > 1 and sampling is Sampling.MC:
                     beginning = detached if beginning is None else beginning

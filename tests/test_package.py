@@ -49,6 +49,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "fingerprint",
         "linalg",
         "serialization",
+        "forward_errors",
         "links",
         "likelihoods",
         "alignment",

@@ -28,6 +28,7 @@ from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
@@ -154,7 +155,8 @@ class KronLaplace:
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
-        self._prior_precision = precision_tensor(value, self._layers).detach().clone()
+        with torch.inference_mode(False):
+            self._prior_precision = precision_tensor(value, self._layers).detach().clone()
         self._covariance = None
 
     @property
@@ -272,8 +274,9 @@ class KronLaplace:
                 )
             check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
         fisher = combined(self._fisher, fisher) if add and self._fisher is not None else fisher
-        fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-        self._adopt(fisher)
+        with torch.inference_mode(False):
+            fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
+            self._adopt(fisher)
         return self
 
     def _adopt(self, fisher: KroneckerFisher) -> None:
@@ -615,7 +618,7 @@ class KronLaplace:
         if predictive.samples:
             inputs = self._checked(x, differentiable)
             sampler = self._sampler(predictive.seed, predictive.antithetic)
-            with _gradients(differentiable):
+            with _gradients(differentiable), explained_errors(self.model, inputs.value):
                 return sampler.predict(self.model, self.likelihood, inputs, predictive.draws)
         f, covariance = self._linearised(x, predictive.between(self.likelihood), differentiable)
         with _gradients(differentiable):
@@ -695,8 +698,9 @@ class KronLaplace:
     def _evidence(self) -> Evidence:
         self._check_weights()
         if self._cached_evidence is None:
-            deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
-            self._cached_evidence = Evidence(self.fisher, deviations)
+            with _gradients(False):
+                deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
+                self._cached_evidence = Evidence(self.fisher, deviations)
         return self._cached_evidence
 
     def _follow_device(self) -> None:
@@ -724,7 +728,7 @@ class KronLaplace:
             self.fisher.metadata.input_axis,
             self._known,
         )
-        with _gradients(differentiable):
+        with _gradients(differentiable), explained_errors(self.model, inputs.value):
             return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
     def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:

@@ -22,6 +22,7 @@ from kronlaplace.alignment import Alignment
 from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher import check_batch
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
@@ -165,7 +166,8 @@ def train_by_evidence(
     with tqdm(total=epochs, desc="Training", leave=False, disable=None if progress else True) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
-            _epoch(model, data, alignment, posterior, optimizer, layers, n_examples, epoch)
+            with torch.inference_mode(False), torch.enable_grad():  # wherever the caller is
+                _epoch(model, data, alignment, posterior, optimizer, layers, n_examples, epoch)
             if scheduler is not None:
                 scheduler.step()
             model.eval()
@@ -219,8 +221,10 @@ def _epoch(
     for batch in iterate(data, device_of(model), alignment=alignment, progress=False, description=""):
         assert batch.targets is not None
         optimizer.zero_grad()
-        outputs = batch.inputs.run(model)
-        log_likelihood = posterior.likelihood.log_likelihood(posterior.likelihood.statistics(outputs, batch.targets))
+        outputs = batch.inputs.map(_ordinary).run(model)
+        log_likelihood = posterior.likelihood.log_likelihood(
+            posterior.likelihood.statistics(outputs, _ordinary(batch.targets))
+        )
         squares = [
             (precision * layer.matrix(detach=False).double().square()).sum()
             for layer, precision in zip(layers, precisions, strict=True)
@@ -237,6 +241,11 @@ def _epoch(
         )
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """One that autograd can keep."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood, alignment: Alignment) -> int:
     """Check outputs and targets of all batches before any training, and count the examples."""
     count = 0
@@ -246,7 +255,8 @@ def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood,
         for batch in iterate(data, device, alignment=alignment, progress=False, description=""):
             if batch.targets is None:
                 raise TypeError("training needs batches of (inputs, targets); some come without targets.")
-            outputs = batch.inputs.run(model)
+            with explained_errors(model, batch.inputs.value, batch.index):
+                outputs = batch.inputs.run(model)
             check_batch(likelihood, outputs, batch, checks, Sampling.EXACT)
             count += len(outputs)
     checks.settle()
