@@ -85,6 +85,7 @@ class Recorder:
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
+        self._others: list[GradientEdge] = []
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._muted = False
@@ -161,7 +162,7 @@ class Recorder:
         # them visits all, and the engine skips everything else, above all the gradients of the weights.
         torch.autograd.grad(
             outputs,
-            self._sources,
+            self._sources or self._others,  # no layer is first if the network itself asks for gradients of its inputs
             grad_outputs=direction.reshape(outputs.shape),
             retain_graph=retain_graph or self._differentiable,
             create_graph=self._differentiable,
@@ -192,7 +193,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget the last pass."""
         self._calls = {}
-        self._sources = []
+        self._sources, self._others = [], []
         self._axes.clear()
         self._outputs = {}
         self._grads = {}
@@ -277,8 +278,8 @@ class Recorder:
         index = len(calls)
         calls.append(Call(self._kept(x).movedim(axis, 0), fold))
         # With inputs that carry a gradient no layer is the first, and all must be asked for.
-        if is_source or self._differentiable or not x.requires_grad:
-            self._sources.append(get_gradient_edge(output))
+        first = is_source or self._differentiable or not x.requires_grad
+        (self._sources if first else self._others).append(get_gradient_edge(output))
         if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
             self._outputs[layer.name] = weakref.ref(output), output._version
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import choice, positive_integer, seed_number
+from kronlaplace.options import choice, positive_integer, seed_number, warn
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
@@ -109,10 +108,9 @@ def estimate_fisher(
     warn_of_share(data)
     search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
     if sampling is Sampling.EMPIRICAL:
-        warnings.warn(
+        warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
-            'where the network fits its data. Use "mc" or "exact" unless you mean it.',
-            stacklevel=2,
+            'where the network fits its data. Use "mc" or "exact" unless you mean it.'
         )
     with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
         accumulation = Accumulation(estimator, search.layers, ema_decay)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 __all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number", "warn"]
@@ -25,8 +26,16 @@ class Choice(str, Enum):
         return repr(self.value)
 
 
-def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
+def choice(
+    enum: type[_Choice], value: _Choice | str, name: str, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> _Choice:
     """The member of ``enum`` that ``value`` is, or is the value of.
+
+    Args:
+        enum: What is allowed.
+        value: What was given.
+        name: What it is, for the error.
+        elsewhere: Values of other libraries, and the one that each is here, for the error.
 
     Raises:
         ValueError: If there is none, with what is allowed.
@@ -35,7 +44,9 @@ def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
         return enum(value)
     except ValueError:
         allowed = ", ".join(repr(member.value) for member in enum)
-        raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.") from None
+        known = elsewhere.get(value) if isinstance(value, str) else None
+        hint = f" What is {value!r} elsewhere is {known!r} here." if known else ""
+        raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.{hint}") from None
 
 
 def resolve(

@@ -18,3 +18,7 @@ __all__ = [
     "TuningMethod",
     "train_by_evidence",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +33,7 @@ from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
 from kronlaplace.laplace.functional import Known, Linearised
+from kronlaplace.laplace.migration import VALUES, LaplaceTorchNames, told_of
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.prior import (
     Precision,
@@ -62,7 +62,7 @@ class TuningMethod(Choice):
     VALIDATION = "validation"
 
 
-class KronLaplace:
+class KronLaplace(LaplaceTorchNames):
     """Laplace posterior of a trained network with a Kronecker-factored Fisher.
 
     The posterior is ``N(θ, H⁻¹)`` around the trained weights ``θ``, with one block per layer,
@@ -94,6 +94,7 @@ class KronLaplace:
     _prior_mean: dict[str, Tensor]
     _temperature: float
 
+    @told_of
     def __init__(
         self,
         model: nn.Module,
@@ -208,6 +209,7 @@ class KronLaplace:
             fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
             self._adopt(fisher)
 
+    @told_of
     def fit(
         self,
         data: Iterable[Any] | None = None,
@@ -341,6 +343,7 @@ class KronLaplace:
             }
         return self._covariance
 
+    @told_of
     def log_marginal_likelihood(
         self,
         prior_precision: Precision | None = None,
@@ -370,6 +373,7 @@ class KronLaplace:
             precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
         )
 
+    @told_of
     def tune(
         self,
         method: TuningMethod | str = TuningMethod.EVIDENCE,
@@ -415,7 +419,7 @@ class KronLaplace:
             UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
                 square error on the training data; for validation data that are one process's share.
         """
-        method = choice(TuningMethod, method, "method")
+        method = choice(TuningMethod, method, "method", VALUES)
         structure = choice(PriorStructure, structure, "structure")
         known = known_noise(noise, self.likelihood)
         if method is TuningMethod.EVIDENCE:
@@ -426,10 +430,9 @@ class KronLaplace:
             tuned = maximise_evidence(self._evidence(), structure, self.temperature, known)
             self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
             if tuned.at_the_edge:
-                warnings.warn(
+                warn(
                     f"the evidence is largest at the edge of the range searched for: {', '.join(tuned.at_the_edge)}. It has "
-                    "no maximum inside; check that the network is trained and that the prior suits its weights.",
-                    stacklevel=2,
+                    "no maximum inside; check that the network is trained and that the prior suits its weights."
                 )
             self._check_noise(
                 tuned.noise_std,
@@ -471,11 +474,10 @@ class KronLaplace:
         self.set_hyperparameters(best.prior_precision, best.noise_std)
         if index in (0, len(grid) - 1) and len(grid) > 1:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
-            warnings.warn(
+            warn(
                 f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g} of "
                 f"{grid[0]:.3g} to {grid[-1]:.3g}; give a wider grid= or more validation data"
-                + (", unless the trained network itself predicts best." if index else "."),
-                stacklevel=2,
+                + (", unless the trained network itself predicts best." if index else ".")
             )
         self._check_noise(
             best.noise_std,
@@ -517,6 +519,7 @@ class KronLaplace:
             raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
         return self.likelihood
 
+    @told_of
     def functional_variance(
         self,
         x: Any,
@@ -558,6 +561,7 @@ class KronLaplace:
         covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
+    @told_of
     def predict(
         self,
         x: Any,
@@ -634,6 +638,7 @@ class KronLaplace:
             covariance = covariance[of_means][:, of_means]
         return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
 
+    @told_of
     def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 
@@ -669,6 +674,7 @@ class KronLaplace:
         )
 
     @classmethod
+    @told_of
     def load(cls, path: str | PathLike[str], model: nn.Module) -> KronLaplace:
         """Read a file that `save` wrote, for the same trained network; nothing is unpickled.
 
