@@ -25,8 +25,10 @@ from kronlaplace.likelihoods import (
     Euclidean,
     Gaussian,
     HeteroscedasticGaussian,
+    Likelihood,
     Prediction,
     Sampling,
+    register_likelihood,
 )
 from kronlaplace.links import Link
 
@@ -57,6 +59,8 @@ __all__ = [
     "Gaussian",
     "HeteroscedasticGaussian",
     "Euclidean",
+    "Likelihood",
+    "register_likelihood",
     "Sampling",
     "KronLaplace",
     "train_by_evidence",
@@ -73,3 +77,7 @@ try:
     __version__ = version("kronlaplace")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

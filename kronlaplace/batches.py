@@ -7,7 +7,7 @@ the model's device, how progress is shown, and how values are checked without wa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
+
+from kronlaplace.alignment import Alignment
+from kronlaplace.options import warn
 
 __all__ = [
     "Batch",
@@ -28,6 +31,7 @@ __all__ = [
     "iterate",
     "preserved_random_state",
     "tensors_of",
+    "warn_of_share",
     "with_one_more",
 ]
 
@@ -250,18 +254,44 @@ def is_loader(x: Any) -> bool:
     return not (isinstance(x, list) and any(isinstance(part, Tensor) for part in x))
 
 
+def warn_of_share(data: Any) -> None:
+    """Say so where a loader gives one process of several its share of the data only.
+
+    Torch's `DistributedSampler` and what is made like it say how many shares there are; so do the loaders of Hugging Face's
+    accelerate.
+    """
+    batch_sampler = getattr(data, "batch_sampler", None)
+    owners = (getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for owner in (*owners, getattr(data, "dataset", None)):
+        for count, index in (("num_replicas", "rank"), ("num_processes", "process_index")):
+            shares = getattr(owner, count, None)
+            if isinstance(shares, int) and shares > 1:
+                warn(
+                    f"the data are one of {shares} shares (number {getattr(owner, index, '?')}, by a "
+                    f"{type(owner).__name__}), and are taken for all there are: nothing is exchanged between processes. "
+                    "Give a loader of all data to every process, or to one. Or let each process estimate and save a Fisher "
+                    "of its share, and in one of them add them up: posterior.fit(fisher=..., add=True) for each."
+                )
+                return
+
+
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, description: str) -> Iterator[Batch]:
+def iterate(
+    data: Iterable[Any], device: torch.device, *, alignment: Alignment | None, progress: bool, description: str
+) -> Iterator[Batch]:
     """Yield the batches of ``data`` on ``device``, checked as far as shapes and types go.
 
     Args:
         data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
             ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
             ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
-            mapping of tensors (see `Inputs`).
+            mapping of tensors (see `Inputs`). Labels of tokens in a mapping are those that Hugging Face's models take,
+            and are shifted for models that predict the next token (see `kronlaplace.alignment`); targets in a pair are
+            taken as they are.
         device: Where the batches are needed.
+        alignment: Moves labels to the outputs that they belong to; None where targets are not looked at.
         progress: Whether to show a progress bar (never where the output is not a terminal).
         description: What the bar says.
 
@@ -274,7 +304,7 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
             f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
             f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."
         )
-    total = len(data) if isinstance(data, Sized) else None
+    total = _length(data) if progress else None
     seen = 0
     # The bar is moved by hand: given the data, tqdm.auto would ask it for an iterator twice, and workers start twice.
     with tqdm(total=total, desc=description, leave=False, disable=None if progress else True) as bar:
@@ -285,15 +315,25 @@ def iterate(data: Iterable[Any], device: torch.device, *, progress: bool, descri
             if not tensors or tensors[0].numel() == 0:
                 shape = tuple(tensors[0].shape) if tensors else ()
                 raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
-            yield Batch(
-                index,
-                inputs.map(lambda t: t.to(device, non_blocking=True)),
-                None if targets is None else targets.to(device, non_blocking=True),
-            )
+            inputs = inputs.map(lambda t: t.to(device, non_blocking=True))
+            if targets is not None:
+                targets = targets.to(device, non_blocking=True)
+                if alignment is not None:
+                    in_pair = not isinstance(raw, Mapping)
+                    targets = alignment(inputs.value, targets, in_pair=in_pair, batch=index)
+            yield Batch(index, inputs, targets)
             seen += 1
             bar.update()
     if not seen:
         raise ValueError("the data is empty: no batch came out of the loader. (An iterator can be read only once.)")
+
+
+def _length(data: Any) -> int | None:
+    """Number of batches, if it is known; a `DataLoader` has a length that raises if its dataset or sampler has none."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kronlaplace.batches import Inputs, device_of, tensors_of
+from kronlaplace.batches import Inputs, device_of
 from kronlaplace.example_axes import ExampleAxes, UnknownAxisError
 from kronlaplace.layers import Call, Calls, Layer, written_out
 
@@ -85,9 +85,11 @@ class Recorder:
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         self._calls: dict[str, list[Call]] = {}
         self._sources: list[GradientEdge] = []
+        self._others: list[GradientEdge] = []
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._reported: set[str] = set()
         self._muted = False
+        self._running = False
         self._axes = ExampleAxes() if axes is None else axes
 
     @property
@@ -160,7 +162,7 @@ class Recorder:
         # them visits all, and the engine skips everything else, above all the gradients of the weights.
         torch.autograd.grad(
             outputs,
-            self._sources,
+            self._sources or self._others,  # no layer is first if the network itself asks for gradients of its inputs
             grad_outputs=direction.reshape(outputs.shape),
             retain_graph=retain_graph or self._differentiable,
             create_graph=self._differentiable,
@@ -191,7 +193,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget the last pass."""
         self._calls = {}
-        self._sources = []
+        self._sources, self._others = [], []
         self._axes.clear()
         self._outputs = {}
         self._grads = {}
@@ -226,6 +228,7 @@ class Recorder:
             self._muted = False
 
     def _run(self, inputs: Inputs) -> Tensor:
+        self._running = True
         try:
             if not self._differentiable:
                 return inputs.run(self._model)
@@ -233,19 +236,15 @@ class Recorder:
             copies = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self._model.named_parameters()}
             with sdpa_kernel(SDPBackend.MATH):
                 return inputs.run(self._model, copies)
-        except RuntimeError as error:
-            dtype = next(iter(self._layers[0].parameters.values())).dtype
-            given = [t.dtype for t in tensors_of(inputs) if t.is_floating_point()]
-            if not given or given[0] == dtype:
-                raise
-            raise ValueError(
-                f"the model failed on inputs of dtype {given[0]}; its parameters are {dtype}. Use inputs.to({dtype})."
-            ) from error
+        finally:
+            self._running = False
 
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Forward hook: report the call, with the examples on the first axis; may have to give the output that axis."""
+        if not self._running:
+            return None  # somebody else's call
         x = args[0] if args else kwargs["input"]
         if self._axes.looking:
             self._axes.see(layer, x)
@@ -279,8 +278,8 @@ class Recorder:
         index = len(calls)
         calls.append(Call(self._kept(x).movedim(axis, 0), fold))
         # With inputs that carry a gradient no layer is the first, and all must be asked for.
-        if is_source or self._differentiable or not x.requires_grad:
-            self._sources.append(get_gradient_edge(output))
+        first = is_source or self._differentiable or not x.requires_grad
+        (self._sources if first else self._others).append(get_gradient_edge(output))
         if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
             self._outputs[layer.name] = weakref.ref(output), output._version
         else:
@@ -291,6 +290,13 @@ class Recorder:
     def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
         if self._muted:
             return
+        if self._running:
+            raise NotImplementedError(
+                f"the network takes derivatives inside its forward pass, through layer {layer.name!r}: its outputs then "
+                "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
+                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True); or leave these "
+                "layers out with layers=[...]."
+            )
         grad = self._kept(grad).movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._grads:
@@ -303,7 +309,7 @@ class Recorder:
 
     def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
-        if self._axes.looking:
+        if self._axes.looking or not self._running:
             return
         self._axes.check_first(layer, module, x)
         self._report(layer, x, output, module, is_source=True)
@@ -394,6 +400,12 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     device_of(model)
+    inference = [name for name, p in model.named_parameters() if p.is_inference()]
+    if inference:
+        raise ValueError(
+            f"these parameters were made under torch.inference_mode() and cannot be differentiated: {inference}. Make and "
+            "load the model outside of it (copy.deepcopy(model) there will do)."
+        )
     check_mode(model)
     finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
     if not finite.all():

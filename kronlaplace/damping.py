@@ -318,3 +318,7 @@ def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInvers
     if smallest == 0 and not (eigenvalues > 0).all():
         raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
     return DampedInverse(block, eigenvalues)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

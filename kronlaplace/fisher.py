@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.accumulation import Accumulation
+from kronlaplace.alignment import Alignment
 from kronlaplace.batches import (
     Batch,
     DeferredChecks,
@@ -20,16 +20,18 @@ from kronlaplace.batches import (
     iterate,
     preserved_random_state,
     tensors_of,
+    warn_of_share,
 )
 from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import difference, fingerprint
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import choice, positive_integer, seed_number
+from kronlaplace.options import choice, positive_integer, seed_number, warn
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
@@ -60,7 +62,8 @@ def estimate_fisher(
         data: Batches ``(inputs, targets)``, such as a DataLoader, with inputs that are a tensor, or a tuple (given as
             ``model(*inputs)``) or a dict of tensors; see `kronlaplace.batches.iterate`. Targets are needed for
             ``sampling="empirical"`` and for the evidence of a Laplace posterior. They are moved to the model's device.
-            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again.
+            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again. Where several processes
+            work together each needs all of the data: nothing is exchanged between them.
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, `Euclidean`, or a shorthand:
             ``"classification"``, ``"binary"``, ``"regression"``, ``"heteroscedastic"``, ``"euclidean"``.
         estimator: How blocks are made: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal`, `ExactBlock`, or a shorthand:
@@ -86,6 +89,9 @@ def estimate_fisher(
             names, batch norm or dropout in training mode.
         TypeError: For data, batches or options of the wrong type.
         NotImplementedError: For layers or outputs that are not supported, with the ways out.
+
+    Warns:
+        UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
     """
     likelihood = resolve_likelihood(likelihood)
     estimator = resolve_estimator(estimator)
@@ -99,27 +105,27 @@ def estimate_fisher(
     if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
         raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
     check_model(model)
+    warn_of_share(data)
     search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
     if sampling is Sampling.EMPIRICAL:
-        warnings.warn(
+        warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
-            'where the network fits its data. Use "mc" or "exact" unless you mean it.',
-            stacklevel=2,
+            'where the network fits its data. Use "mc" or "exact" unless you mean it.'
         )
-    accumulation = Accumulation(estimator, search.layers, ema_decay)
-    likelihood, n_examples, statistics, input_axis = accumulate(
-        model,
-        data,
-        likelihood,
-        accumulation,
-        sampling=sampling,
-        mc_samples=mc_samples,
-        seed=seed,
-        progress=progress,
-        description=f"Fisher ({estimator.name})",
-    )
-
-    blocks = accumulation.finish()
+    with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
+        accumulation = Accumulation(estimator, search.layers, ema_decay)
+        likelihood, n_examples, statistics, input_axis = accumulate(
+            model,
+            data,
+            likelihood,
+            accumulation,
+            sampling=sampling,
+            mc_samples=mc_samples,
+            seed=seed,
+            progress=progress,
+            description=f"Fisher ({estimator.name})",
+        )
+        blocks = accumulation.finish()
     metadata = FisherMetadata(
         likelihood=likelihood,
         estimator=estimator.name,
@@ -168,6 +174,7 @@ def accumulate(
     n_examples = 0
     statistics: Tensor | None = None
     checks = DeferredChecks()
+    alignment = Alignment(model, likelihood)
     explained: dict[str, tuple[Tensor, Tensor]] | None = None
     beginning: Tensor | None = None
 
@@ -188,11 +195,12 @@ def accumulate(
                 accumulation.next_pass()
                 rewind.restore()
             which = f", pass {i + 1} of {passes}" if passes > 1 else ""
-            for batch in iterate(data, device, progress=progress, description=description + which):
+            for batch in iterate(data, device, alignment=alignment, progress=progress, description=description + which):
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
-                outputs = recorder.forward(batch.inputs)
+                with explained_errors(model, batch.inputs.value, batch.index):
+                    outputs = recorder.forward(batch.inputs)
                 detached = outputs.detach()
                 if batch.index == 0 and passes > 1 and sampling is Sampling.MC:
                     beginning = detached if beginning is None else beginning

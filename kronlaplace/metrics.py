@@ -288,3 +288,7 @@ def _check_gaussian(
             "Add the noise variance to the variance of the function."
         )
     return m, v, y
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
-__all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number"]
+__all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number", "warn"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
 _Object = TypeVar("_Object")
@@ -21,8 +26,16 @@ class Choice(str, Enum):
         return repr(self.value)
 
 
-def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
+def choice(
+    enum: type[_Choice], value: _Choice | str, name: str, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> _Choice:
     """The member of ``enum`` that ``value`` is, or is the value of.
+
+    Args:
+        enum: What is allowed.
+        value: What was given.
+        name: What it is, for the error.
+        elsewhere: Values of other libraries, and the one that each is here, for the error.
 
     Raises:
         ValueError: If there is none, with what is allowed.
@@ -31,7 +44,9 @@ def choice(enum: type[_Choice], value: _Choice | str, name: str) -> _Choice:
         return enum(value)
     except ValueError:
         allowed = ", ".join(repr(member.value) for member in enum)
-        raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.") from None
+        known = elsewhere.get(value) if isinstance(value, str) else None
+        hint = f" What is {value!r} elsewhere is {known!r} here." if known else ""
+        raise ValueError(f"unknown {name} {value!r}; allowed are {allowed}.{hint}") from None
 
 
 def resolve(
@@ -102,3 +117,14 @@ def seed_number(value: int) -> int:
     if not 0 <= number < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {value}.")
     return number
+
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` at the line outside the package that led here, however deep inside the reason was found."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 import kronlaplace as kl
 from tests import oracles
@@ -130,6 +130,37 @@ def test_loaders_and_inputs_alone():
         alone = fisher_of(model, data)
         assert alone.statistics is None
         assert_close(alone.to_dense(), expected.to_dense(), 1e-12)
+
+
+class Stream(IterableDataset):
+    """Neither a length nor an order of its own: whatever comes."""
+
+    def __init__(self, *tensors):
+        self.rows = list(zip(*tensors, strict=True))
+
+    def __iter__(self):
+        yield from self.rows
+
+
+class NoLength(Stream):
+    def __len__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("stream", [Stream, NoLength])
+@pytest.mark.parametrize("progress", [False, True])
+def test_loaders_of_streams(stream, progress):
+    """In one pass and in several, to fit, tune, train and predict."""
+    x, y = torch.randn(5, 5).double(), torch.randint(3, (5,))
+    loader = DataLoader(stream(x, y), batch_size=2)
+    model = OneTensor()
+    for estimator in ("tkfac", "ekfac"):
+        expected = fisher_of(model, [(x, y)], estimator)
+        assert_same(fisher_of(model, loader, estimator, progress=progress), expected, 1e-9)
+    posterior = kl.KronLaplace(model, "classification").fit(loader, progress=progress)
+    posterior.tune("validation", data=loader, grid=[1.0], progress=progress)
+    torch.testing.assert_close(posterior.predict(loader, progress=progress), posterior.predict(x))
+    kl.train_by_evidence(model, loader, "classification", epochs=1, progress=progress)
 
 
 class WithLogits(nn.Module):
@@ -535,3 +566,55 @@ def test_posteriors_predict_from_what_they_were_fitted_to(call):
     posterior = kl.KronLaplace(model, "classification").fit([({"a": a, "b": b}, y) for a, b, y in data])
     a, b, _ = data[0]
     assert len(getattr(posterior, call)({"a": a, "b": b})) == len(a)
+
+
+# -- one process of several ----------------------------------------------------------------------------------
+
+SHARE = "the data are one of 2 shares .number 1, by a DistributedSampler., and are taken for all there are"
+
+
+def share(rank, shares=2):
+    """What one process gets; each example once."""
+    dataset = TensorDataset(X, Y)
+    return DataLoader(dataset, 2, sampler=DistributedSampler(dataset, shares, rank, shuffle=False))
+
+
+def test_a_share_of_the_data_is_not_taken_for_all_in_silence():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    posterior = kl.KronLaplace(model, "classification").fit([(X, Y)])
+    uses = {
+        "fisher": lambda data: kl.estimate_fisher(model, data, "classification"),
+        "fit": lambda data: kl.KronLaplace(model, "classification").fit(data),
+        "validation": lambda data: posterior.tune("validation", data=data, grid=[1.0]),
+        "training": lambda data: kl.train_by_evidence(model, data, "classification", epochs=1),
+    }
+    for name, use in uses.items():
+        with pytest.warns(UserWarning, match=SHARE) as caught:
+            use(share(1))
+        assert {w.filename for w in caught} == {__file__}, name
+        use(share(0, shares=1))  # all of it
+
+
+@pytest.mark.filterwarnings("ignore:the data are one of 2 shares")
+def test_shares_add_up():
+    """The way out that the warning names."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    fishers = [fisher_of(model, share(rank)) for rank in (0, 1)]
+    posterior = kl.KronLaplace(model, "classification", "tkfac")
+    for fisher in fishers:
+        posterior.fit(fisher=fisher, add=True)
+    assert_same(posterior.fisher, fisher_of(model, [(X, Y)]))
+
+
+def test_shares_of_accelerate():
+    """Its loaders have a batch sampler that says how many processes there are."""
+
+    class BatchSamplerShard:
+        num_processes, process_index = 2, 1
+
+        def __iter__(self):
+            yield [1, 3]
+
+    model = OneTensor()
+    with pytest.warns(UserWarning, match="the data are one of 2 shares .number 1, by a BatchSamplerShard"):
+        fisher_of(model, DataLoader(TensorDataset(X, Y), batch_sampler=BatchSamplerShard()))

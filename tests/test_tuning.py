@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -222,6 +223,158 @@ def test_weight_by_weight_optimum():
     outputs = made.model(made.inputs).detach()
     fit = -float(torch.nn.functional.cross_entropy(outputs, made.targets, reduction="sum"))
     assert float(posterior.log_marginal_likelihood()) == pytest.approx(fit - best, abs=2e-3)
+
+
+# -- a noise that is known -----------------------------------------------------------------------------------
+
+
+@at_the_edge
+@pytest.mark.filterwarnings("ignore:sampling=.empirical.")
+@pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
+@pytest.mark.parametrize(("sampling", "temperature"), [("exact", 1.0), ("empirical", 0.5)])
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 8.0])
+def test_with_a_known_noise_only_the_prior_is_tuned(sigma, sampling, temperature, structure):
+    """The gradient of the evidence in the precisions vanishes there, by autograd, or points out of the bounds."""
+    made = problem("mlp", "regression")
+    posterior = made.posterior(temperature=temperature).fit(made.data(), sampling=sampling)
+    posterior.likelihood = kl.Gaussian(sigma)  # not that of the fit
+    posterior.tune(structure=structure, noise="fixed")
+    assert posterior.likelihood == kl.Gaussian(sigma)
+    logs = posterior.prior_precision.log().requires_grad_()
+    evidence = posterior.log_marginal_likelihood(logs.exp())
+    (gradient,) = torch.autograd.grad(evidence, logs)
+    low, high = (torch.tensor(bound, dtype=torch.float64).log() for bound in tuning.PRECISION_BOUNDS)
+    if structure == "diagonal":
+        center = made.posterior(temperature=temperature).fit(fisher=posterior.fisher)
+        center.likelihood = kl.Gaussian(sigma)
+        middle = center.tune(noise="fixed").prior_precision.log()
+        low, high = middle - math.log(tuning.DIAGONAL_RANGE), middle + math.log(tuning.DIAGONAL_RANGE)
+    inside = ((logs > low + 1e-6) | (gradient > 0)) & ((logs < high - 1e-6) | (gradient < 0))
+    assert float((gradient * inside).abs().max()) < (1e-2 if structure == "diagonal" else 1e-4)
+    if structure == "scalar":
+        assert posterior.tune().likelihood != kl.Gaussian(sigma)  # and with the noise it is another problem
+
+
+@at_the_edge
+def test_a_known_noise_in_a_linear_model_is_bayesian_linear_regression():
+    """The exact marginal likelihood of ``y ~ N(0, σ² I + X Xᵀ / δ)``, over ``δ`` alone."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)
+    y = y + 0.3 * torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    sigma = 0.5
+
+    def negative_evidence(u):
+        covariance = sigma**2 * torch.eye(40, dtype=torch.float64) + x @ x.T / math.exp(u)
+        return -float(torch.distributions.MultivariateNormal(torch.zeros(40).double(), covariance).log_prob(y[:, 0]))
+
+    expected = minimize_scalar(negative_evidence, bounds=(-10, 10), method="bounded", options={"xatol": 1e-10}).x
+    model = torch.nn.Sequential(torch.nn.Linear(3, 1, bias=False)).double()
+    log = 0.0
+    for _ in range(40):  # the mode goes with the prior precision, and that with the mode
+        ridge = x.T @ x + sigma**2 * math.exp(log) * torch.eye(3, dtype=torch.float64)
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linalg.solve(ridge, x.T @ y).T)
+        posterior = kl.KronLaplace(model, kl.Gaussian(sigma)).fit([(x, y)]).tune(noise="fixed")
+        log = math.log(posterior.prior_precision)
+    assert log == pytest.approx(expected, abs=1e-4)  # 1e-9 nats, at which tuning stops
+    assert posterior.likelihood.noise_std == sigma
+
+
+@at_the_edge
+@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
+@pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
+@pytest.mark.parametrize("name", ["probit", "sample"])
+def test_validation_with_a_known_noise(name, structure):
+    """Picks the best of the grid at that noise, whatever the training error."""
+    predictive = PREDICTIVES[name]
+    made = problem("mlp", "regression")
+    x, y = shifted(made)
+    fisher = made.fitted().fisher
+    sigma = 0.8
+
+    def with_noise(**options):
+        posterior = made.posterior(**options).fit(fisher=fisher)
+        posterior.likelihood = kl.Gaussian(sigma)
+        return posterior
+
+    base = 1.0 if structure == "scalar" else with_noise().tune(structure=structure, noise="fixed").prior_precision
+
+    def loss(factor):
+        p = with_noise(prior_precision=base * factor).predict(
+            x, method=predictive.method, n_samples=predictive.n_samples, seed=predictive.seed
+        )
+        return -kl.metrics.gaussian_log_likelihood(p.mean, p.total_variance, y)
+
+    best = min(GRID, key=loss)
+    posterior = with_noise().tune("validation", structure, [(x, y)], noise="fixed", predictive=predictive, grid=GRID)
+    assert posterior.likelihood == kl.Gaussian(sigma)
+    torch.testing.assert_close(posterior.prior_precision, torch.as_tensor(base * best, dtype=torch.float64))
+
+
+def test_training_with_a_known_noise():
+    made = problem("mlp", "regression")
+    trained = kl.train_by_evidence(made.model, made.data(), kl.Gaussian(0.6), noise="fixed", epochs=4, every=2)
+    assert [record.likelihood for record in trained.history] == [kl.Gaussian(0.6)] * 2
+    assert trained.posterior.likelihood == kl.Gaussian(0.6)
+    assert len({float(record.prior_precision.sum()) for record in trained.history}) == 2
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "binary", "heteroscedastic"])
+def test_a_noise_that_is_not_there_cannot_be_fixed(likelihood):
+    made = problem("mlp", likelihood)
+    with pytest.raises(ValueError, match=r'noise="fixed" would have no effect: .* has no noise_std'):
+        made.fitted().tune(noise="fixed")
+    with pytest.raises(ValueError, match='noise="fixed" would have no effect'):
+        kl.train_by_evidence(made.model, made.data(), made.likelihood, noise="fixed")
+    with pytest.raises(ValueError, match="unknown noise 'known'; allowed are 'tuned', 'fixed'"):
+        made.fitted().tune(noise="known")
+
+
+# -- noise and training error --------------------------------------------------------------------------------
+
+
+def interpolating(n):
+    """Noisy data and the features whose least squares fit goes through (nearly) all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
+    y = x[:, :1] + 0.5 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 1, bias=False)).double()
+    with torch.no_grad():
+        ridge = x.T @ x + 1e-3 * torch.eye(20, dtype=torch.float64)
+        model[0].weight.copy_(torch.linalg.solve(ridge, x.T @ y).T)
+    return model, x, y
+
+
+@at_the_edge
+@pytest.mark.parametrize(("n", "suspicious"), [(20, True), (22, False), (200, False)])
+def test_a_noise_that_training_errors_do_not_show_is_said(n, suspicious):
+    """With as many weights as targets the errors vanish and say nothing of the noise; ``σ² = SSE / (n − γ)``."""
+    model, x, y = interpolating(n)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = kl.KronLaplace(model, "regression", "exact").fit([(x, y)]).tune()
+    error = float((model(x) - y).square().mean().sqrt().detach())
+    ratio = posterior.likelihood.noise_std / error
+    said = [w for w in caught if "noise_std" in str(w.message)]
+    assert (ratio > 4) == suspicious == bool(said)
+    eigenvalues = torch.linalg.eigvalsh(x.T @ x) / posterior.likelihood.noise_std**2
+    effective = float((eigenvalues / (eigenvalues + posterior.prior_precision)).sum())
+    assert ratio == pytest.approx((1 - effective / n) ** -0.5, rel=1e-3)
+    for w in said:
+        assert w.filename == __file__
+        assert f"is {ratio:.3g} times the network's root mean square error on the training data" in str(w.message)
+        assert 'tune with noise="fixed"' in str(w.message)
+
+
+@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
+def test_validation_errors_far_from_those_of_training_are_said():
+    model, x, y = interpolating(60)
+    posterior = kl.KronLaplace(model, "regression").fit([(x, y)])
+    with pytest.warns(UserWarning, match="the tuned noise_std, .* errors on the validation data are so much larger"):
+        posterior.tune("validation", data=[(x, 1000 * y)], grid=[1.0])
+    posterior.tune("validation", data=[(x, y)], grid=[1.0])
+    posterior.tune("validation", data=[(x, 1000 * y)], grid=[1.0], noise="fixed")
 
 
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
@@ -545,7 +698,10 @@ def test_validation_does_not_depend_on_the_noise_before():
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-5, 1e5])
-@pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge of the grid, for the prior precision")
+@pytest.mark.filterwarnings(
+    "ignore:the validation loss is smallest at the edge of the grid, for the prior precision",
+    "ignore:the tuned noise_std",
+)
 def test_validation_does_not_depend_on_the_unit_of_the_targets(unit):
     """Nor on the noise that was there: with targets in millimetres it is a thousand times as large, or it is said."""
     made = problem("mlp", "regression")

@@ -99,3 +99,7 @@ class _Unknown(Estimator):
 def resolve_estimator(estimator: Estimator | str) -> Estimator:
     """Turn a shorthand into its estimator; an estimator passes through. Raises as `kronlaplace.options.resolve`."""
     return resolve(estimator, Estimator, SHORTHANDS, "estimator")  # type: ignore[type-abstract]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

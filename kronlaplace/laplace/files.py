@@ -71,8 +71,16 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
                 f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
                 f"layers are {known}."
             )
-    check_belongs(fisher, find_layers(model, list(fisher)), model, str(path), "fitted")
     mean = _with_prefix(tensors, "mean/")
+    layers = find_layers(model, list(fisher))
+    for layer in layers:
+        fitted, here = mean[layer.name], layer.matrix()
+        if fitted.shape == here.shape and fitted.dtype != here.dtype:
+            raise ValueError(
+                f"{path} was fitted in {fitted.dtype}, and the model's layer {layer.name!r} is in {here.dtype}. Load it for "
+                f"the model as it was, then posterior.to({here.dtype})."
+            )
+    check_belongs(fisher, layers, model, str(path), "fitted")
     return Stored(
         fisher,
         mean,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,18 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, Rewind, device_of, is_loader, iterate, preserved_random_state, tensors_of
+from kronlaplace.batches import (
+    Inputs,
+    Rewind,
+    device_of,
+    is_loader,
+    iterate,
+    preserved_random_state,
+    tensors_of,
+    warn_of_share,
+)
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
 from kronlaplace.laplace.functional import Known, Linearised
+from kronlaplace.laplace.migration import VALUES, LaplaceTorchNames, told_of
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.prior import (
     Precision,
@@ -35,12 +45,12 @@ from kronlaplace.laplace.prior import (
 )
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
-from kronlaplace.laplace.tuning import maximise_evidence
+from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
 from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
-from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
+from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -52,7 +62,7 @@ class TuningMethod(Choice):
     VALIDATION = "validation"
 
 
-class KronLaplace:
+class KronLaplace(LaplaceTorchNames):
     """Laplace posterior of a trained network with a Kronecker-factored Fisher.
 
     The posterior is ``N(θ, H⁻¹)`` around the trained weights ``θ``, with one block per layer,
@@ -84,6 +94,7 @@ class KronLaplace:
     _prior_mean: dict[str, Tensor]
     _temperature: float
 
+    @told_of
     def __init__(
         self,
         model: nn.Module,
@@ -145,7 +156,8 @@ class KronLaplace:
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
-        self._prior_precision = precision_tensor(value, self._layers).detach().clone()
+        with torch.inference_mode(False):
+            self._prior_precision = precision_tensor(value, self._layers).detach().clone()
         self._covariance = None
 
     @property
@@ -197,6 +209,7 @@ class KronLaplace:
             fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
             self._adopt(fisher)
 
+    @told_of
     def fit(
         self,
         data: Iterable[Any] | None = None,
@@ -263,8 +276,9 @@ class KronLaplace:
                 )
             check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
         fisher = combined(self._fisher, fisher) if add and self._fisher is not None else fisher
-        fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-        self._adopt(fisher)
+        with torch.inference_mode(False):
+            fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
+            self._adopt(fisher)
         return self
 
     def _adopt(self, fisher: KroneckerFisher) -> None:
@@ -302,6 +316,10 @@ class KronLaplace:
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
         self._check_weights()
+        return self._inverses()
+
+    def _inverses(self) -> dict[str, DampedInverse]:
+        """`covariance`, where the weights have been checked."""
         fisher = self.fisher
         if self._covariance is None:
             fisher.decompose()
@@ -314,11 +332,10 @@ class KronLaplace:
                 if precision.ndim and not PlusDiagonal(block).exact
             ]
             if inexact:
-                warnings.warn(
+                warn(
                     f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
                     f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
-                    "layer, or the estimator kl.Diagonal().",
-                    stacklevel=2,
+                    "layer, or the estimator kl.Diagonal()."
                 )
             self._covariance = {
                 name: Tikhonov(precision).invert(block.scaled(scale))
@@ -326,6 +343,7 @@ class KronLaplace:
             }
         return self._covariance
 
+    @told_of
     def log_marginal_likelihood(
         self,
         prior_precision: Precision | None = None,
@@ -355,17 +373,19 @@ class KronLaplace:
             precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
         )
 
+    @told_of
     def tune(
         self,
         method: TuningMethod | str = TuningMethod.EVIDENCE,
         structure: PriorStructure | str = PriorStructure.SCALAR,
         data: Iterable[Any] | None = None,
         *,
+        noise: NoiseTuning | str = NoiseTuning.TUNED,
         predictive: Predictive | None = None,
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision, and in regression the noise with it.
+        """Set the prior precision, and in regression the noise with it (unless it is known).
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
         share a precision). By validation it costs one prediction of the validation data for every point of the grid.
@@ -378,38 +398,47 @@ class KronLaplace:
                 prefers, and the grid has factors in front.
             data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
                 times.
+            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it is
+                known, and stays as the posterior's `likelihood` has it.
             predictive: How predictions will be made; None is `Predictive()`, the linearised one with the probit link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
-                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio.
+                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With
+                ``noise="fixed"`` they are tried as they are.
             progress: Whether to show a progress bar.
 
         Returns:
             The posterior itself, with new `prior_precision` and `likelihood`.
 
         Raises:
-            ValueError: For an unknown method or structure, if the fit saw no targets, or if no loss is finite. The
-                posterior is then as before.
+            ValueError: For an unknown method or structure, for a fixed noise where there is none, if the fit saw no targets,
+                or if no loss is finite. The posterior is then as before.
             TypeError: If ``data`` is missing, or has no effect.
 
         Warns:
-            UserWarning: If the optimum is at the edge of what was searched.
+            UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
+                square error on the training data; for validation data that are one process's share.
         """
-        method = choice(TuningMethod, method, "method")
+        method = choice(TuningMethod, method, "method", VALUES)
         structure = choice(PriorStructure, structure, "structure")
+        known = known_noise(noise, self.likelihood)
         if method is TuningMethod.EVIDENCE:
             if data is not None or predictive is not None or grid is not None:
                 raise TypeError(
                     'data, predictive and grid are for method="validation"; the evidence needs none of them.'
                 )
-            tuned = maximise_evidence(self._evidence(), structure, self.temperature)
+            tuned = maximise_evidence(self._evidence(), structure, self.temperature, known)
             self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
             if tuned.at_the_edge:
-                warnings.warn(
+                warn(
                     f"the evidence is largest at the edge of the range searched for: {', '.join(tuned.at_the_edge)}. It has "
-                    "no maximum inside; check that the network is trained and that the prior suits its weights.",
-                    stacklevel=2,
+                    "no maximum inside; check that the network is trained and that the prior suits its weights."
                 )
+            self._check_noise(
+                tuned.noise_std,
+                "the network has nearly as many effective parameters as there are targets and follows their noise, so that "
+                "its training errors do not tell it",
+            )
             return self
         if data is None or isinstance(data, Iterator):
             got = "none" if data is None else "an iterator, which can be read only once"
@@ -428,12 +457,15 @@ class KronLaplace:
                 f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.'
             )
         predictive.check(self.likelihood)
+        warn_of_share(data)
+        self._check_weights()
         before = self._prior_precision, self._likelihood
         try:
             base = torch.ones((), dtype=torch.float64)
             if structure is not PriorStructure.SCALAR:
-                base = maximise_evidence(self._evidence(), structure, self.temperature).prior_precision
-            validator = Validator(self, data, predictive, self._training_error(), -noise_exponent(self.fisher))
+                base = maximise_evidence(self._evidence(), structure, self.temperature, known).prior_precision
+            start = self._training_error() if known is None else None
+            validator = Validator(self, data, predictive, start, -noise_exponent(self.fisher))
             index, best = best_of_grid([base * factor for factor in grid], validator, progress)
         except BaseException:
             self._prior_precision, self._likelihood = before
@@ -442,13 +474,30 @@ class KronLaplace:
         self.set_hyperparameters(best.prior_precision, best.noise_std)
         if index in (0, len(grid) - 1) and len(grid) > 1:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
-            warnings.warn(
+            warn(
                 f"the validation loss is smallest at the edge of the grid, for the {what} {grid[index]:.3g} of "
                 f"{grid[0]:.3g} to {grid[-1]:.3g}; give a wider grid= or more validation data"
-                + (", unless the trained network itself predicts best." if index else "."),
-                stacklevel=2,
+                + (", unless the trained network itself predicts best." if index else ".")
             )
+        self._check_noise(
+            best.noise_std,
+            "its errors on the validation data are so much larger. It follows the noise of the training data, or the "
+            "validation data are of another kind, or in another unit",
+        )
         return self
+
+    def _check_noise(self, tuned: float | None, meaning: str) -> None:
+        """Say so if the tuned noise is far from the errors on the training data."""
+        statistics = self.fisher.statistics
+        if tuned is None or statistics is None:
+            return
+        error = self._with_noise().root_mean_square_error(statistics)
+        if 0 < error < tuned / SUSPICIOUS_NOISE:
+            warn(
+                f"the tuned noise_std, {tuned:.3g}, is {tuned / error:.3g} times the network's root mean square error on "
+                f"the training data, {error:.3g}: {meaning}. Train with more data or weight decay, or stop earlier; if the "
+                'noise is known set it, posterior.likelihood = kl.Gaussian(noise_std), and tune with noise="fixed".'
+            )
 
     def _training_error(self) -> float | None:
         """Root mean square error on the training data, with a Gaussian likelihood; its noise if there were no targets."""
@@ -470,6 +519,7 @@ class KronLaplace:
             raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
         return self.likelihood
 
+    @told_of
     def functional_variance(
         self,
         x: Any,
@@ -501,6 +551,7 @@ class KronLaplace:
         if diagonal and joint:
             raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
         between = Between.EXAMPLES if joint else Between.NONE if diagonal else Between.OUTPUTS
+        self._check_weights()
         if is_loader(x):
             if joint:
                 raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
@@ -510,6 +561,7 @@ class KronLaplace:
         covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
+    @told_of
     def predict(
         self,
         x: Any,
@@ -553,6 +605,7 @@ class KronLaplace:
         """
         predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
         predictive.check(self.likelihood)
+        self._check_weights()
         if joint:
             if is_loader(x) or predictive.samples or self.likelihood.links:
                 raise ValueError(
@@ -565,11 +618,11 @@ class KronLaplace:
         return self.predict_batch(x, predictive, differentiable)
 
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
-        """`predict` for one batch of inputs, with its options as an object."""
+        """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
         if predictive.samples:
             inputs = self._checked(x, differentiable)
             sampler = self._sampler(predictive.seed, predictive.antithetic)
-            with _gradients(differentiable):
+            with _gradients(differentiable), explained_errors(self.model, inputs.value):
                 return sampler.predict(self.model, self.likelihood, inputs, predictive.draws)
         f, covariance = self._linearised(x, predictive.between(self.likelihood), differentiable)
         with _gradients(differentiable):
@@ -585,6 +638,7 @@ class KronLaplace:
             covariance = covariance[of_means][:, of_means]
         return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
 
+    @told_of
     def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 
@@ -600,6 +654,7 @@ class KronLaplace:
         n = positive_integer(n, "n")
         if antithetic and n % 2:
             raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
+        self._check_weights()
         return self._sampler(seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -619,6 +674,7 @@ class KronLaplace:
         )
 
     @classmethod
+    @told_of
     def load(cls, path: str | PathLike[str], model: nn.Module) -> KronLaplace:
         """Read a file that `save` wrote, for the same trained network; nothing is unpickled.
 
@@ -648,8 +704,9 @@ class KronLaplace:
     def _evidence(self) -> Evidence:
         self._check_weights()
         if self._cached_evidence is None:
-            deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
-            self._cached_evidence = Evidence(self.fisher, deviations)
+            with _gradients(False):
+                deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
+                self._cached_evidence = Evidence(self.fisher, deviations)
         return self._cached_evidence
 
     def _follow_device(self) -> None:
@@ -672,21 +729,22 @@ class KronLaplace:
         network = Linearised(
             self.model,
             self._layers,
-            self.covariance(),
+            self._inverses(),
             self.likelihood,
             self.fisher.metadata.input_axis,
             self._known,
         )
-        with _gradients(differentiable):
+        with _gradients(differentiable), explained_errors(self.model, inputs.value):
             return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
     def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
-        return WeightSampler(self._layers, self._mean, self.covariance(), generator, antithetic)
+        return WeightSampler(self._layers, self._mean, self._inverses(), generator, antithetic)
 
     def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
         with preserved_random_state(device_of(self.model)), Rewind(data):
-            for batch in iterate(data, device_of(self.model), progress=progress, description="Predicting"):
+            device = device_of(self.model)
+            for batch in iterate(data, device, alignment=None, progress=progress, description="Predicting"):
                 yield batch.inputs.value
 
     def _checked(self, x: Any, differentiable: bool = False) -> Inputs:

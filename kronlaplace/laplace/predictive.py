@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kronlaplace.laplace.migration import VALUES
 from kronlaplace.laplace.terms import Between
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.links import Link, symmetric_root
@@ -53,9 +54,9 @@ class Predictive:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", choice(PredictiveMethod, self.method, "method"))
+        object.__setattr__(self, "method", choice(PredictiveMethod, self.method, "method", VALUES))
         if self.link is not None:
-            object.__setattr__(self, "link", choice(Link, self.link, "link"))
+            object.__setattr__(self, "link", choice(Link, self.link, "link", VALUES))
         if self.n_samples is not None:
             positive_integer(self.n_samples, "n_samples")
         seed_number(self.seed)

@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state
+from kronlaplace.alignment import Alignment
+from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher import check_batch
+from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
 from kronlaplace.laplace.prior import Precision, PriorStructure, precision_by_layer
-from kronlaplace.laplace.tuning import NEGLIGIBLE
+from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer
@@ -80,6 +82,7 @@ def train_by_evidence(
     burn_in: int = 0,
     patience: int | None = None,
     structure: PriorStructure | str = PriorStructure.LAYERWISE,
+    noise: NoiseTuning | str = NoiseTuning.TUNED,
     prior_precision: Precision = 1.0,
     temperature: float = 1.0,
     unsupported: Unsupported | str = Unsupported.ERROR,
@@ -104,6 +107,7 @@ def train_by_evidence(
         burn_in: Epochs before the first.
         patience: Looks in a row without a larger evidence (by 1e-3 nats) after which training stops; None never stops early.
         structure: What has a prior precision of its own: ``"scalar"``, ``"layerwise"`` or ``"diagonal"``.
+        noise: As in `KronLaplace.tune`: ``"tuned"``, or ``"fixed"`` where a Gaussian likelihood's is known.
         prior_precision: Until the first look.
         temperature: As in `KronLaplace`; it divides the log-likelihood in training, too.
         unsupported: As in `KronLaplace`. Parameters without a block are trained without a prior.
@@ -126,6 +130,7 @@ def train_by_evidence(
     structure = choice(PriorStructure, structure, "structure")
     likelihood = resolve_likelihood(likelihood)
     check_has_evidence(likelihood)
+    known_noise(noise, likelihood)  # for its check
     if isinstance(data, Iterator):
         raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
     if burn_in >= epochs:
@@ -152,21 +157,26 @@ def train_by_evidence(
     )
     layers = find_layers(model, unsupported=Unsupported.FIXED)
     _check_parameters(optimizer, layers)
-    n_examples = _look_through(model, data, likelihood)
+    alignment = Alignment(model, likelihood)
+    warn_of_share(data)
+    n_examples = _look_through(model, data, likelihood, alignment)
     history: list[EvidenceRecord] = []
     best: tuple[EvidenceRecord, dict[str, Tensor], KroneckerFisher] | None = None
     since_gain = 0
     with tqdm(total=epochs, desc="Training", leave=False, disable=None if progress else True) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
-            _epoch(model, data, posterior, optimizer, layers, n_examples, epoch)
+            with torch.inference_mode(False), torch.enable_grad():  # wherever the caller is
+                _epoch(model, data, alignment, posterior, optimizer, layers, n_examples, epoch)
             if scheduler is not None:
                 scheduler.step()
             model.eval()
             bar.update()
             if epoch <= burn_in or ((epoch - burn_in) % every and epoch < epochs):
                 continue
-            posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(structure=structure)
+            posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(
+                structure=structure, noise=noise
+            )
             record = _record(epoch, posterior)
             history.append(record)
             bar.set_postfix(evidence=f"{record.log_marginal_likelihood:.4g}")
@@ -198,6 +208,7 @@ def _check_parameters(optimizer: Optimizer, layers: list[Layer]) -> None:
 def _epoch(
     model: nn.Module,
     data: Iterable[Any],
+    alignment: Alignment,
     posterior: KronLaplace,
     optimizer: Optimizer,
     layers: list[Layer],
@@ -207,11 +218,13 @@ def _epoch(
     """One pass of gradient steps on the negative log-posterior, per example."""
     precisions = precision_by_layer(posterior.prior_precision, [layer.shape for layer in layers])
     total: Tensor | None = None
-    for batch in iterate(data, device_of(model), progress=False, description=""):
+    for batch in iterate(data, device_of(model), alignment=alignment, progress=False, description=""):
         assert batch.targets is not None
         optimizer.zero_grad()
-        outputs = batch.inputs.run(model)
-        log_likelihood = posterior.likelihood.log_likelihood(posterior.likelihood.statistics(outputs, batch.targets))
+        outputs = batch.inputs.map(_ordinary).run(model)
+        log_likelihood = posterior.likelihood.log_likelihood(
+            posterior.likelihood.statistics(outputs, _ordinary(batch.targets))
+        )
         squares = [
             (precision * layer.matrix(detach=False).double().square()).sum()
             for layer, precision in zip(layers, precisions, strict=True)
@@ -228,16 +241,22 @@ def _epoch(
         )
 
 
-def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood) -> int:
+def _ordinary(tensor: Tensor) -> Tensor:
+    """One that autograd can keep."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _look_through(model: nn.Module, data: Iterable[Any], likelihood: Likelihood, alignment: Alignment) -> int:
     """Check outputs and targets of all batches before any training, and count the examples."""
     count = 0
     device = device_of(model)
     checks = DeferredChecks()
     with preserved_random_state(device), Rewind(data), torch.no_grad():
-        for batch in iterate(data, device, progress=False, description=""):
+        for batch in iterate(data, device, alignment=alignment, progress=False, description=""):
             if batch.targets is None:
                 raise TypeError("training needs batches of (inputs, targets); some come without targets.")
-            outputs = batch.inputs.run(model)
+            with explained_errors(model, batch.inputs.value, batch.index):
+                outputs = batch.inputs.run(model)
             check_batch(likelihood, outputs, batch, checks, Sampling.EXACT)
             count += len(outputs)
     checks.settle()

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from kronlaplace.laplace.evidence import Evidence
 from kronlaplace.laplace.prior import PriorStructure
-from kronlaplace.likelihoods import Gaussian
+from kronlaplace.likelihoods import Gaussian, Likelihood
+from kronlaplace.options import Choice, choice
 
-__all__ = ["DIAGONAL_RANGE", "NEGLIGIBLE", "PRECISION_BOUNDS", "Tuned", "maximise_evidence"]
+__all__ = [
+    "DIAGONAL_RANGE",
+    "NEGLIGIBLE",
+    "PRECISION_BOUNDS",
+    "SUSPICIOUS_NOISE",
+    "NoiseTuning",
+    "Tuned",
+    "known_noise",
+    "maximise_evidence",
+]
 
 PRECISION_BOUNDS = (1e-10, 1e10)
 """Prior precisions that tuning considers."""
@@ -26,6 +36,13 @@ DIAGONAL_RANGE = 1e3
 
 _NOISE_BOUNDS = (1e-1, 1e3)
 """Noise that tuning considers, in multiples of the root mean square error on the training data."""
+
+SUSPICIOUS_NOISE = 4.0
+"""Tuned noise, in multiples of the root mean square error on the training data, that is worth a warning.
+
+Where the evidence is largest ``σ² = SSE / (n − γ)`` (MacKay 1992): at this factor the ``γ`` effective parameters are 15/16
+of the ``n`` targets.
+"""
 
 NEGLIGIBLE = 1e-3
 """Differences of the evidence, in nats, that mean nothing."""
@@ -45,13 +62,33 @@ _HALVINGS = 40
 """Of a step, until one goes up; if none does, the maximum is reached."""
 
 
+class NoiseTuning(Choice):
+    """Whether a Gaussian likelihood's noise is found with the prior, ``TUNED``, or is known and stays, ``FIXED``."""
+
+    TUNED = "tuned"
+    FIXED = "fixed"
+
+
+def known_noise(noise: NoiseTuning | str, likelihood: Likelihood) -> float | None:
+    """The likelihood's noise if it is to stay as it is; None if it is tuned, or if there is none.
+
+    Raises:
+        ValueError: For an unknown option, or a fixed noise where there is none.
+    """
+    if choice(NoiseTuning, noise, "noise") is NoiseTuning.TUNED:
+        return None
+    if not isinstance(likelihood, Gaussian):
+        raise ValueError(f'noise="fixed" would have no effect: {likelihood} has no noise_std. Leave it out.')
+    return likelihood.noise_std
+
+
 @dataclass(frozen=True)
 class Tuned:
     """Tuned hyperparameters.
 
     Attributes:
         prior_precision: 0-dim, ``(L,)`` or ``(P,)``.
-        noise_std: The noise, or None.
+        noise_std: The noise, or None if there is none or it was known.
         at_the_edge: The hyperparameters that could as well be at a bound: the evidence has no maximum inside.
     """
 
@@ -60,7 +97,9 @@ class Tuned:
     at_the_edge: tuple[str, ...] = ()
 
 
-def maximise_evidence(evidence: Evidence, structure: PriorStructure, temperature: float) -> Tuned:
+def maximise_evidence(
+    evidence: Evidence, structure: PriorStructure, temperature: float, noise_std: float | None = None
+) -> Tuned:
     """Maximise the evidence over prior precision(s) and noise, in log space with bounds.
 
     It is concave there (see `kronlaplace.laplace.evidence`), so the maximum is found from anywhere: no learning rate, no
@@ -74,23 +113,33 @@ def maximise_evidence(evidence: Evidence, structure: PriorStructure, temperature
         evidence: The function.
         structure: One precision for all, one per block, or one per weight.
         temperature: ``τ``.
+        noise_std: The noise if it is known, and only the prior is to be found (Gaussian likelihood only).
     """
     if structure is PriorStructure.DIAGONAL:
-        return _by_weight(evidence, temperature, maximise_evidence(evidence, PriorStructure.SCALAR, temperature))
+        of_all = maximise_evidence(evidence, PriorStructure.SCALAR, temperature, noise_std)
+        return _by_weight(evidence, temperature, of_all, noise_std)
     scalar = structure is PriorStructure.SCALAR
     n = 1 if scalar else len(evidence.blocks)
     low, high = map(math.log, PRECISION_BOUNDS)
     bounds = [(low, high)] * n
     start = [min(max(math.log(evidence.n_weights / max(evidence.squared_norm, 1e-12)), low), high)] * n
-    if isinstance(evidence.likelihood, Gaussian):
+    if isinstance(evidence.likelihood, Gaussian) and noise_std is None:
         start.append(_log_error(evidence))
         bounds.append(_noise_bounds(evidence))
-    u = _newton(lambda logs: evidence.derivatives(logs, temperature), torch.tensor(start).double(), bounds)
+
+    def derivatives(logs: Tensor) -> tuple[float, Tensor, Tensor]:
+        if noise_std is None:
+            return evidence.derivatives(logs, temperature)
+        known = torch.tensor([math.log(noise_std)], dtype=logs.dtype)
+        value, gradient, hessian = evidence.derivatives(torch.cat([logs, known]), temperature)
+        return value, gradient[:n], hessian[:n, :n]
+
+    u = _newton(derivatives, torch.tensor(start).double(), bounds)
     precision = u[:n].exp().to(evidence.statistics.device)
     return Tuned(
         prior_precision=precision[0] if scalar else precision,
         noise_std=float(u[-1].exp()) if len(u) > n else None,
-        at_the_edge=_at_the_edge(evidence, u, bounds, n, temperature),
+        at_the_edge=_at_the_edge(evidence, u, bounds, n, temperature, noise_std),
     )
 
 
@@ -141,12 +190,17 @@ def _noise_bounds(evidence: Evidence) -> tuple[float, float]:
 
 
 def _at_the_edge(
-    evidence: Evidence, u: Tensor, bounds: list[tuple[float, float]], n: int, temperature: float
+    evidence: Evidence,
+    u: Tensor,
+    bounds: list[tuple[float, float]],
+    n: int,
+    temperature: float,
+    known_noise: float | None,
 ) -> tuple[str, ...]:
     """The hyperparameters that could as well be at one of their bounds."""
     names = []
     noise = float(u[-1].exp()) if len(u) > n else None
-    scale = evidence.scale(noise, temperature)
+    scale = evidence.scale(known_noise if noise is None else noise, temperature)
     for i in range(n):
         losses = [evidence.occam_of(None if n == 1 else i, math.exp(v), scale) for v in (float(u[i]), *bounds[i])]
         if min(losses[1:]) - losses[0] <= 2 * NEGLIGIBLE:
@@ -161,7 +215,7 @@ def _at_the_edge(
     return tuple(names)
 
 
-def _by_weight(evidence: Evidence, temperature: float, start: Tuned) -> Tuned:
+def _by_weight(evidence: Evidence, temperature: float, start: Tuned, known_noise: float | None) -> Tuned:
     """One precision per weight, by L-BFGS-B with gradients by autograd."""
     device = evidence.statistics.device
     count = evidence.n_weights
@@ -175,7 +229,7 @@ def _by_weight(evidence: Evidence, temperature: float, start: Tuned) -> Tuned:
     def loss_and_gradient(values: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         with torch.inference_mode(False), torch.enable_grad():
             logs = torch.tensor(values, dtype=torch.float64, device=device, requires_grad=True)
-            noise = None if start.noise_std is None else logs[-1].exp()
+            noise = known_noise if start.noise_std is None else logs[-1].exp()
             value = evidence(logs[:count].exp(), noise, temperature)
             (gradient,) = torch.autograd.grad(value, logs)
         return -float(value.detach()), -gradient.cpu().numpy()

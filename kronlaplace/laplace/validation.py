@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kronlaplace.alignment import Alignment
 from kronlaplace.batches import Batch, DeferredChecks, Rewind, device_of, iterate, preserved_random_state
 from kronlaplace.laplace.predictive import Predictive
 from kronlaplace.likelihoods import HeteroscedasticGaussian, Likelihood, Prediction
@@ -82,6 +83,7 @@ class Validator:
         self._predictive = predictive
         self._exponent = exponent
         self._checks = DeferredChecks()
+        self._alignment = Alignment(posterior.model, posterior.likelihood)
         self._noise = noise_std
 
     def __call__(self, prior_precision: Tensor) -> Candidate:
@@ -133,7 +135,7 @@ class Validator:
     def _predictions(self) -> Iterator[tuple[Tensor | Prediction, Tensor]]:
         device = device_of(self._posterior.model)
         with preserved_random_state(device), Rewind(self._data):
-            for batch in iterate(self._data, device, progress=False, description=""):
+            for batch in iterate(self._data, device, alignment=self._alignment, progress=False, description=""):
                 if batch.targets is None:
                     raise TypeError('method="validation" needs data with targets, batches (inputs, targets).')
                 prediction = self._posterior.predict_batch(batch.inputs.value, self._predictive)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kronlaplace.likelihoods.base import BY_NAME, Likelihood, Prediction, Sampling
+from kronlaplace.likelihoods.base import Likelihood, Prediction, Sampling, register_likelihood
 from kronlaplace.likelihoods.bernoulli import Bernoulli
 from kronlaplace.likelihoods.categorical import Categorical
 from kronlaplace.likelihoods.euclidean import Euclidean
@@ -44,10 +44,12 @@ __all__ = [
     "Likelihood",
     "Prediction",
     "Sampling",
+    "register_likelihood",
     "resolve_likelihood",
 ]
 
-BY_NAME.update((c.__name__, c) for c in (Categorical, Bernoulli, Gaussian, Euclidean, HeteroscedasticGaussian))
+for _likelihood in (Categorical, Bernoulli, Gaussian, Euclidean, HeteroscedasticGaussian):
+    register_likelihood(_likelihood)
 
 _SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
     "classification": Categorical,
@@ -61,3 +63,7 @@ _SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
     """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace.options.resolve`."""
     return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "log_at_least_tiny",
     "positions",
     "probabilities",
+    "register_likelihood",
     "standard_normal",
     "sum_and_count",
     "wide",
@@ -261,18 +263,78 @@ class Likelihood(ABC):
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
     def to_metadata(self) -> dict[str, Any]:
-        """Name and parameters, as JSON-compatible values."""
-        return {"name": type(self).__name__, **asdict(self)}
+        """Name and parameters, as JSON-compatible values.
+
+        Raises:
+            TypeError: If a parameter is something else.
+        """
+        parameters = asdict(self)
+        try:
+            json.dumps(parameters)
+        except TypeError as error:
+            raise TypeError(
+                f"{self!r} cannot be saved: {error}. Let its fields be numbers, strings, None, or lists and dicts of these."
+            ) from None
+        return {"name": type(self).__name__, **parameters}
 
     @staticmethod
     def from_metadata(metadata: dict[str, Any]) -> Likelihood:
-        """Inverse of `to_metadata`."""
+        """Inverse of `to_metadata`.
+
+        Raises:
+            ValueError: If the name is unknown, or the class has other parameters.
+        """
         parameters = dict(metadata)
-        return BY_NAME[parameters.pop("name")](**parameters)
+        name = parameters.pop("name")
+        if name not in BY_NAME:
+            raise ValueError(
+                f"the likelihood {name!r} is not known here; known are {list(BY_NAME)}. If it is your own, import the "
+                f"module that defines it and call kl.register_likelihood({name}) before loading."
+            )
+        try:
+            return BY_NAME[name](**parameters)
+        except TypeError as error:
+            raise ValueError(
+                f"the likelihood {name!r} was saved with {parameters}, which it does not take: {error}"
+            ) from None
 
 
 BY_NAME: dict[str, type[Likelihood]] = {}
-"""The likelihoods that `Likelihood.from_metadata` knows, by the name of their class; the package fills it."""
+"""The likelihoods that `Likelihood.from_metadata` knows, by the name of their class."""
+
+_Class = TypeVar("_Class", bound=type[Likelihood])
+
+
+def register_likelihood(likelihood: _Class) -> _Class:
+    """Make a likelihood of your own known by its name, so that what was saved with it can be loaded.
+
+    May be used as a decorator, above that of the dataclass. A class that is defined once more, as in a notebook, replaces
+    the one before.
+
+    Args:
+        likelihood: The class, a frozen dataclass derived from `Likelihood`, with fields that JSON can hold.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: If it is no such class.
+        ValueError: If another likelihood has that name.
+    """
+    if not (isinstance(likelihood, type) and issubclass(likelihood, Likelihood)):
+        raise TypeError(f"register_likelihood takes a class derived from kl.Likelihood, got {likelihood!r}.")
+    if "__init__" in vars(likelihood) and "__dataclass_fields__" not in vars(likelihood):
+        raise TypeError(
+            f"{likelihood.__name__} must be a dataclass, or its parameters would not be saved: declare them as fields and "
+            "put @dataclass(frozen=True) above the class."
+        )
+    known = BY_NAME.get(likelihood.__name__, likelihood)
+    if (known.__module__, known.__qualname__) != (likelihood.__module__, likelihood.__qualname__):
+        raise ValueError(
+            f"there is a likelihood {likelihood.__name__!r} already, {known.__module__}.{known.__qualname__}."
+        )
+    BY_NAME[likelihood.__name__] = likelihood
+    return likelihood
 
 
 def wide(x: Tensor) -> Tensor:

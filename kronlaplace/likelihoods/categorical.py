@@ -203,12 +203,11 @@ class Categorical(Likelihood):
 
     def _bad_targets(self, outputs: Tensor, targets: Tensor, axes: list[int]) -> ValueError:
         shapes = " or ".join(f"{tuple(without(outputs.shape, axis))} (classes on axis {axis})" for axis in axes)
-        axis = axes[0] if len(axes) == 1 else "axis"
         given = "" if self.class_axis is None else f" and class_axis={self.class_axis}"
         return ValueError(
             f"Categorical targets must be integer class indices of shape {shapes} for outputs of shape "
             f"{tuple(outputs.shape)}{given}; got shape {tuple(targets.shape)}, dtype {targets.dtype}. "
-            f"Use targets.argmax({axis}) if yours are one-hot, targets.squeeze({axis}).long() if they have one column."
+            f"{_advice(outputs, targets, axes)}"
         )
 
     @property
@@ -235,6 +234,21 @@ class Categorical(Likelihood):
         pi = probabilities(self, prediction)
         self.check_targets(pi, targets)  # for the shapes
         return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))
+
+
+def _advice(outputs: Tensor, targets: Tensor, axes: list[int]) -> str:
+    """How targets that do not fit may be made to fit, for the classes on one of these axes."""
+    as_integers = ".long()" if targets.is_floating_point() or targets.dtype == torch.bool else ""
+    allowed = [without(outputs.shape, axis) for axis in axes]
+    if targets.shape in allowed:
+        return "Use targets.long() if they are class indices."
+    if targets.shape == outputs.shape:
+        axis = axes[0] if len(axes) == 1 else "axis"
+        return f"Use targets.argmax({axis}) if yours are one-hot; probabilities of the classes are not supported."
+    for axis in range(targets.ndim):
+        if targets.shape[axis] == 1 and without(targets.shape, axis) in allowed:
+            return f"Use targets.squeeze({axis}){as_integers}."
+    return "Check that there is one target for each example and position."
 
 
 def _index(targets: Tensor, n_classes: int) -> Tensor:

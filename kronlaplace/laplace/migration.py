@@ -1,0 +1,115 @@
+"""Names that laplace-torch has for what `KronLaplace` can do: whoever comes from there is told ours.
+
+Nothing works under these names, and no signature has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+__all__ = ["VALUES", "LaplaceTorchNames", "told_of"]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+_OF_PREDICTIONS = {
+    "pred_type": 'method=, "glm" or, for "nn", "sample"',
+    "link_approx": 'link=, "probit", "mc" or "bridge"',
+    "diagonal_output": "diagonal=",
+}
+
+KEYWORDS: Mapping[str, Mapping[str, str]] = {
+    "__init__": {
+        "subset_of_weights": 'layers=, "last" for the last layer, None for all',
+        "last_layer_name": 'layers=["its name"]',
+        "hessian_structure": 'estimator=, "kfac" for "kron", "diagonal" for "diag", "exact" for "full" (by layer)',
+        "backend": "estimator=, such as kl.KFAC()",
+        "backend_kwargs": "estimator=, such as kl.KFAC(...), and the options of fit",
+        "sigma_noise": "the likelihood, kl.Gaussian(noise_std=...)",
+        "enable_backprop": "predict(x, differentiable=True)",
+        "dict_key_x": "a batch (inputs, targets), or a mapping with the targets under 'labels'",
+        "dict_key_y": "a batch (inputs, targets), or a mapping with the targets under 'labels'",
+    },
+    "fit": {
+        "override": "add=True for override=False",
+        "progress_bar": "progress=",
+        "train_loader": "data, the first argument",
+    },
+    "predict": _OF_PREDICTIONS,
+    "functional_variance": _OF_PREDICTIONS,
+    "sample": {"n_samples": "n, the first argument"},
+    "log_marginal_likelihood": {"sigma_noise": "noise_std="},
+    "tune": {
+        "pred_type": "predictive=kl.Predictive(method=...)",
+        "link_approx": "predictive=kl.Predictive(link=...)",
+        "n_samples": "predictive=kl.Predictive(n_samples=...)",
+        "prior_structure": "structure=",
+        "val_loader": "data=",
+        "grid_size": "grid=, the values themselves",
+        "log_prior_prec_min": "grid=, the values themselves",
+        "log_prior_prec_max": "grid=, the values themselves",
+        "progress_bar": "progress=",
+        "verbose": "progress=",
+        "n_steps": "not needed: the optimum is found from anywhere",
+        "lr": "not needed: the optimum is found from anywhere",
+        "init_prior_prec": "not needed: the optimum is found from anywhere",
+    },
+    "load": {
+        "device": "the model's: move the model first, model.to(device)",
+        "map_location": "the model's: move the model first, model.to(device)",
+        "dtype": "the model's, which must be that of the fit; afterwards posterior.to(dtype)",
+    },
+}
+"""By method the keywords of laplace-torch (of `load` those of torch) and what they are here."""
+
+ATTRIBUTES: Mapping[str, str] = {
+    "optimize_prior_precision": "tune()",
+    "sigma_noise": "likelihood.noise_std",
+    "prior_structure": "prior_precision.shape",
+    "posterior_precision": "covariance(), whose DampedInverse objects solve, sample and have log determinants",
+    "posterior_covariance": "covariance()",
+    "functional_covariance": "functional_variance(x, joint=True)",
+    "predictive_samples": 'predict(x, method="sample"), or sample(n) for the weights',
+    "functional_samples": 'predict(x, method="sample"), or sample(n) for the weights',
+    "log_likelihood": "likelihood.log_likelihood(fisher.statistics)",
+    "n_data": "fisher.n_examples",
+    "H": "fisher, a mean over the examples",
+    "state_dict": "save(path)",
+    "load_state_dict": "KronLaplace.load(path, model)",
+}
+"""Attributes and methods of laplace-torch and what they are here."""
+
+VALUES: Mapping[str, str] = {
+    "marglik": "evidence",
+    "gridsearch": "validation",
+    "nn": "sample",
+}
+"""Values of options of laplace-torch and what they are here."""
+
+
+def told_of(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let a method answer a keyword of laplace-torch with ours, in a `TypeError`."""
+    names = KEYWORDS[function.__name__]
+
+    @functools.wraps(function)
+    def method(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        for name in kwargs.keys() & names.keys():
+            raise TypeError(f"{function.__qualname__} has no {name}=; here it is {names[name]}.")
+        return function(*args, **kwargs)
+
+    return method
+
+
+class LaplaceTorchNames:
+    """Answers attributes of laplace-torch's posteriors, and calls, with ours."""
+
+    if not TYPE_CHECKING:  # a type checker should go on to refuse them
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; here it is {ATTRIBUTES[name]}." if name in ATTRIBUTES else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"a {type(self).__name__} is not called; use posterior.predict(x).")
