@@ -36,7 +36,7 @@ class Link(str, Enum):
 
     ``PROBIT`` is MacKay's closed form, ``CENTERED_PROBIT`` the same for each logit less the mean of all (the softmax does
     not see a shift of all logits, and the variance of that is no uncertainty about the class), ``MC`` averages over samples
-    of the outputs, ``BRIDGE`` is the Laplace bridge to a Dirichlet (Hobbhahn et al. 2022).
+    of the outputs, ``BRIDGE`` is a Laplace bridge to a Dirichlet (after Hobbhahn et al. 2022, see `laplace_bridge`).
     """
 
     PROBIT = "probit"
@@ -80,8 +80,7 @@ def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
         covariance: Their covariance, whole, ``(..., C, C)``; or the variances of the centred outputs, ``(..., C)``.
     """
     if is_whole(mean, covariance):
-        row = covariance.mean(-1)
-        covariance = (variance_of(mean, covariance) - 2 * row + row.mean(-1, keepdim=True)).clamp_min(0)
+        covariance = _variance_without_shift(mean, covariance)
     return probit_scaled(mean - mean.mean(-1, keepdim=True), covariance)
 
 
@@ -139,21 +138,46 @@ class _SymmetricRoot(torch.autograd.Function):
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Mean of the Dirichlet of the Laplace bridge (Hobbhahn et al. 2022, Eq. 6), shape ``(..., C)``.
+    """Mean of a Dirichlet that the Gaussian is bridged to (after Hobbhahn et al. 2022, Eq. 6), shape ``(..., C)``.
 
-    The softmax does not see a shift of all logits, the bridge lives on ``Σ_c f_c = 0``: the Gaussian is
-    conditioned on that first.
+    With ``π = softmax(f)``, a Dirichlet whose logits have mean ``f`` and concentration ``s`` has logit variances
+    ``c_k / s``, ``c_k = (1 − 2/C) / π_k + Σ_l 1 / (C² π_l)``. The paper solves that for each class by itself,
+    ``s_k = c_k / v_k``, and its mean is ``p_k ∝ π_k s_k``. This function departs from it in three ways, so that the
+    result is stable and agrees with the network where the network is certain:
+
+    * The shift that all logits have in common, which the softmax does not see, is projected out of mean and covariance,
+      ``f − f̄`` and ``PΣP``. The paper conditions on ``Σ_k f_k = 0`` instead, which moves the mean without bound where
+      ``1ᵀΣ1`` is small.
+    * A variance below ``v̄ / (C − 1)``, for ``v̄`` the mean of all, counts as that: no Dirichlet has a smaller one, and
+      where a covariance is singular, rounding would decide how certain a class is.
+    * ``p_k ∝ π_k s_kʷ`` with ``w = (π/8) v̄ / (1 + (π/8) v̄)``, the scale of MacKay's probit link. The paper's ``w = 1``
+      knows the ratios of the variances but not their size, so that it differs from the softmax of a network that has
+      no uncertainty at all. Here that is the limit, and the paper's formula is that of large variances.
+
+    A Gaussian that is the Laplace approximation of a Dirichlet, in the softmax basis, gives the mean of that Dirichlet.
+
+    Args:
+        mean: Mean of the outputs, ``(..., C)``.
+        covariance: Their covariance, whole, ``(..., C, C)``, or its diagonal, ``(..., C)``.
     """
-    variance = variance_of(mean, covariance)
+    variance = _variance_without_shift(mean, covariance)
     n_classes = mean.shape[-1]
-    row = covariance.sum(-1) if is_whole(mean, covariance) else covariance
-    # The floor is for a covariance that lies on Σ_c f_c = 0 already, up to rounding.
-    eps = torch.finfo(mean.dtype).eps
-    floor = (eps * variance.sum(-1, keepdim=True)).clamp_min(eps**2)
-    total = torch.maximum(row.sum(-1, keepdim=True), floor)
-    mean = mean - row * (mean.sum(-1, keepdim=True) / total)
-    variance = (variance - row.square() / total).clamp_min(eps)
-    # α_k = (1 − 2/C + e^{f_k} / C² · Σ_l e^{−f_l}) / v_k, normalised; the log keeps e^{f_k − f_l} finite.
+    mean = mean - mean.mean(-1, keepdim=True)
+    log_pi = F.log_softmax(mean, dim=-1)
+    # log(c_k π_k): the log keeps e^{f_k − f_l} finite.
     log_ratio = mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(n_classes)
     offset = torch.full_like(log_ratio, 1 - 2 / n_classes).log()
-    return F.softmax(torch.logaddexp(log_ratio, offset) - variance.log(), dim=-1)
+    total = variance.mean(-1, keepdim=True)
+    relative = variance / torch.where(total > 0, total, 1)
+    log_concentration = torch.logaddexp(log_ratio, offset) - log_pi - relative.clamp_min(1 / (n_classes - 1)).log()
+    scaled = math.pi / 8 * total
+    return F.softmax(log_pi + scaled / (1 + scaled) * log_concentration, dim=-1)
+
+
+def _variance_without_shift(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Variances of the outputs less their mean, the diagonal of ``PΣP``, of the shape of the mean."""
+    if is_whole(mean, covariance):
+        row = covariance.mean(-1)
+    else:
+        row = covariance / mean.shape[-1]
+    return (variance_of(mean, covariance) - 2 * row + row.mean(-1, keepdim=True)).clamp_min(0)

@@ -634,7 +634,12 @@ def test_outputs_that_do_not_fit(likelihood, shape, message):
         ),
         (kl.Categorical(), (6, 3, 2, 2), (6, 3), r"shape \(6, 2, 2\) .* or \(6, 3, 2\)"),
         (kl.Categorical(class_axis=1), (6, 3, 2), (6, 3), r"shape \(6, 2\) .*and class_axis=1; got shape \(6, 3\)"),
-        (kl.Categorical(class_axis=-1), (6, 3, 2), (6, 2), r"shape \(6, 3\) .*and class_axis=-1; got.*argmax\(2\)"),
+        (
+            kl.Categorical(class_axis=-1),
+            (6, 3, 2),
+            (6, 2),
+            r"shape \(6, 3\) .*and class_axis=-1; got.*one target for each",
+        ),
         (kl.Categorical(), (6, 1, 3), (6, 3), r"needs one logit per class.*returned \(6, 1, 3\)"),
         (kl.Bernoulli(), (6, 3, 2), (6, 6), r"Bernoulli targets must have the shape.*\(6, 3, 2\).*broadcasting"),
         (kl.Gaussian(), (6,), (6, 1), r"Gaussian targets must have the shape.*\(6,\); got \(6, 1\).*broadcasting"),
@@ -750,17 +755,59 @@ def test_mc_link_uses_the_correlations():
     assert apart[0, 0] < f.softmax(1)[0, 0] - 0.1
 
 
-def test_laplace_bridge_equals_the_papers_formula():
-    """Hobbhahn et al. 2022, after the projection on Σ f = 0 that conditioning gives; written with dense algebra."""
-    f = torch.tensor([0.8, -0.4, 0.1]).double()
-    root = torch.randn(3, 3).double()
-    covariance = root @ root.T
-    one = torch.ones(3).double()
-    gain = covariance @ one / (one @ covariance @ one)
-    mean, projected = f - gain * f.sum(), covariance - torch.outer(gain, one @ covariance)
-    alpha = (1 - 2 / 3 + mean.exp() / 9 * (-mean).exp().sum()) / projected.diagonal()
-    actual = kl.Categorical().predictive(f[None], covariance[None], Link.BRIDGE, 0, None)[0]
-    torch.testing.assert_close(actual, alpha / alpha.sum())
+def bridge(f, covariance):
+    return kl.Categorical().predictive(f[None], covariance[None], Link.BRIDGE, 0, None)[0]
+
+
+def zero_sum(n_classes, seed):
+    """A mean and a covariance without a common shift, whose variances a Dirichlet could have."""
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(n_classes, generator=generator).double()
+    projection = torch.eye(n_classes).double() - 1 / n_classes
+    root = torch.eye(n_classes).double() + 0.3 * torch.randn(n_classes, n_classes, generator=generator).double()
+    return f - f.mean(), projection @ root @ root.T @ projection
+
+
+@pytest.mark.parametrize("n_classes", [3, 4, 10])
+def test_laplace_bridge_has_the_papers_formula_as_its_limit_of_large_variances(n_classes):
+    f, covariance = zero_sum(n_classes, 0)
+    variance = covariance.diagonal()
+    alpha = (1 - 2 / n_classes + f.exp() / n_classes**2 * (-f).exp().sum()) / variance
+    torch.testing.assert_close(bridge(f, 1e9 * covariance), alpha / alpha.sum(), rtol=1e-6, atol=0)
+    # In between, the logarithm of what it makes of the softmax is tempered.
+    concentration, tempered = (alpha / f.softmax(0)).log(), (bridge(f, covariance) / f.softmax(0)).log()
+    weight = math.pi / 8 * variance.mean() / (1 + math.pi / 8 * variance.mean())
+    ratio = (tempered - tempered.mean()) / (concentration - concentration.mean())
+    torch.testing.assert_close(ratio, weight.expand(n_classes))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_classes", [2, 3, 10, 1000])
+def test_laplace_bridge_of_a_certain_network_is_its_softmax(n_classes, dtype, whole):
+    generator = torch.Generator().manual_seed(0)
+    f = 5 * torch.randn(4, n_classes, generator=generator, dtype=dtype)
+    root = torch.randn(4, n_classes, 2, generator=generator, dtype=dtype)
+    covariance = root @ root.mT if whole else root.square().sum(-1)
+    rounding = 200 * torch.finfo(dtype).eps  # of logits up to 20
+    for scale, difference in ((0, rounding), (1e-8, rounding + 1e-6), (1e-3, 0.05)):
+        actual = kl.Categorical().predictive(f, scale * covariance, Link.BRIDGE, 0, None)
+        torch.testing.assert_close(actual, f.softmax(1), rtol=difference, atol=0)
+
+
+@given(st.integers(2, 12), st.integers(1, 12), st.floats(-8, 4), st.integers(0, 1000))
+def test_laplace_bridge_does_not_depend_on_rounding(n_classes, rank, log_scale, seed):
+    """Small relative changes of the covariance make small changes, however singular it is; so do shifts of all logits."""
+    generator = torch.Generator().manual_seed(seed)
+    f = 3 * torch.randn(n_classes, generator=generator).double()
+    root = torch.randn(n_classes, rank, generator=generator).double()
+    covariance = 10**log_scale * root @ root.T
+    noise = torch.randn(n_classes, n_classes, generator=generator).double()
+    changed = covariance * (1 + 1e-9 * (noise + noise.T))
+    expected = bridge(f, covariance)
+    torch.testing.assert_close(bridge(f, changed), expected, rtol=1e-6, atol=0)
+    shifted = covariance + covariance.diagonal().mean()
+    torch.testing.assert_close(bridge(f + 7, shifted), expected, rtol=1e-6, atol=0)
 
 
 @given(st.integers(2, 6), st.integers(0, 100))
