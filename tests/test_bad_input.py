@@ -1,5 +1,7 @@
 """Bad input gets one clear error, before or in the middle of a fit, and nothing half-changed stays behind."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,45 @@ def test_failed_fit_keeps_the_last_good_one():
     with pytest.raises(ValueError, match="batch 1"):
         posterior.fit([(X, Y), (poisoned(0), Y)])
     assert torch.equal(posterior.predict(X), before)
+
+
+ONE_HOT = nn.functional.one_hot(Y)
+LABELS = {
+    "floats": (Y.float(), r"shape \(6,\), dtype torch.float32\. Use targets\.long\(\) if they are class indices\.$"),
+    "bools": (Y > 0, r"dtype torch.bool\. Use targets\.long\(\) if they are class indices\.$"),
+    "one-hot": (
+        ONE_HOT,
+        r"Use targets\.argmax\(1\) if yours are one-hot; probabilities of the classes are not supported\.$",
+    ),
+    "one-hot floats": (ONE_HOT.float(), r"Use targets\.argmax\(1\) if yours are one-hot"),
+    "a column": (Y[:, None], r"got shape \(6, 1\), dtype torch.int64\. Use targets\.squeeze\(1\)\.$"),
+    "a column of floats": (Y[:, None].float(), r"Use targets\.squeeze\(1\)\.long\(\)\.$"),
+    "a row": (Y[None], r"got shape \(1, 6\), dtype torch.int64\. Use targets\.squeeze\(0\)\.$"),
+    "too few": (
+        Y[:4],
+        r"got shape \(4,\), dtype torch.int64\. Check that there is one target for each example and position\.$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_the_advice_fits_the_labels(name):
+    """And what it says, done, is right."""
+    targets, message = LABELS[name]
+    with pytest.raises(ValueError, match=message) as error:
+        kl.estimate_fisher(mlp32(), [(X, targets)], "classification")
+    advice = re.search(r"Use (targets[.\w()]+)", str(error.value))
+    if advice:
+        kl.estimate_fisher(mlp32(), [(X, eval(advice[1].rstrip("."), {"targets": targets}))], "classification")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 4, 3)])
+def test_advice_for_labels_of_tokens(shape):
+    outputs = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"Use targets\.argmax\(axis\) if yours are one-hot"):
+        kl.Categorical().check_targets(outputs, torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"Use targets\.squeeze\(2\)\.long\(\)\."):
+        kl.Categorical().check_targets(outputs, torch.zeros(2, 4, 1))
 
 
 REGRESSION_TARGETS = {

@@ -15,6 +15,13 @@ def test_public_names_are_there():
         assert getattr(kl, name) is not None
 
 
+def test_only_public_names_are_listed():
+    """What completion shows: no imports, no modules of the inside."""
+    assert dir(kl) == sorted([*kl.__all__, "__version__"])
+    for module in (kl.damping, kl.metrics, kl.laplace, kl.likelihoods, kl.estimators):
+        assert dir(module) == sorted(module.__all__)
+
+
 def test_package_is_typed():
     assert (Path(kl.__file__).parent / "py.typed").is_file()
 

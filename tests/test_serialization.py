@@ -3,6 +3,7 @@
 import os
 import stat
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
+from kronlaplace.likelihoods.base import BY_NAME
 from kronlaplace.serialization import load_tensors, save_tensors
 from tests.networks import mlp
 
@@ -130,6 +132,98 @@ def test_a_folder_is_no_file(path):
     with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
         save_tensors(path, "fisher", TENSORS, VALUES)
     assert list(path.iterdir()) == []
+
+
+# -- likelihoods of the user's own ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("kronlaplace.likelihoods.base.BY_NAME", dict(BY_NAME))
+
+
+@dataclass(frozen=True)
+class Tempered(kl.Categorical):
+    """A likelihood of the user's own, with a parameter."""
+
+    power: float = 1.0
+
+
+class Plain(kl.Categorical):
+    """Another, without."""
+
+
+def posterior_with(likelihood):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    return kl.KronLaplace(model, likelihood).fit([(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))])
+
+
+@pytest.mark.parametrize("likelihood", [Tempered(power=0.5), Plain()], ids=str)
+def test_a_likelihood_of_the_users_own(likelihood, path, registry):
+    """Unknown it is named, with what to do; then file of posterior and Fisher are read."""
+    posterior = posterior_with(likelihood)
+    posterior.save(path)
+    name = type(likelihood).__name__
+    with pytest.raises(
+        ValueError, match=rf"the likelihood '{name}' is not known here; .* kl\.register_likelihood\({name}\)"
+    ):
+        kl.KronLaplace.load(path, posterior.model)
+    assert kl.register_likelihood(type(likelihood)) is type(likelihood)
+    assert kl.register_likelihood(type(likelihood)) is type(likelihood)  # once more, as a notebook does
+    loaded = kl.KronLaplace.load(path, posterior.model)
+    assert loaded.likelihood == likelihood and type(loaded.likelihood) is type(likelihood)
+    posterior.fisher.save(path)
+    assert kl.KroneckerFisher.load(path).metadata.likelihood == likelihood
+
+
+def test_a_likelihood_that_has_other_parameters_now(path, registry):
+    posterior = posterior_with(kl.register_likelihood(Tempered)(power=0.5))
+    posterior.save(path)
+
+    @dataclass(frozen=True)
+    class Other(kl.Categorical):
+        pass
+
+    Other.__name__, Other.__qualname__ = Tempered.__name__, Tempered.__qualname__
+    kl.register_likelihood(Other)
+    with pytest.raises(ValueError, match=r"'Tempered' was saved with \{.*'power': 0.5\}, which it does not take"):
+        kl.KronLaplace.load(path, posterior.model)
+
+
+def test_what_cannot_be_registered(registry):
+    class WithInit(kl.Categorical):
+        def __init__(self, power):
+            object.__setattr__(self, "power", power)
+
+    class Gaussian(kl.Categorical):
+        pass
+
+    for wrong in (kl.Categorical(), int, "Tempered"):
+        with pytest.raises(TypeError, match=r"takes a class derived from kl\.Likelihood, got"):
+            kl.register_likelihood(wrong)
+    with pytest.raises(TypeError, match="WithInit must be a dataclass, or its parameters would not be saved"):
+        kl.register_likelihood(WithInit)
+    with pytest.raises(ValueError, match="there is a likelihood 'Gaussian' already, kronlaplace.likelihoods.gaussian"):
+        kl.register_likelihood(Gaussian)
+
+
+def test_a_likelihood_that_json_cannot_hold(path):
+    posterior = posterior_with(Tempered(power=torch.ones(2)))
+    with pytest.raises(TypeError, match=r"cannot be saved: .*Let its fields be numbers, strings"):
+        posterior.save(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_another_dtype_than_that_of_the_fit(path):
+    posterior = posterior_with("classification")
+    posterior.save(path)
+    expected = posterior.log_marginal_likelihood()
+    with pytest.raises(
+        ValueError, match=r"fitted in torch.float32, .* is in torch.float64.* posterior.to\(torch.float64\)"
+    ):
+        kl.KronLaplace.load(path, posterior.model.double())
+    loaded = kl.KronLaplace.load(path, posterior.model.float()).to(torch.float64)
+    torch.testing.assert_close(loaded.log_marginal_likelihood(), expected, rtol=1e-5, atol=0)
 
 
 # -- damage --------------------------------------------------------------------------------------------------
