@@ -176,8 +176,5 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 
 def _variance_without_shift(mean: Tensor, covariance: Tensor) -> Tensor:
     """Variances of the outputs less their mean, the diagonal of ``PΣP``, of the shape of the mean."""
-    if is_whole(mean, covariance):
-        row = covariance.mean(-1)
-    else:
-        row = covariance / mean.shape[-1]
+    row = covariance.mean(-1) if is_whole(mean, covariance) else covariance / mean.shape[-1]
     return (variance_of(mean, covariance) - 2 * row + row.mean(-1, keepdim=True)).clamp_min(0)

@@ -203,7 +203,7 @@ def test_what_cannot_be_registered(registry):
             kl.register_likelihood(wrong)
     with pytest.raises(TypeError, match="WithInit must be a dataclass, or its parameters would not be saved"):
         kl.register_likelihood(WithInit)
-    with pytest.raises(ValueError, match="there is a likelihood 'Gaussian' already, kronlaplace.likelihoods.gaussian"):
+    with pytest.raises(ValueError, match=r"there is a likelihood 'Gaussian' already, kronlaplace.likelihoods.gaussian"):
         kl.register_likelihood(Gaussian)
 
 

@@ -14,12 +14,6 @@ __all__ = ["VALUES", "LaplaceTorchNames", "told_of"]
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-_OF_PREDICTIONS = {
-    "pred_type": 'method=, "glm" or, for "nn", "sample"',
-    "link_approx": 'link=, "probit", "mc" or "bridge"',
-    "diagonal_output": "diagonal=",
-}
-
 KEYWORDS: Mapping[str, Mapping[str, str]] = {
     "__init__": {
         "subset_of_weights": 'layers=, "last" for the last layer, None for all',
@@ -37,8 +31,12 @@ KEYWORDS: Mapping[str, Mapping[str, str]] = {
         "progress_bar": "progress=",
         "train_loader": "data, the first argument",
     },
-    "predict": _OF_PREDICTIONS,
-    "functional_variance": _OF_PREDICTIONS,
+    "predict": {
+        "pred_type": 'method=, "glm" or, for "nn", "sample"',
+        "link_approx": 'link=, "probit", "mc" or "bridge"',
+        "diagonal_output": "diagonal=",
+    },
+    "functional_variance": {"diagonal_output": "diagonal="},
     "sample": {"n_samples": "n, the first argument"},
     "log_marginal_likelihood": {"sigma_noise": "noise_std="},
     "tune": {
