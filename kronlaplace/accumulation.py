@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -83,6 +83,13 @@ class Accumulation:
                 self._final_weights.setdefault(name, self.weight)
         self._pass += 1
         self.weight = 0.0
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget some of the layers."""
+        self.layers = [layer for layer in self.layers if layer.name not in names]
+        for name in names:
+            for by_name in (self._layers, self.estimators, self._states, self._final_weights):
+                by_name.pop(name, None)
 
     def state(self, name: str) -> State:
         """What has been accumulated for a layer."""

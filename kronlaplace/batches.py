@@ -7,7 +7,7 @@ the model's device, how progress is shown, and how values are checked without wa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,51 +86,76 @@ class Inputs:
         """Number of examples, if ``axis`` counts them."""
         return tensors_of(self)[0].shape[axis]
 
-    def examples(self, axis: int, start: int, stop: int) -> Inputs:
-        """Some of the examples; tensors without that many entries on the axis are not cut."""
+    def examples(self, axis: int, start: int, stop: int, shared: Collection[str] = ()) -> Inputs:
+        """Some of the examples; tensors without that many entries on the axis are not cut, nor are those in ``shared``."""
         n = self.count(axis)
         index = (slice(None),) * axis + (slice(start, stop),)
-        return self.map(lambda t: t[index] if t.ndim > axis and t.shape[axis] == n else t)
+        return self.map_by_path(lambda t, path: t[index] if path not in shared and _counts(t, axis, n) else t)
+
+    def by_example(self, axis: int, shared: Collection[str] = ()) -> list[str]:
+        """Paths of the tensors that `examples` cuts."""
+        n = self.count(axis)
+        return [path for path, t in _leaves(self.value) if path not in shared and _counts(t, axis, n)]
+
+    def of_other_length(self, axis: int) -> list[str]:
+        """Paths of the tensors whose ``axis`` is there but does not count the examples."""
+        n = self.count(axis)
+        return [path for path, t in _leaves(self.value) if t.ndim > axis and t.shape[axis] != n]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with every tensor changed."""
+        return self.map_by_path(lambda t, _: change(t))
+
+    def map_by_path(self, change: Callable[[Tensor, str], Tensor]) -> Inputs:
+        """The same with every tensor changed, by a function of the tensor and its path, such as ``"0"`` or ``"mask"``."""
         return Inputs(_mapped(self.value, change))
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """All tensors that have axes, the one that counts the examples first."""
-    return [t for t in _leaves(inputs.value) if t.ndim]
+    return [t for _, t in _leaves(inputs.value) if t.ndim]
 
 
-def with_one_more(inputs: Inputs, axis: int) -> Inputs:
+def with_one_more(inputs: Inputs, axis: int, shared: Collection[str] = ()) -> Inputs:
     """The inputs with their first example once more at the end."""
     n = inputs.count(axis)
 
-    def longer(t: Tensor) -> Tensor:
-        if t.ndim <= axis or t.shape[axis] != n:
+    def longer(t: Tensor, path: str) -> Tensor:
+        if path in shared or not _counts(t, axis, n):
             return t
         return torch.cat([t, t.narrow(axis, 0, 1)], dim=axis)
 
-    return inputs.map(longer)
+    return inputs.map_by_path(longer)
 
 
-def _leaves(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(part)
+def _counts(tensor: Tensor, axis: int, n: int) -> bool:
+    """Whether an axis of a tensor has the length that counts the examples."""
+    return tensor.ndim > axis and tensor.shape[axis] == n
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
+def _parts(value: Any, path: str) -> list[tuple[Any, Any, str]]:
+    """Key, value and path of the parts of a container; none of anything else."""
+    prefix = f"{path}." if path else ""
     if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_mapped(part, change) for part in value]
-    return value
+        return [(key, part, f"{prefix}{key}") for key, part in value.items()]
+    return [(i, part, f"{prefix}{i}") for i, part in enumerate(value)] if isinstance(value, (tuple, list)) else []
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested tuples, lists and mappings, with their paths."""
+    if isinstance(value, Tensor):
+        yield path, value
+    for _, part, where in _parts(value, path):
+        yield from _leaves(part, where)
+
+
+def _mapped(value: Any, change: Callable[[Tensor, str], Tensor], path: str = "") -> Any:
+    if isinstance(value, Tensor):
+        return change(value, path)
+    parts = {key: _mapped(part, change, where) for key, part, where in _parts(value, path)}
+    if isinstance(value, Mapping):
+        return parts
+    return list(parts.values()) if isinstance(value, (tuple, list)) else value
 
 
 def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:

@@ -7,13 +7,16 @@ their layers in one fused call (recurrent layers, attention) run written out whi
 
 Only output gradients are computed, never weight gradients, and each is handed on and freed as soon as it is there. On
 which axis of a call the examples are is found out in `example_axes`.
+
+All of this happens on a private `Replica` of the network: its own modules carry no hook, and other threads may use it.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,14 +27,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kronlaplace.batches import Inputs, device_of
-from kronlaplace.example_axes import ExampleAxes, UnknownAxisError
-from kronlaplace.layers import Call, Calls, Layer, written_out
+from kronlaplace.batches import Inputs, device_of, tensors_of
+from kronlaplace.example_axes import ExampleAxes, Layout, UnknownAxisError
+from kronlaplace.layers import Call, Calls, Layer, UnusableLayersError, written_out
+from kronlaplace.replica import Replica
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
 
 Receiver = Callable[[Calls, list[Tensor]], None]
 """Takes all calls of a layer in the forward pass and, call by call, the gradients at their outputs, examples first."""
+
+_ATTENTION_KERNEL = threading.RLock()
+"""Torch's choice of an attention kernel belongs to the process, and only one pass at a time may change it."""
 
 
 class _HandOn(ModuleExtension):  # type: ignore[misc]  # BackPACK is not typed
@@ -74,28 +81,57 @@ class Recorder:
         receive: Receiver,
         *,
         differentiable: bool = False,
-        axes: ExampleAxes | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._model = model
-        self._layers = list(layers)
-        self._receive = receive
-        self._differentiable = differentiable
-        self._outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        self._output_layer: Layer | None = None
-        self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
-        self._calls: dict[str, list[Call]] = {}
-        self._sources: list[GradientEdge] = []
-        self._others: list[GradientEdge] = []
+        self._receive = self._receiver = receive
         self._grads: dict[str, dict[int, Tensor]] = {}
-        self._reported: set[str] = set()
+        self._output_layer: Layer | None = None
+        self._differentiable = differentiable
+        self._axes = ExampleAxes(Layout() if layout is None else layout)
         self._muted = False
         self._running = False
-        self._axes = ExampleAxes() if axes is None else axes
+        self._attach(layers)
+        self.clear()
+
+    def _attach(self, layers: Sequence[Layer]) -> None:
+        """Make a replica of the network in which these layers report."""
+        self._layers = list(layers)
+        self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
+        wanted = [p for layer in layers for m in layer.modules for p in m.parameters(recurse=False)]
+        self._replica = Replica(self._model, wanted)
+        slots: dict[nn.Module, dict[int, Layer]] = {}
+        for layer in layers:
+            for module in layer.modules:
+                slots.setdefault(module, {})[layer.slot] = layer
+        for module in self._model.modules():
+            replica: Any = self._replica(module)
+            forward = written_out(module)
+            mine = slots.get(module, {})
+            if forward is not None:
+                # Also where only a child is wanted: attention calls its output projection as a function.
+                inside = set(module.modules())
+                names = [layer.name for layer in layers if inside.intersection(layer.modules)]
+                if names:
+                    report = _BlockReport(self, mine)
+                    replica.forward = partial(self._run_written_out, names, partial(forward, replica, report))
+            elif mine:
+                replica.register_forward_hook(partial(self._observe, mine[0]), with_kwargs=True)
 
     @property
-    def input_axis(self) -> int:
-        """The axis of the inputs that counts the examples."""
-        return self._axes.input_axis
+    def layout(self) -> Layout:
+        """What the passes have found out about the network."""
+        return self._axes.layout
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that report."""
+        return list(self._layers)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Go on without some of the layers; the last pass is forgotten."""
+        self.clear()
+        self._attach([layer for layer in self._layers if layer.name not in names])
 
     @property
     def calls(self) -> dict[str, Calls]:
@@ -116,11 +152,12 @@ class Recorder:
         Raises:
             TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
             ValueError: If its first axis does not count the examples.
-            NotImplementedError: If a layer is used in a way that is not supported.
-            RuntimeError: If a wanted layer did not run, or ran without gradients.
+            UnusableLayersError: If a wanted layer did not run, ran without gradients, or is used in a way that is not
+                supported.
+            RuntimeError: If the outputs carry no gradients, or the network changes its inputs only now and then.
         """
         with torch.inference_mode(False), torch.enable_grad():  # gradients on, wherever the caller is
-            inputs = inputs if self._differentiable else _ordinary(inputs)
+            inputs = inputs if self._differentiable else inputs.map(_ordinary)
             try:
                 outputs = self._record(inputs)
             except UnknownAxisError:
@@ -130,18 +167,60 @@ class Recorder:
                 f"the model must return one row of outputs per example; for {self._axes.n_examples} examples it returned "
                 f"outputs of shape {tuple(outputs.shape)}. Keep the examples on the first axis of inputs and outputs."
             )
+        missing = [layer.name for layer in self._layers if not self._calls[layer.name]]
+        if missing:
+            raise UnusableLayersError(
+                f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
+                "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them.",
+                dict.fromkeys(missing, "its module is not called: a function uses its parameters, or nothing does"),
+            )
         if not outputs.requires_grad:
             raise RuntimeError(
                 "the model's outputs carry no gradients: it detaches them, or runs under torch.no_grad()."
             )
-        missing = [layer.name for layer in self._layers if not self._calls[layer.name]]
-        if missing:
-            raise RuntimeError(
-                f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
-                "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them."
-            )
         self._output_layer = self._find_output_layer(outputs)
         return outputs
+
+    def run_plainly(self, inputs: Inputs) -> Tensor:
+        """The outputs alone: nothing is recorded, and the last pass stays."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._axes.unseen(self._run, inputs.map(_ordinary))
+
+    def find_shared_inputs(self, inputs: Inputs, outputs: Tensor) -> None:
+        """Find input tensors that are the same for all examples though they have as many rows as there are examples.
+
+        Where several tensors count the examples, the network is run on the first half of them: its outputs must be the
+        first half of ``outputs``. Where they are not, the tensors behind the first are left whole, all and one by one.
+
+        Raises:
+            ValueError: If the outputs of an example depend on the other examples however the inputs are cut.
+        """
+        axis, n = self.layout.input_axis, len(outputs)
+        by_example = inputs.by_example(axis, self.layout.shared_inputs)
+        if len(by_example) < 2 or n < 2:
+            return
+        expected = outputs[: n // 2]
+
+        def fits(shared: tuple[str, ...]) -> bool:
+            half = inputs.examples(axis, 0, n // 2, (*self.layout.shared_inputs, *shared))
+            try:
+                found = self.run_plainly(half)
+            except (RuntimeError, ValueError, IndexError):
+                return False
+            return found.shape == expected.shape and torch.allclose(
+                found, expected, rtol=1e-2, atol=1e-4, equal_nan=True
+            )
+
+        behind = by_example[1:]
+        for shared in ((), *((path,) for path in behind), tuple(behind)):
+            if fits(shared):
+                self._axes.add_shared_inputs(shared)
+                return
+        raise ValueError(
+            f"the outputs of {n // 2} examples change when the other {n - n // 2} are taken away, so that predictions "
+            "would depend on what else is in a batch. The forward pass mixes examples, or an input is the same for all "
+            "examples; keep such an input as a buffer of the model."
+        )
 
     def _find_output_layer(self, outputs: Tensor) -> Layer | None:
         for layer in self._layers:
@@ -150,12 +229,21 @@ class Recorder:
                 return layer
         return None
 
-    def backward(self, outputs: Tensor, direction: Tensor, *, retain_graph: bool) -> None:
+    def backward(
+        self, outputs: Tensor, direction: Tensor, *, retain_graph: bool, receive: Receiver | None = None
+    ) -> None:
         """Propagate one direction ``d``, of the outputs' shape, back; every layer's gradients go to the receiver.
 
+        Args:
+            outputs: The outputs of the last forward pass.
+            direction: ``d``.
+            retain_graph: Whether another direction follows.
+            receive: Another receiver for this direction.
+
         Raises:
-            RuntimeError: If the outputs do not depend on a wanted layer.
+            UnusableLayersError: If the outputs do not depend on a wanted layer. All others have been received.
         """
+        self._receiver = self._receive if receive is None else receive
         self._grads = {layer.name: {} for layer in self._layers if len(self._calls[layer.name]) > 1}
         self._reported.clear()
         # The graph starts at the wanted layers. Asking for the gradients of those that have none of the others before
@@ -172,17 +260,18 @@ class Recorder:
             grads = self._grads.pop(layer.name, None)
             if grads:  # the outputs may not depend on some of the calls
                 calls = self._calls[layer.name]
-                self._receive(Calls(layer, [calls[i] for i in sorted(grads)]), [grads[i] for i in sorted(grads)])
+                self._receiver(Calls(layer, [calls[i] for i in sorted(grads)]), [grads[i] for i in sorted(grads)])
         silent = [layer.name for layer in self._layers if layer.name not in self._reported]
         if silent:
-            raise RuntimeError(
+            raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
-                "them off; leave them out with layers=[...] or freeze them."
+                "them off; leave them out with layers=[...] or freeze them.",
+                dict.fromkeys(silent, "the network's outputs do not depend on it"),
             )
 
     def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Gradients of all blocks' parameters along a direction as autograd has them, by block as ``W̄``; keeps the graph."""
-        parameters = [p for layer in self._layers for p in layer.parameters.values()]
+        parameters = [self._replica(p) for layer in self._layers for p in layer.parameters.values()]
         grads = self._unreported(outputs, parameters, direction.reshape(outputs.shape))
         filled = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
         del grads
@@ -190,13 +279,22 @@ class Recorder:
             (layer.name, layer.assemble({name: next(filled) for name in layer.parameters})) for layer in self._layers
         )
 
+    def bypassed(self, outputs: Tensor) -> list[str]:
+        """Layers that the outputs depend on past the replica, through the user's own parameters; keeps the graph."""
+        names = [(layer.name, p) for layer in self._layers for p in layer.parameters.values()]
+        grads = self._unreported(outputs, [p for _, p in names], torch.zeros_like(outputs))
+        return list(dict.fromkeys(name for (name, _), g in zip(names, grads, strict=True) if g is not None))
+
     def clear(self) -> None:
         """Forget the last pass."""
-        self._calls = {}
-        self._sources, self._others = [], []
-        self._axes.clear()
-        self._outputs = {}
+        self._calls: dict[str, list[Call]] = {layer.name: [] for layer in self._layers}
+        self._sources: list[GradientEdge] = []
+        self._others: list[GradientEdge] = []
+        self._outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._output_layer = None
         self._grads = {}
+        self._reported: set[str] = set()
+        self._axes.clear()
 
     def stop(self) -> None:
         """Forget everything and take nothing more; the user may still differentiate through a graph that was recorded."""
@@ -205,17 +303,21 @@ class Recorder:
 
     def _record(self, inputs: Inputs) -> Tensor:
         self.clear()
-        self._calls = {layer.name: [] for layer in self._layers}
-        self._axes.begin(inputs)
-        return self._run(inputs)
+        given = self._given(inputs)
+        self._axes.begin(given)
+        return self._run(given)
 
     def _record_in_doubt(self, inputs: Inputs) -> Tensor:
         """`_record`, after a look at where the examples are."""
-        plain = self._axes.look(self._run, inputs)
+        plain = self._axes.look(lambda some: self._run(self._given(some)), inputs)
         try:
             return self._axes.record(partial(self._record, inputs), self._unreported, plain)
         except UnknownAxisError as error:
-            raise NotImplementedError(str(error)) from None
+            raise self._axes.unusable(error) from None
+
+    def _given(self, inputs: Inputs) -> Inputs:
+        """What the network is called with: copies, unless it is known to leave its inputs as they are."""
+        return inputs if self.layout.changes_inputs is False else inputs.map(torch.clone)
 
     def _unreported(
         self, outputs: Tensor, tensors: Sequence[Tensor], direction: Tensor | None = None
@@ -228,34 +330,36 @@ class Recorder:
             self._muted = False
 
     def _run(self, inputs: Inputs) -> Tensor:
+        versions = [t._version for t in tensors_of(inputs)]
         self._running = True
         try:
-            if not self._differentiable:
-                return inputs.run(self._model)
-            # Copies of the parameters take the gradients that are none of the user's; fused attention has no second ones.
-            copies = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self._model.named_parameters()}
-            with sdpa_kernel(SDPBackend.MATH):
-                return inputs.run(self._model, copies)
+            with _differentiable_attention() if self._differentiable else nullcontext():
+                outputs = inputs.run(self._replica.model)
         finally:
             self._running = False
+        changed = versions != [t._version for t in tensors_of(inputs)]
+        if changed and self.layout.changes_inputs is False:
+            raise RuntimeError(
+                "the model changed its inputs in place, which it did not do in the first batch, and these were not a copy. "
+                "Let its forward begin with a clone of what it changes."
+            )
+        if self.layout.changes_inputs is None:
+            self._axes.note_change_of_inputs(changed)
+        return outputs
 
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Forward hook: report the call, with the examples on the first axis; may have to give the output that axis."""
-        if not self._running:
-            return None  # somebody else's call
+        """Forward hook: report the call, with the examples on the first axis; may have to give another output."""
         x = args[0] if args else kwargs["input"]
-        if self._axes.looking:
+        if self._axes.watching:
             self._axes.see(layer, x)
             return None
         place = self._axes.of_call(layer, len(self._calls[layer.name]), x)
         if place is None:
             x, output = self._axes.copied(x, output)
-            self._report(layer, x, output, module)
-            return output
-        self._report(layer, x, output, module, *place)
-        return None
+            return self._report(layer, x, output, module)
+        return self._report(layer, x, output, module, *place)
 
     def _report(
         self,
@@ -267,49 +371,78 @@ class Recorder:
         fold: int = 1,
         *,
         is_source: bool = False,
-    ) -> None:
-        """Keep the input, and have the extension run when the gradient of the output is there."""
+    ) -> Tensor:
+        """Keep the input, and have the extension run when the gradient of the output is there.
+
+        Returns:
+            The output that the network must go on with.
+        """
         if not output.requires_grad:
-            raise RuntimeError(
+            raise UnusableLayersError(
                 f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?); leave it out with layers=[...] or "
-                "freeze it."
+                "freeze it.",
+                {layer.name: "it runs without gradients, inside torch.no_grad() for example"},
             )
         calls = self._calls[layer.name]
         index = len(calls)
         calls.append(Call(self._kept(x).movedim(axis, 0), fold))
-        # With inputs that carry a gradient no layer is the first, and all must be asked for.
-        first = is_source or self._differentiable or not x.requires_grad
-        (self._sources if first else self._others).append(get_gradient_edge(output))
         if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
             self._outputs[layer.name] = weakref.ref(output), output._version
         else:
             self._outputs.pop(layer.name, None)
-        hand_on = partial(self._take, layer, index, axis)
-        output.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
+        hooked = output
+        if output._is_view() and 0 not in output.stride():  # what was expanded cannot be changed in place
+            # If a view is changed in place, autograd rewrites the history that it has, and a hook on it is never called
+            # again; one on its base is, if the base has the same numbers in the same order. Else the view is given up.
+            base = output._base
+            if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+                hooked = base
+            elif not is_source:
+                hooked = output = output.clone()
+        # With inputs that carry a gradient no layer is the first, and all must be asked for.
+        first = is_source or self._differentiable or not x.requires_grad
+        (self._sources if first else self._others).append(get_gradient_edge(hooked))
+        hand_on = partial(self._take, layer, index, axis, output.shape)
+        hooked.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
+        return output
 
-    def _take(self, layer: Layer, index: int, axis: int, grad: Tensor) -> None:
+    def _take(self, layer: Layer, index: int, axis: int, shape: torch.Size, grad: Tensor) -> None:
         if self._muted:
             return
         if self._running:
-            raise NotImplementedError(
+            reason = "the network takes derivatives inside its forward pass, through it"
+            raise UnusableLayersError(
                 f"the network takes derivatives inside its forward pass, through layer {layer.name!r}: its outputs then "
                 "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
                 "what is differentiated, and differentiate its predictions, predict(x, differentiable=True); or leave these "
-                "layers out with layers=[...]."
+                "layers out with layers=[...].",
+                {layer.name: reason},
             )
-        grad = self._kept(grad).movedim(axis, 0)
+        grad = self._kept(grad).reshape(shape).movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._grads:
             self._grads[layer.name][index] = grad
         else:
-            self._receive(Calls(layer, self._calls[layer.name]), [grad])
+            self._receiver(Calls(layer, self._calls[layer.name]), [grad])
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return tensor if self._differentiable else tensor.detach()
 
+    @staticmethod
+    def _run_written_out(names: list[str], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of a module that runs written out, with these layers in it."""
+        try:
+            return forward(*args, **kwargs)
+        except UnusableLayersError:
+            raise
+        except NotImplementedError as error:
+            raise UnusableLayersError(
+                f"layers {names}: {error}", dict.fromkeys(names, str(error).partition(":")[0].rstrip("."))
+            ) from None
+
     def _report_block(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Report a call from a module that runs written out; its examples are on the first axis."""
-        if self._axes.looking or not self._running:
+        if self._axes.watching:
             return
         self._axes.check_first(layer, module, x)
         self._report(layer, x, output, module, is_source=True)
@@ -318,14 +451,14 @@ class Recorder:
 class _BlockReport:
     """What a module that runs written out reports to."""
 
-    def __init__(self, recorder: Recorder, module: nn.Module, layers: Mapping[int, Layer]) -> None:
+    def __init__(self, recorder: Recorder, layers: Mapping[int, Layer]) -> None:
         self._recorder = recorder
-        self._module = module
         self._layers = layers
 
     def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
         if slot in self._layers:
-            self._recorder._report_block(self._layers[slot], self._module, x, output)
+            layer = self._layers[slot]
+            self._recorder._report_block(layer, layer.module, x, output)
 
     def probe(self, slot: int, zeros: Tensor) -> Tensor:
         return zeros.requires_grad_() if slot in self._layers else zeros
@@ -338,52 +471,32 @@ def recording(
     receive: Receiver,
     *,
     differentiable: bool = False,
-    axes: ExampleAxes | None = None,
+    layout: Layout | None = None,
 ) -> Iterator[Recorder]:
     """Let the layers of ``model`` report to ``receive`` while the context lasts.
 
     With ``differentiable`` all that is reported, inputs and output gradients, can be differentiated with respect to the
-    network's inputs. ``axes`` is where the examples were in earlier passes over the same network; what is found in
-    this one is added. Hooks are taken off and the ``requires_grad`` of all parameters is as before when the context ends,
-    however it ends. Parameters' ``.grad`` is never touched.
+    network's inputs. ``layout`` is what earlier passes over the same network have found out; what is found in this one is
+    in the recorder's. Passes run on a replica of the network: the model itself, its parameters, and other threads that use
+    it never notice, and there is nothing to be undone when the context ends.
     """
-    recorder = Recorder(model, layers, receive, differentiable=differentiable, axes=axes)
-    wanted = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
-    handles = []
-    replaced: list[nn.Module] = []
+    recorder = Recorder(model, layers, receive, differentiable=differentiable, layout=layout)
     try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        blocks: dict[nn.Module, dict[int, Layer]] = {}
-        for layer in layers:
-            for module in layer.modules:
-                blocks.setdefault(module, {})[layer.slot] = layer
-        for module in model.modules():
-            forward = written_out(module)
-            mine = blocks.get(module, {})
-            if forward is not None:
-                # Also where only a child is wanted: attention calls its output projection as a function.
-                if any(m in blocks for m in module.modules()):
-                    replaced.append(module)
-                    module.forward = partial(forward, module, _BlockReport(recorder, module, mine))
-            elif mine:
-                hook = partial(recorder._observe, mine[0])
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield recorder
     finally:
-        for handle in handles:
-            handle.remove()
-        for module in replaced:
-            del module.forward
-        for parameter in others:
-            parameter.requires_grad_(True)
         recorder.stop()
 
 
-def _ordinary(inputs: Inputs) -> Inputs:
-    """Inputs that autograd can keep, without a graph of their own."""
-    return inputs.map(lambda t: t.clone() if t.is_inference() else t.detach())
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Fused attention kernels have no second derivatives; torch's own formulas have."""
+    with _ATTENTION_KERNEL, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can keep, without a graph of its own."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -8,15 +8,17 @@ each example gets a copy of the call's output of its own, so that gradients belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs, tensors_of, with_one_more
-from kronlaplace.layers import Layer
+from kronlaplace.layers import Layer, UnusableLayersError
 
-__all__ = ["ExampleAxes", "Gradients", "Place", "UnknownAxisError"]
+__all__ = ["ExampleAxes", "Gradients", "Layout", "Place", "UnknownAxisError"]
 
 Place = tuple[int, int] | None
 """The axis that the examples are on in a call, and how many rows of it each has; None if the call is the same for all."""
@@ -25,32 +27,62 @@ Gradients = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 """Gives the gradients of a number with respect to tensors; the graph is kept."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What passes over a network have found out about it, for the passes that follow; immutable, so threads may share it.
+
+    Attributes:
+        input_axis: The axis of the inputs that counts the examples.
+        shared_inputs: Paths of the input tensors that are the same for all examples.
+        changes_inputs: Whether the network changes its inputs in place; None if that was not looked at yet.
+        places: Where the examples are in a call, by layer name and number of the call.
+        copies_on_new_axis: Whether copies of an output that is the same for all examples go on a new axis.
+    """
+
+    input_axis: int = 0
+    shared_inputs: tuple[str, ...] = ()
+    changes_inputs: bool | None = None
+    places: Mapping[tuple[str, int], Place] = field(default_factory=lambda: MappingProxyType({}))
+    copies_on_new_axis: bool = False
+
+
 class UnknownAxisError(Exception):
-    """A call's shapes do not tell which axis the examples are on."""
+    """A call's shapes do not tell which axis the examples are on.
+
+    Attributes:
+        layer: The layer's name.
+    """
+
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(reason)
+        self.layer = layer
 
 
 class ExampleAxes:
-    """Where the examples are, in the inputs and in every call of every layer.
+    """Where the examples are in one forward pass at a time, in the inputs and in every call of every layer.
 
     A forward pass starts with `begin` and asks `of_call` for every call. If that raises `UnknownAxisError` the pass is given
-    up, `look` finds out, and `record` does the pass again. What was found is kept for the passes that follow.
+    up, `look` finds out, and `record` does the pass again. What was found is in `layout`.
+
+    Args:
+        layout: What earlier passes have found.
     """
 
-    def __init__(self) -> None:
-        self.input_axis = 0
-        """The axis of the inputs that counts the examples."""
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.n_examples = 0
         """Number of examples in the pass."""
-        self._found: dict[tuple[str, int], Place] = {}  # by layer name and number of the call
         self._input_storages: set[int] = set()
         self._copies: list[Tensor] = []
-        self._copies_on_new_axis = False
         self._seen: list[tuple[str, Tensor]] | None = None
+        self._partial: set[str] = set()  # layers whose input neither grows with the examples nor is the same for all
 
     def begin(self, inputs: Inputs) -> None:
         """A forward pass on these inputs begins."""
         self.clear()
-        self.n_examples = inputs.count(self.input_axis)
+        axis = self.layout.input_axis
+        self.n_examples = inputs.count(axis)
+        self.add_shared_inputs(inputs.of_other_length(axis))
         self._input_storages = {t.untyped_storage().data_ptr() for t in tensors_of(inputs)}
 
     def clear(self) -> None:
@@ -61,14 +93,14 @@ class ExampleAxes:
         """Where the examples are in a layer's call number ``index`` with input ``x``.
 
         Raises:
-            NotImplementedError: If the layer cannot have an input of this shape.
+            UnusableLayersError: If the layer cannot have an input of this shape.
             UnknownAxisError: If it takes a look.
         """
         n = self.n_examples
         if not layer.is_input(x):
-            raise NotImplementedError(self._complaint(layer, x))
-        if (layer.name, index) in self._found:
-            place = self._found[layer.name, index]
+            raise self.unusable(UnknownAxisError(layer.name, self._complaint(layer, x)))
+        if (layer.name, index) in self.layout.places:
+            place = self.layout.places[layer.name, index]
             if place is None or x.shape[place[0]] == n * place[1]:
                 return place
         candidates = layer.example_axes(x)
@@ -77,7 +109,7 @@ class ExampleAxes:
         unknown = not x.requires_grad and x.untyped_storage().data_ptr() not in self._input_storages
         lookup = not x.is_floating_point()
         if not told or unknown or (lookup and x.ndim == 1):
-            raise UnknownAxisError(self._complaint(layer, x))
+            raise UnknownAxisError(layer.name, self._complaint(layer, x))
         return candidates[0], 1
 
     def check_first(self, layer: Layer, module: nn.Module, x: Tensor) -> None:
@@ -88,28 +120,43 @@ class ExampleAxes:
         """
         if len(x) != self.n_examples:
             raise UnknownAxisError(
+                layer.name,
                 f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {self.n_examples} examples. Keep the "
                 f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
-                "with layers=[...]."
+                "with layers=[...].",
             )
 
     def copied(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output of a call that is the same for all examples, with a copy for each on the first axis."""
-        if output.shape[0] != 1 or self._copies_on_new_axis:
+        if output.shape[0] != 1 or self.layout.copies_on_new_axis:
             x, output = x[None], output[None]
         x, output = (t.expand(self.n_examples, *t.shape[1:]) for t in (x, output))
         self._copies.append(output)
         return x, output
 
     @property
-    def looking(self) -> bool:
-        """Whether `look` is running the network: then calls are shown to `see` and nothing else is done."""
+    def watching(self) -> bool:
+        """Whether the network is only watched: then calls are shown to `see` and nothing else is done."""
         return self._seen is not None
 
     def see(self, layer: Layer, x: Tensor) -> None:
-        """Take note of a call's input while `looking`."""
+        """Take note of a call's input while `watching`."""
         assert self._seen is not None
         self._seen.append((layer.name, x.detach()))
+
+    def unseen(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """Run the network without recording anything."""
+        return self._watched(run, inputs)[1]
+
+    def note_change_of_inputs(self, changed: bool) -> None:
+        """Remember whether the network changes its inputs in place."""
+        self.layout = replace(self.layout, changes_inputs=changed)
+
+    def add_shared_inputs(self, paths: Iterable[str]) -> None:
+        """Remember input tensors that are the same for all examples."""
+        new = [path for path in paths if path not in self.layout.shared_inputs]
+        if new:
+            self.layout = replace(self.layout, shared_inputs=(*self.layout.shared_inputs, *new))
 
     def look(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """Run the network on one example more: the axes that grow are those of the examples.
@@ -124,12 +171,13 @@ class ExampleAxes:
         Raises:
             ValueError: If the outputs do not grow with the inputs.
         """
+        shared = self.layout.shared_inputs
         before, outputs = self._watched(run, inputs)
         n = len(outputs)
         for input_axis in (0, 1):
             if tensors_of(inputs)[0].ndim <= input_axis or inputs.count(input_axis) != n:
                 continue
-            after, more = self._watched(run, with_one_more(inputs, input_axis))
+            after, more = self._watched(run, with_one_more(inputs, input_axis, shared))
             if len(more) == n + 1:
                 break
         else:
@@ -137,21 +185,36 @@ class ExampleAxes:
                 f"the model must return one row of outputs per example; for inputs of shape "
                 f"{[tuple(t.shape) for t in tensors_of(inputs)]} it returned outputs of shape {tuple(outputs.shape)}."
             )
-        self.input_axis, self._found = input_axis, {}
+        self.layout = replace(self.layout, input_axis=input_axis, places={})
+        self._partial = set()
         if [name for name, _ in before] != [name for name, _ in after]:
             return outputs  # control flow that depends on the data: only what is clear from shapes can be used
+        places: dict[tuple[str, int], Place] = {}
+        constant: list[tuple[tuple[str, int], int]] = []
         counts: dict[str, int] = {}
-        for (name, x), (_, y) in zip(before, after, strict=True):
+        for position, ((name, x), (_, y)) in enumerate(zip(before, after, strict=True)):
             index = counts.get(name, 0)
             counts[name] = index + 1
             grown = [axis for axis in range(x.ndim) if x.shape[axis] != y.shape[axis]]
             if not grown:
-                self._found[name, index] = None
+                constant.append(((name, index), position))
             elif len(grown) == 1 and x.shape[grown[0]] % n == 0:
                 fold = x.shape[grown[0]] // n
                 first = y.narrow(grown[0], 0, x.shape[grown[0]])
                 if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
-                    self._found[name, index] = grown[0], fold
+                    places[name, index] = grown[0], fold
+        if constant:
+            reordered = inputs.map_by_path(lambda t, path: t if path in shared else _reversed(t, input_axis, n))
+            again, _ = self._watched(run, reordered)
+            same_calls = [name for name, _ in before] == [name for name, _ in again]
+            for call, position in constant:
+                x = before[position][1]
+                y = again[position][1] if same_calls else x.new_zeros(0)
+                if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, equal_nan=True):
+                    places[call] = None
+                else:
+                    self._partial.add(call[0])
+        self.layout = replace(self.layout, places=MappingProxyType(places))
         return outputs
 
     def record(self, attempt: Callable[[], Tensor], gradients: Gradients, plain: Tensor) -> Tensor:
@@ -166,24 +229,25 @@ class ExampleAxes:
             plain: The outputs without copies.
 
         Raises:
-            NotImplementedError: If the network bears no copies.
+            UnusableLayersError: If the network does not allow for copies.
         """
-        shared = list(dict.fromkeys(name for (name, _), place in self._found.items() if place is None))
+        shared = list(dict.fromkeys(name for (name, _), place in self.layout.places.items() if place is None))
         if not shared:
             return attempt()
         for on_new_axis in (False, True):
-            self._copies_on_new_axis = on_new_axis
+            self.layout = replace(self.layout, copies_on_new_axis=on_new_axis)
             try:
                 outputs = attempt()
             except (RuntimeError, ValueError, IndexError):
-                continue  # the network does not bear copies there
+                continue  # the network does not allow for copies there
             same = outputs.shape == plain.shape and torch.allclose(outputs, plain, rtol=1e-3, atol=1e-5, equal_nan=True)
             if same and self._are_their_own(gradients(outputs[0].sum(), self._copies)):
                 return outputs
-        raise NotImplementedError(
+        raise UnusableLayersError(
             f"layers {shared} get an input that is the same for all examples, and the network does not bear a copy "
             "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
-            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them."
+            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them.",
+            dict.fromkeys(shared, "its input is the same for all examples"),
         )
 
     @staticmethod
@@ -199,9 +263,24 @@ class ExampleAxes:
         finally:
             self._seen = None
 
+    def unusable(self, error: UnknownAxisError) -> UnusableLayersError:
+        """The error for the user, where a look did not help."""
+        if error.layer in self._partial:
+            reason = "it sees a part of the batch, as an expert does, and not a row for each example"
+            return UnusableLayersError(
+                f"layer {error.layer!r} cannot have a block: {reason}. Leave it out with layers=[...] or freeze it.",
+                {error.layer: reason},
+            )
+        return UnusableLayersError(str(error), {error.layer: str(error).partition("; ")[0]})
+
     def _complaint(self, layer: Layer, x: Tensor) -> str:
         return (
             f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
             f"{self.n_examples} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the "
             "examples on the first axis (x[None] for one), or leave the layer out with layers=[...]."
         )
+
+
+def _reversed(tensor: Tensor, axis: int, n: int) -> Tensor:
+    """With the examples in the opposite order, if the axis counts them."""
+    return tensor.flip(axis) if tensor.ndim > axis and tensor.shape[axis] == n else tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from kronlaplace.blocks import Block
 from kronlaplace.collect import check_model, recording
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
+from kronlaplace.example_axes import Layout
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
-from kronlaplace.layers import Calls, Layer, LayerSearch, Unsupported, search_layers
+from kronlaplace.layer_checks import check_layers
+from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersError, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number, warn
 
@@ -75,7 +78,8 @@ def estimate_fisher(
         mc_samples: Label draws per example in ``"mc"``.
         layers: Names of the modules that get a block; None means all with trainable parameters.
         unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
-            values, and `KroneckerFisher.coverage` lists them.
+            values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
+            modules that are not called, do not matter to the outputs, or whose parameters a function uses, too.
         ema_decay: None for the mean over all examples; from 0 to 1 for a moving average, in which everything seen before a
             batch counts ``ema_decay`` times as much.
         seed: Seed of the draws. Batch ``i`` draws from a generator made from ``(seed, i)``, whatever the global state.
@@ -106,7 +110,8 @@ def estimate_fisher(
         raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
     check_model(model)
     warn_of_share(data)
-    search = search_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
+    unsupported = choice(Unsupported, unsupported, "unsupported")
+    search = search_layers(model, layers, unsupported)
     if sampling is Sampling.EMPIRICAL:
         warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
@@ -114,7 +119,7 @@ def estimate_fisher(
         )
     with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
         accumulation = Accumulation(estimator, search.layers, ema_decay)
-        likelihood, n_examples, statistics, input_axis = accumulate(
+        passed = accumulate(
             model,
             data,
             likelihood,
@@ -124,10 +129,12 @@ def estimate_fisher(
             seed=seed,
             progress=progress,
             description=f"Fisher ({estimator.name})",
+            unsupported=unsupported,
         )
         blocks = accumulation.finish()
+    search = search.without(passed.left_out)
     metadata = FisherMetadata(
-        likelihood=likelihood,
+        likelihood=passed.likelihood,
         estimator=estimator.name,
         sampling=sampling,
         mc_samples=mc_samples,
@@ -136,11 +143,31 @@ def estimate_fisher(
         weights=fingerprint(model),
         coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
         settings=estimator_to_metadata(estimator),
-        input_axis=input_axis,
+        input_axis=passed.layout.input_axis,
+        shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,
         layer_types={layer.name: type(layer).__name__ for layer in search.layers},
     )
-    return KroneckerFisher(blocks, n_examples, metadata, statistics)
+    return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What the passes over the data have found out, beside what was accumulated.
+
+    Attributes:
+        likelihood: The likelihood with what the first batch taught (`Likelihood.informed_by`).
+        n_examples: Number of examples.
+        statistics: Sufficient statistics of their log-likelihood, None without targets.
+        layout: Where the examples are in the inputs.
+        left_out: Layers that were left out on the way, with the reasons.
+    """
+
+    likelihood: Likelihood
+    n_examples: int
+    statistics: Tensor | None
+    layout: Layout
+    left_out: dict[str, str]
 
 
 def accumulate(
@@ -154,12 +181,25 @@ def accumulate(
     seed: int,
     progress: bool,
     description: str,
-) -> tuple[Likelihood, int, Tensor | None, int]:
+    unsupported: Unsupported = Unsupported.ERROR,
+    check_network: bool = True,
+) -> PassResult:
     """Show an accumulation the data, as often as its estimator needs.
 
-    Returns:
-        The likelihood with what the first batch taught (`Likelihood.informed_by`), the number of examples, the sufficient
-        statistics of their log-likelihood (None without targets), and the axis of the inputs that counts the examples.
+    Args:
+        model: The network.
+        data: As in `estimate_fisher`, like the options that are not explained here.
+        likelihood: The likelihood.
+        accumulation: What takes inputs and gradients; with ``unsupported="fixed"`` it loses the layers that turn out not to
+            be usable.
+        sampling: How directions are chosen.
+        mc_samples: Label draws per example.
+        seed: Seed of the draws.
+        progress: Whether to show a progress bar.
+        description: What the bar says.
+        unsupported: What happens to layers that cannot have a block in the network as it runs.
+        check_network: Whether the first batch must show that the layers' calls are all there is to them, which takes two
+            backward passes.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -175,21 +215,39 @@ def accumulate(
     statistics: Tensor | None = None
     checks = DeferredChecks()
     alignment = Alignment(model, likelihood)
-    explained: dict[str, tuple[Tensor, Tensor]] | None = None
     beginning: Tensor | None = None
-
-    def receive(calls: Calls, grads: list[Tensor]) -> None:
-        if explained is None:
-            accumulation.add_gradients(calls, grads)
-        else:
-            total, bound = calls.total_weight_gradient(grads)
-            explained[calls.layer.name] = total @ _probe(total), bound
+    left_out: dict[str, str] = {}
 
     with (
         preserved_random_state(device),
         Rewind(data) as rewind,
-        recording(model, accumulation.layers, receive) as recorder,
+        recording(model, accumulation.layers, accumulation.add_gradients) as recorder,
     ):
+
+        def leave_out(error: UnusableLayersError) -> None:
+            if unsupported is Unsupported.ERROR:
+                raise error
+            left_out.update(error.reasons)
+            if all(layer.name in left_out for layer in recorder.layers):
+                reasons = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
+                raise NotImplementedError(f"no layer can have a block:\n{reasons}") from error
+            accumulation.leave_out(error.reasons)
+            recorder.leave_out(error.reasons)
+
+        def observed(batch: Batch, check: bool) -> Tensor:
+            """The outputs of a batch, from a pass in which all layers that are left are usable."""
+            while True:
+                try:
+                    with explained_errors(model, batch.inputs.value, batch.index):
+                        outputs = recorder.forward(batch.inputs)
+                    check_batch(likelihood, outputs.detach(), batch, checks, sampling)
+                    if check:
+                        check_layers(recorder, outputs, _generator(seed, 0, device))
+                    return outputs
+                except UnusableLayersError as error:
+                    leave_out(error)
+
+        unchecked, rows_unchecked = check_network, check_network
         for i in range(passes):
             if i:
                 accumulation.next_pass()
@@ -199,24 +257,19 @@ def accumulate(
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
-                with explained_errors(model, batch.inputs.value, batch.index):
-                    outputs = recorder.forward(batch.inputs)
+                several = batch.inputs.count(recorder.layout.input_axis) > 1
+                outputs = observed(batch, unchecked or (rows_unchecked and several))
                 detached = outputs.detach()
+                if rows_unchecked and several:
+                    recorder.find_shared_inputs(batch.inputs, detached)
+                unchecked, rows_unchecked = False, rows_unchecked and not several
                 if batch.index == 0 and passes > 1 and sampling is Sampling.MC:
                     beginning = detached if beginning is None else beginning
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
-                check_batch(likelihood, detached, batch, checks, sampling)
-                if i == 0 and batch.index == 0:
-                    likelihood = likelihood.informed_by(detached, batch.targets)
-                    explained = {}
-                    direction = torch.randn(outputs.shape, generator=_generator(seed, 0, device), device=device)
-                    recorder.backward(outputs, direction.to(outputs.dtype), retain_graph=True)
-                    actual = recorder.parameter_gradients(outputs, direction.to(outputs.dtype))
-                    _check_gradients(explained, actual, batch, checks)
-                    explained = None
-                    del actual
                 if i == 0:
-                    if batch.index and (batch.targets is None) != (statistics is None):
+                    if batch.index == 0:
+                        likelihood = likelihood.informed_by(detached, batch.targets)
+                    elif (batch.targets is None) != (statistics is None):
                         raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
                     if batch.targets is not None:
                         new = likelihood.statistics(detached, batch.targets)
@@ -232,36 +285,21 @@ def accumulate(
                     targets=batch.targets,
                     generator=_generator(seed, batch.index, device),
                 )
+                unused: UnusableLayersError | None = None
                 for v, direction in enumerate(directions, start=1):
-                    recorder.backward(outputs, direction, retain_graph=v < n_directions)
+                    try:
+                        recorder.backward(outputs, direction, retain_graph=v < n_directions)
+                    except UnusableLayersError as error:  # of layers that receive nothing; all others have
+                        unused = error
+                        if unsupported is Unsupported.ERROR:
+                            raise
+                if unused is not None:
+                    leave_out(unused)
                 accumulation.end_batch(calls, len(outputs))
                 del outputs, calls
-        input_axis = recorder.input_axis
+        layout = recorder.layout
     checks.settle()
-    return likelihood, n_examples, statistics, input_axis
-
-
-def _check_gradients(
-    explained: dict[str, tuple[Tensor, Tensor]],
-    actual: Iterable[tuple[str, Tensor]],
-    batch: Batch,
-    checks: DeferredChecks,
-) -> None:
-    """Check that the calls that were seen explain the whole gradient of the parameters, by autograd's own.
-
-    They do not if a weight is also used by a function (``F.linear(x, embedding.weight)``), or in some way unknown to us.
-    """
-    for name, grad in actual:
-        product, bound = explained[name]
-        expected = grad.to(product) @ _probe(product.new_empty(grad.shape))
-        difference = torch.linalg.vector_norm(product - expected)
-        checks.require(
-            difference <= 0.05 * torch.linalg.vector_norm(expected) + bound,
-            batch,
-            f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, by a "
-            "function such as F.linear(x, layer.weight), or the layer was changed by a hook. Use the module itself in both "
-            "places, or leave it out with layers=[...] or freeze it.",
-        )
+    return PassResult(likelihood, n_examples, statistics, layout, left_out)
 
 
 _OTHER_ORDER = (
@@ -275,13 +313,6 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
         return torch.zeros((), dtype=torch.bool, device=a.device)
     return torch.linalg.vector_norm(a - b) <= 1e-2 * torch.linalg.vector_norm(a)
-
-
-def _probe(matrix: Tensor) -> Tensor:
-    """A vector of unit norm that a ``(q, p)`` matrix is multiplied with, so that not all of it must be kept."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
-    return (vector / torch.linalg.vector_norm(vector)).to(matrix)
 
 
 def check_batch(
@@ -337,10 +368,9 @@ def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], e
     total = sum(p.numel() for p in model.parameters())
     rows = []
     for layer in search.layers:
-        count = sum(p.numel() for p in layer.parameters.values())
+        count = layer.n_parameters
         notes = []
         if layer.redundant:
-            count += sum(p.numel() for p in layer.redundant.values())
             notes.append(f"{', '.join(layer.redundant)} acts through its sum with the bias")
         if layer.also:
             notes.append(f"shared by {len(layer.modules)} modules")

@@ -52,16 +52,18 @@ def explained_errors(model: nn.Module, inputs: Any, batch: int | None = None) ->
 def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | None:
     frames = list(_frames(error))
     where = Path(frames[-1].f_code.co_filename)
-    names = {id(module): name for name, module in model.named_modules()}
     called = [frame.f_locals.get("self") for frame in frames]
-    modules = [module for module in called if isinstance(module, nn.Module) and id(module) in names]
+    modules = [module for module in called if isinstance(module, nn.Module)]
+    root = next((module for module in modules if type(module) is type(model)), model)  # the model, or a replica of it
+    names = {id(module): name for name, module in root.named_modules()}
+    modules = [module for module in modules if id(module) in names]
     ours = _PACKAGE in where.parents and _PACKAGE / "layers" not in where.parents  # layers run modules written out
     if not modules or ours:
         return None
     tensors = list(_tensors(inputs))
     given = ", ".join(f"{tuple(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in tensors)
     if isinstance(error, TypeError):
-        if isinstance(inputs, (list, tuple)) and modules[-1] is model and "positional argument" in str(error):
+        if isinstance(inputs, (list, tuple)) and modules[-1] is root and "positional argument" in str(error):
             return TypeError(
                 f"the model was called with {len(inputs)} inputs, of shape {given}: {error}. A list or tuple of tensors is "
                 "the several inputs of one batch. Batches come from a DataLoader or as a list of tuples, [(x1,), (x2,)]; "

@@ -37,6 +37,7 @@ class FisherMetadata:
         weights: Fingerprint of all the network's parameters and buffers, by name.
         coverage: What has a block and what has none.
         input_axis: The axis of the network's inputs that counts the examples.
+        shared_inputs: Input tensors that are the same for all examples, by their paths in the inputs.
         ema_decay: Decay of the moving average, None for a plain mean.
         layer_types: Which class of `kronlaplace.layers` each layer is of, by name.
     """
@@ -51,6 +52,7 @@ class FisherMetadata:
     coverage: Coverage = field(default_factory=Coverage)
     settings: dict[str, Any] = field(default_factory=dict)
     input_axis: int = 0
+    shared_inputs: tuple[str, ...] = ()
     ema_decay: float | None = None
     layer_types: dict[str, str] = field(default_factory=dict)
 
@@ -67,6 +69,7 @@ class FisherMetadata:
             "coverage": self.coverage.to_json(),
             "settings": self.settings,
             "input_axis": self.input_axis,
+            "shared_inputs": list(self.shared_inputs),
             "ema_decay": self.ema_decay,
             "layer_types": self.layer_types,
         }
@@ -85,6 +88,7 @@ class FisherMetadata:
             coverage=Coverage.from_json(values.get("coverage", [])),
             settings=values.get("settings", {"name": values["estimator"]}),
             input_axis=values.get("input_axis", 0),
+            shared_inputs=tuple(values.get("shared_inputs", ())),
             ema_decay=values.get("ema_decay"),
             layer_types=values.get("layer_types", {}),
         )

@@ -150,6 +150,7 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
             seed=_seed_of_batch(self._seed, running.n_batches),
             progress=False,
             description="",
+            check_network=running.n_batches == 0,
         )
         difference = running.advance(len(y))
         if running.n_examples < N:

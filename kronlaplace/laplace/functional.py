@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs, tensors_of
 from kronlaplace.collect import Recorder, recording
-from kronlaplace.example_axes import ExampleAxes
+from kronlaplace.example_axes import Layout
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.laplace import terms as layer_terms
 from kronlaplace.laplace.terms import Between, Term, make_term, output_layer_part
@@ -27,19 +27,22 @@ _FIRST_CHUNK = 16
 
 
 class Known:
-    """What calls with inputs of the same shapes find out, so that the next one need not."""
+    """What calls with inputs of the same shapes find out, so that the next one need not. Threads may share it.
 
-    def __init__(self) -> None:
-        self.axes = ExampleAxes()
+    Args:
+        layout: What is known from the fit.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         """Where the examples are."""
         self.kept_per_example: int | None = None
         """How many numbers are kept for each example."""
 
     def chunk(self) -> int:
         """How many examples are worked off at a time."""
-        if self.kept_per_example is None:
-            return _FIRST_CHUNK
-        return max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(self.kept_per_example, 1)))
+        kept = self.kept_per_example
+        return _FIRST_CHUNK if kept is None else max(1, min(_MAX_CHUNK, layer_terms.BUDGET // max(kept, 1)))
 
 
 class Linearised:
@@ -50,7 +53,7 @@ class Linearised:
         layers: The layers that have a posterior.
         inverses: Their posterior covariances, by layer name.
         likelihood: Tells which axis of the outputs holds the classes.
-        input_axis: The axis of the inputs that counts the examples.
+        layout: Where the examples are in the inputs, from the fit.
         known: What earlier calls have found out, by what they were asked for; kept by the caller.
     """
 
@@ -60,14 +63,14 @@ class Linearised:
         layers: Sequence[Layer],
         inverses: Mapping[str, DampedInverse],
         likelihood: Likelihood,
-        input_axis: int,
+        layout: Layout,
         known: dict[Hashable, Known],
     ) -> None:
         self._model = model
         self._layers = layers
         self._inverses = inverses
         self._likelihood = likelihood
-        self._input_axis = input_axis
+        self._layout = layout
         self._known = known
 
     def outputs_and_covariance(
@@ -86,15 +89,16 @@ class Linearised:
             ``(N, M, M)`` (``OUTPUTS``), or ``(N·M, N·M)`` (``EXAMPLES``).
         """
         outputs, covariances = [], []
-        n = x.count(self._input_axis)
-        one = x.examples(self._input_axis, 0, 1)
+        axis, shared = self._layout.input_axis, self._layout.shared_inputs
+        n = x.count(axis)
+        one = x.examples(axis, 0, 1, shared)
         shapes = tuple(tuple(t.shape) for t in tensors_of(one))
-        known = self._known.setdefault((between, differentiable, shapes), Known())
+        known = self._known.setdefault((between, differentiable, shapes), Known(self._layout))
         start = 0
         while start < n:
             count = n if between is Between.EXAMPLES else known.chunk()
-            part = x.examples(self._input_axis, start, start + count)
-            f, covariance, known.kept_per_example = self._chunk(part, between, differentiable, known.axes)
+            part = x.examples(axis, start, start + count, shared)
+            f, covariance = self._chunk(part, between, differentiable, known)
             outputs.append(f)
             covariances.append(covariance)
             start += count
@@ -102,9 +106,7 @@ class Linearised:
             return outputs[0], covariances[0]
         return torch.cat(outputs), torch.cat(covariances)
 
-    def _chunk(
-        self, x: Inputs, between: Between, differentiable: bool, axes: ExampleAxes
-    ) -> tuple[Tensor, Tensor, int]:
+    def _chunk(self, x: Inputs, between: Between, differentiable: bool, known: Known) -> tuple[Tensor, Tensor]:
         terms: dict[str, Term] = {}
         done: str | None = None
 
@@ -116,7 +118,9 @@ class Linearised:
                 terms[name] = make_term(self._inverses[name], calls, between)
             terms[name].add(calls, grads)
 
-        with recording(self._model, self._layers, receive, differentiable=differentiable, axes=axes) as recorder:
+        with recording(
+            self._model, self._layers, receive, differentiable=differentiable, layout=known.layout
+        ) as recorder:
             f = recorder.forward(x)
             class_axis = self._likelihood.class_axis_of(f) if between.by_class else None
             covariance: Tensor | None = None
@@ -129,8 +133,9 @@ class Linearised:
             if done is None or len(self._layers) > 1:
                 rest, kept = self._propagated(recorder, f, terms, between, class_axis)
                 covariance = rest if covariance is None else covariance + rest
+            known.layout, known.kept_per_example = recorder.layout, kept
         assert covariance is not None
-        return (f if differentiable else f.detach()), (covariance if differentiable else covariance.detach()), kept
+        return (f if differentiable else f.detach()), (covariance if differentiable else covariance.detach())
 
     def _propagated(
         self, recorder: Recorder, f: Tensor, terms: Mapping[str, Term], between: Between, class_axis: int | None

@@ -25,6 +25,7 @@ from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
 from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
+from kronlaplace.example_axes import Layout
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.forward_errors import explained_errors
@@ -731,7 +732,7 @@ class KronLaplace(LaplaceTorchNames):
             self._layers,
             self._inverses(),
             self.likelihood,
-            self.fisher.metadata.input_axis,
+            Layout(self.fisher.metadata.input_axis, self.fisher.metadata.shared_inputs),
             self._known,
         )
         with _gradients(differentiable), explained_errors(self.model, inputs.value):

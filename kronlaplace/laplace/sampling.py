@@ -11,6 +11,7 @@ from kronlaplace.batches import Inputs
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood, Prediction
+from kronlaplace.replica import Replica
 
 __all__ = ["WeightSampler"]
 
@@ -60,12 +61,13 @@ class WeightSampler:
 
     def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
         """The likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
+        network = Replica(model).model  # drawn weights are put into a network that nobody else sees
         moments, of_pairs, noise = _Moments(), _Moments(), _Moments()
         for _ in range(0, n, self._step):
             draws = self.draw(self._step)
             pair = []
             for k in range(self._step):
-                outputs = inputs.run(model, {name: draw[k] for name, draw in draws.items()})
+                outputs = inputs.run(network, {name: draw[k] for name, draw in draws.items()})
                 pair.append(likelihood.sample_mean(outputs))
                 moments.add(pair[-1])
                 variance = likelihood.noise_variance(outputs)

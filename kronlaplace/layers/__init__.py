@@ -12,6 +12,7 @@ from kronlaplace.layers.find import (
     search_layers,
     written_out,
 )
+from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
     "SUPPORTED_LAYERS",
@@ -24,6 +25,7 @@ __all__ = [
     "LinearLayer",
     "Sums",
     "Unsupported",
+    "UnusableLayersError",
     "find_layers",
     "search_layers",
     "written_out",

@@ -90,6 +90,11 @@ class Layer(ABC):
         return tuple(self.parameters)
 
     @property
+    def n_parameters(self) -> int:
+        """Number of the network's parameters that the block stands for, with the redundant ones."""
+        return sum(p.numel() for p in (*self.parameters.values(), *self.redundant.values()))
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self.parameters.values())).device

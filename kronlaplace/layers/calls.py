@@ -87,7 +87,7 @@ class Calls:
                 total += self.layer.total_weight_gradient(call.x, grad)
                 size = torch.linalg.vector_norm(call.x.to(total)) if call.x.is_floating_point() else 1.0
                 bound += size * torch.linalg.vector_norm(grad.to(total))
-        return total, 100 * torch.finfo(call.x.dtype if call.x.is_floating_point() else grad.dtype).eps * bound
+        return total, 100 * max(_rounding(call.x), _rounding(grad)) * bound
 
     def add_activation_moment(self, sums: Sums) -> None:
         """Add ``Σ_n Σ_t a aᵀ`` to ``sums``; `Layer.activation_moment` gets it out again."""
@@ -137,3 +137,13 @@ class Calls:
             for t, call in zip(tensors, self.calls, strict=True)
         ]
         return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded, dim=2)
+
+
+def _rounding(tensor: Tensor) -> float:
+    """Relative rounding error of products with a tensor, 0 for indices; torch may multiply float32 in TF32 on CUDA."""
+    if not tensor.is_floating_point():
+        return 0.0
+    coarse = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if tensor.is_cuda and tensor.dtype == torch.float32 and coarse:
+        return 2.0**-11
+    return torch.finfo(tensor.dtype).eps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -52,6 +52,16 @@ class LayerSearch:
 
     layers: list[Layer]
     left_out: list[LeftOut]
+
+    def without(self, reasons: Mapping[str, str]) -> LayerSearch:
+        """The same with some of the layers left out, for reasons by layer name."""
+        rest = [layer for layer in self.layers if layer.name not in reasons]
+        new = [
+            LeftOut(layer.name, type(layer.module).__name__, layer.n_parameters, reasons[layer.name])
+            for layer in self.layers
+            if layer.name in reasons
+        ]
+        return LayerSearch(rest, [*self.left_out, *new])
 
 
 @dataclass(frozen=True)
