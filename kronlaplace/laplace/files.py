@@ -33,8 +33,8 @@ class Stored:
     """
 
     fisher: KroneckerFisher
-    mean: dict[str, Tensor]
-    prior_mean: dict[str, Tensor]
+    mean: Mapping[str, Tensor]
+    prior_mean: Mapping[str, Tensor]
     prior_precision: Tensor
     likelihood: Likelihood
     temperature: float

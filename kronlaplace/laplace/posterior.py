@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+import copy
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -23,17 +25,16 @@ from kronlaplace.batches import (
 )
 from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
-from kronlaplace.damping import Tikhonov
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.example_axes import Layout
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.fisher import check_belongs, estimate_fisher
 from kronlaplace.forward_errors import explained_errors
-from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
+from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
-from kronlaplace.laplace.evidence import Evidence, noise_exponent, noise_rescaling
-from kronlaplace.laplace.functional import Known, Linearised
+from kronlaplace.laplace.evidence import noise_exponent
+from kronlaplace.laplace.functional import Linearised
 from kronlaplace.laplace.migration import VALUES, LaplaceTorchNames, told_of
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.prior import (
@@ -41,19 +42,22 @@ from kronlaplace.laplace.prior import (
     PriorMean,
     PriorStructure,
     mean_by_layer,
-    precision_by_layer,
     precision_tensor,
 )
 from kronlaplace.laplace.sampling import WeightSampler
+from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.terms import Between
 from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
-from kronlaplace.layers import Unsupported, find_layers
+from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
 
 __all__ = ["KronLaplace", "TuningMethod"]
+
+_ONE_CHANGE = threading.RLock()
+"""Held for the moment in which a state is replaced, so that no change of another thread is lost."""
 
 
 class TuningMethod(Choice):
@@ -90,10 +94,7 @@ class KronLaplace(LaplaceTorchNames):
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
     """
 
-    _likelihood: Likelihood
-    _prior_precision: Tensor
-    _prior_mean: dict[str, Tensor]
-    _temperature: float
+    _state: State
 
     @told_of
     def __init__(
@@ -111,41 +112,51 @@ class KronLaplace(LaplaceTorchNames):
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
-        self._layers = find_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
-        self._fisher: KroneckerFisher | None = None
-        self._guard: WeightsGuard | None = None
-        self._mean: dict[str, Tensor] = {}
-        self._covariance: dict[str, DampedInverse] | None = None  # follows from the rest; forgotten when that changes
-        self._cached_evidence: Evidence | None = None  # likewise
-        self._known: dict[Hashable, Known] = {}  # of passes over the network
-        self.likelihood = resolve_likelihood(likelihood)
-        self.prior_precision = prior_precision
-        self.prior_mean = prior_mean
-        self.temperature = temperature
+        found = find_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
+        self._state = State(
+            found,
+            resolve_likelihood(likelihood),
+            _own_precision(prior_precision, found),
+            _means(prior_mean, found),
+            positive_number(temperature, "temperature"),
+        )
+
+    @property
+    def _layers(self) -> Sequence[Layer]:
+        return self._state.layers
+
+    def _change(self, **changes: Any) -> None:
+        """Become another state, which differs in these attributes."""
+        with _ONE_CHANGE:
+            self._state = replace(self._state, **changes)
 
     def __repr__(self) -> str:
-        state = f"fitted to {self._fisher.n_examples:,} examples" if self._fisher else "not fitted"
-        names = [layer.name for layer in self._layers]
-        precision = self._prior_precision
+        now = self._state
+        state = f"fitted to {now.fit.fisher.n_examples:,} examples" if now.fit else "not fitted"
+        names = [layer.name for layer in now.layers]
+        precision = now.prior_precision
         prior = f"{float(precision):.4g}" if precision.ndim == 0 else f"{len(precision)} values"
         if precision.ndim > 0 and len(precision) == len(names):
             prior = "[" + ", ".join(f"{value:.4g}" for value in precision.tolist()) + "]"
         return (
-            f"KronLaplace({self.likelihood}, {self.estimator}, prior_precision={prior}, temperature={self.temperature:g}, "
+            f"KronLaplace({now.likelihood}, {self.estimator}, prior_precision={prior}, temperature={now.temperature:g}, "
             f"layers={names}, {state})"
         )
 
     @property
     def likelihood(self) -> Likelihood:
         """The likelihood; in regression with the noise that predictions use, which may be set or tuned after the fit."""
-        return self._likelihood
+        return self._state.likelihood
 
     @likelihood.setter
     def likelihood(self, likelihood: Likelihood) -> None:
-        if self._fisher is not None and type(likelihood) is not type(self._likelihood):
-            raise ValueError(f"the posterior was fitted with {self._likelihood}; {likelihood} needs a new fit.")
-        self._likelihood = likelihood
-        self._covariance = None
+        self._change(likelihood=self._checked_likelihood(likelihood))
+
+    def _checked_likelihood(self, likelihood: Likelihood) -> Likelihood:
+        state = self._state
+        if state.fit is not None and type(likelihood) is not type(state.likelihood):
+            raise ValueError(f"the posterior was fitted with {state.likelihood}; {likelihood} needs a new fit.")
+        return likelihood
 
     @property
     def prior_precision(self) -> Tensor:
@@ -153,34 +164,29 @@ class KronLaplace(LaplaceTorchNames):
 
         May be set after the fit, to whatever the constructor takes: that costs no new pass.
         """
-        return self._prior_precision
+        return self._state.prior_precision
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
-        with torch.inference_mode(False):
-            self._prior_precision = precision_tensor(value, self._layers).detach().clone()
-        self._covariance = None
+        self._change(prior_precision=_own_precision(value, self._layers))
 
     @property
     def prior_mean(self) -> dict[str, Tensor]:
         """Mean of the prior, each block's matrix ``(q, p)``. May be set after the fit, to what the constructor takes."""
-        return dict(self._prior_mean)
+        return dict(self._state.prior_mean)
 
     @prior_mean.setter
     def prior_mean(self, value: PriorMean) -> None:
-        means = mean_by_layer(value, self._layers)
-        self._prior_mean = {layer.name: mean for layer, mean in zip(self._layers, means, strict=True)}
-        self._cached_evidence = None
+        self._change(prior_mean=_means(value, self._layers))
 
     @property
     def temperature(self) -> float:
         """``τ``, divides the log-likelihood; may be set after the fit."""
-        return self._temperature
+        return self._state.temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._temperature = positive_number(value, "temperature")
-        self._covariance = None
+        self._change(temperature=positive_number(value, "temperature"))
 
     def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
         """Move the posterior **and its network** to another device or dtype, as `torch.nn.Module.to` does.
@@ -193,22 +199,27 @@ class KronLaplace(LaplaceTorchNames):
         Raises:
             RuntimeError: If the weights changed after the fit.
         """
-        if self._fisher is not None:
-            self._check_weights()
+        if self._state.fit is not None:
+            self._at_its_weights()
         self.model.to(*args, **kwargs)
-        self._follow()
+        self._state = self._following(self._state)
         return self
 
-    def _follow(self) -> None:
-        """Go where the network is, and take its dtype."""
-        self._layers = find_layers(self.model, [layer.name for layer in self._layers])
-        device = device_of(self.model)
-        self._prior_precision = self._prior_precision.to(device)
-        self.prior_mean = torch.cat([mean.flatten() for mean in self._prior_mean.values()])
-        if self._fisher is not None:
-            fisher = self._fisher.to(device, {layer.name: layer.dtype for layer in self._layers})
-            fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
-            self._adopt(fisher)
+    def _following(self, state: State) -> State:
+        """The state on the network's device and in its dtype."""
+        layers = find_layers(self.model, [layer.name for layer in state.layers])
+        mean = torch.cat([mean.flatten() for mean in state.prior_mean.values()])
+        moved = replace(
+            state,
+            layers=layers,
+            prior_precision=state.prior_precision.to(device_of(self.model)),
+            prior_mean=_means(mean, layers),
+        )
+        if state.fit is None:
+            return moved
+        fisher = state.fit.fisher.to(device_of(self.model), {layer.name: layer.dtype for layer in layers})
+        fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
+        return replace(moved, fit=self._fit_of(fisher, layers))
 
     @told_of
     def fit(
@@ -251,8 +262,9 @@ class KronLaplace(LaplaceTorchNames):
         if isinstance(data, KroneckerFisher):
             raise TypeError("a ready-made Fisher is given by name: fit(fisher=...).")
         likelihood = self.likelihood
-        if add and self._fisher is not None:
-            likelihood = self._fisher.metadata.likelihood  # with the noise of that fit; it may have been tuned since
+        before = self._state.fit
+        if add and before is not None:
+            likelihood = before.fisher.metadata.likelihood  # with the noise of that fit; it may have been tuned since
         if fisher is None:
             assert data is not None
             fisher = estimate_fisher(
@@ -276,7 +288,7 @@ class KronLaplace(LaplaceTorchNames):
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
             check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
-        fisher = combined(self._fisher, fisher) if add and self._fisher is not None else fisher
+        fisher = combined(before.fisher, fisher) if add and before is not None else fisher
         with torch.inference_mode(False):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
             self._adopt(fisher)
@@ -284,15 +296,17 @@ class KronLaplace(LaplaceTorchNames):
 
     def _adopt(self, fisher: KroneckerFisher) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights."""
-        self._mean = {layer.name: layer.matrix() for layer in self._layers}
-        self._fisher = fisher
+        changes: dict[str, Any] = {"fit": self._fit_of(fisher, self._layers)}
+        likelihood = self.likelihood
+        if isinstance(likelihood, Categorical) and likelihood.class_axis is None:
+            changes["likelihood"] = fisher.metadata.likelihood  # the targets have told where the classes are
         if estimator_to_metadata(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_metadata(fisher.metadata.settings)
-        if isinstance(self._likelihood, Categorical) and self._likelihood.class_axis is None:
-            self._likelihood = fisher.metadata.likelihood  # the targets have told where the classes are
-        self._covariance = None
-        self._cached_evidence = None
-        self._guard = WeightsGuard(self.model, fisher.metadata.weights)
+        self._change(**changes)
+
+    def _fit_of(self, fisher: KroneckerFisher, layers: Sequence[Layer]) -> Fit:
+        means = {layer.name: layer.matrix() for layer in layers}
+        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights))
 
     @property
     def fisher(self) -> KroneckerFisher:
@@ -301,9 +315,7 @@ class KronLaplace(LaplaceTorchNames):
         Raises:
             RuntimeError: Before `fit`.
         """
-        if self._fisher is None:
-            raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
-        return self._fisher
+        return self._state.fitted.fisher
 
     def covariance(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
@@ -316,33 +328,7 @@ class KronLaplace(LaplaceTorchNames):
         Warns:
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
-        self._check_weights()
-        return self._inverses()
-
-    def _inverses(self) -> dict[str, DampedInverse]:
-        """`covariance`, where the weights have been checked."""
-        fisher = self.fisher
-        if self._covariance is None:
-            fisher.decompose()
-            noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
-            scale = fisher.n_examples / self.temperature * noise_rescaling(fisher, noise)
-            precisions = precision_by_layer(self.prior_precision, [block.shape for block in fisher.values()])
-            inexact = [
-                f"{name!r} ({precision.numel():,} weights)"
-                for (name, block), precision in zip(fisher.items(), precisions, strict=True)
-                if precision.ndim and not PlusDiagonal(block).exact
-            ]
-            if inexact:
-                warn(
-                    f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
-                    f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
-                    "layer, or the estimator kl.Diagonal()."
-                )
-            self._covariance = {
-                name: Tikhonov(precision).invert(block.scaled(scale))
-                for (name, block), precision in zip(fisher.items(), precisions, strict=True)
-            }
-        return self._covariance
+        return self._at_its_weights().inverses
 
     @told_of
     def log_marginal_likelihood(
@@ -364,14 +350,16 @@ class KronLaplace(LaplaceTorchNames):
         Raises:
             ValueError: If the fit saw no targets, or ``noise_std`` is given without a Gaussian likelihood.
         """
-        evidence = self._evidence()
-        if isinstance(self.likelihood, Gaussian):
-            noise_std = self.likelihood.noise_std if noise_std is None else _positive(noise_std, "noise_std")
+        state = self._at_its_weights()
+        if isinstance(state.likelihood, Gaussian):
+            noise_std = state.likelihood.noise_std if noise_std is None else _positive(noise_std, "noise_std")
         elif noise_std is not None:
-            self._with_noise()
-        precision = self.prior_precision if prior_precision is None else precision_tensor(prior_precision, self._layers)
-        return evidence(
-            precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
+            _with_noise(state.likelihood)
+        precision = (
+            state.prior_precision if prior_precision is None else precision_tensor(prior_precision, state.layers)
+        )
+        return state.evidence(
+            precision, noise_std, state.temperature if temperature is None else _positive(temperature, "temperature")
         )
 
     @told_of
@@ -428,7 +416,8 @@ class KronLaplace(LaplaceTorchNames):
                 raise TypeError(
                     'data, predictive and grid are for method="validation"; the evidence needs none of them.'
                 )
-            tuned = maximise_evidence(self._evidence(), structure, self.temperature, known)
+            state = self._at_its_weights()
+            tuned = maximise_evidence(state.evidence, structure, state.temperature, known)
             self.set_hyperparameters(tuned.prior_precision, tuned.noise_std)
             if tuned.at_the_edge:
                 warn(
@@ -459,19 +448,14 @@ class KronLaplace(LaplaceTorchNames):
             )
         predictive.check(self.likelihood)
         warn_of_share(data)
-        self._check_weights()
-        before = self._prior_precision, self._likelihood
-        try:
-            base = torch.ones((), dtype=torch.float64)
-            if structure is not PriorStructure.SCALAR:
-                base = maximise_evidence(self._evidence(), structure, self.temperature, known).prior_precision
-            start = self._training_error() if known is None else None
-            validator = Validator(self, data, predictive, start, -noise_exponent(self.fisher))
-            index, best = best_of_grid([base * factor for factor in grid], validator, progress)
-        except BaseException:
-            self._prior_precision, self._likelihood = before
-            self._covariance = None
-            raise
+        state = self._at_its_weights()
+        base = torch.ones((), dtype=torch.float64)
+        if structure is not PriorStructure.SCALAR:
+            base = maximise_evidence(state.evidence, structure, state.temperature, known).prior_precision
+        start = self._training_error() if known is None else None
+        trial = copy.copy(self)  # the posterior stays as it is until the best hyperparameters are known
+        validator = Validator(trial, data, predictive, start, -noise_exponent(state.fitted.fisher))
+        index, best = best_of_grid([base * factor for factor in grid], validator, progress)
         self.set_hyperparameters(best.prior_precision, best.noise_std)
         if index in (0, len(grid) - 1) and len(grid) > 1:
             what = "prior precision" if structure is PriorStructure.SCALAR else "factor of the prior precisions"
@@ -492,7 +476,7 @@ class KronLaplace(LaplaceTorchNames):
         statistics = self.fisher.statistics
         if tuned is None or statistics is None:
             return
-        error = self._with_noise().root_mean_square_error(statistics)
+        error = _with_noise(self.likelihood).root_mean_square_error(statistics)
         if 0 < error < tuned / SUSPICIOUS_NOISE:
             warn(
                 f"the tuned noise_std, {tuned:.3g}, is {tuned / error:.3g} times the network's root mean square error on "
@@ -510,15 +494,10 @@ class KronLaplace(LaplaceTorchNames):
 
     def set_hyperparameters(self, prior_precision: Precision, noise_std: float | None = None) -> None:
         """Set the prior precision, and the noise of a Gaussian likelihood if it is given."""
-        self.prior_precision = prior_precision
+        changes: dict[str, Any] = {"prior_precision": _own_precision(prior_precision, self._layers)}
         if noise_std is not None:
-            self.likelihood = replace(self._with_noise(), noise_std=noise_std)
-
-    def _with_noise(self) -> Gaussian:
-        """The likelihood, if it is a Gaussian."""
-        if not isinstance(self.likelihood, Gaussian):
-            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self.likelihood}.")
-        return self.likelihood
+            changes["likelihood"] = replace(_with_noise(self.likelihood), noise_std=noise_std)
+        self._change(**changes)
 
     @told_of
     def functional_variance(
@@ -552,13 +531,13 @@ class KronLaplace(LaplaceTorchNames):
         if diagonal and joint:
             raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
         between = Between.EXAMPLES if joint else Between.NONE if diagonal else Between.OUTPUTS
-        self._check_weights()
+        state = self._at_its_weights()
         if is_loader(x):
             if joint:
                 raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
-            parts = [self._linearised(part, between, differentiable)[1] for part in self._batches(x, progress)]
+            parts = [self._linearised(state, part, between, differentiable)[1] for part in self._batches(x, progress)]
         else:
-            parts = [self._linearised(x, between, differentiable)[1]]
+            parts = [self._linearised(state, x, between, differentiable)[1]]
         covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
@@ -606,33 +585,36 @@ class KronLaplace(LaplaceTorchNames):
         """
         predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
         predictive.check(self.likelihood)
-        self._check_weights()
+        state = self._at_its_weights()
         if joint:
             if is_loader(x) or predictive.samples or self.likelihood.links:
                 raise ValueError(
                     'joint=True is for regression with method="glm", and inputs that come at once. For the outputs of a '
                     "classifier use functional_variance(x, joint=True)."
                 )
-            return self._predict_jointly(x, predictive, differentiable)
+            return self._predict_jointly(state, x, predictive, differentiable)
         if is_loader(x):
-            return joined([self.predict_batch(part, predictive, differentiable) for part in self._batches(x, progress)])
-        return self.predict_batch(x, predictive, differentiable)
+            return joined([self._predict(state, x_, predictive, differentiable) for x_ in self._batches(x, progress)])
+        return self._predict(state, x, predictive, differentiable)
 
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
         """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
+        return self._predict(self._state, x, predictive, differentiable)
+
+    def _predict(self, state: State, x: Any, predictive: Predictive, differentiable: bool) -> Tensor | Prediction:
         if predictive.samples:
             inputs = self._checked(x, differentiable)
-            sampler = self._sampler(predictive.seed, predictive.antithetic)
+            sampler = self._sampler(state, predictive.seed, predictive.antithetic)
             with _gradients(differentiable), explained_errors(self.model, inputs.value):
-                return sampler.predict(self.model, self.likelihood, inputs, predictive.draws)
-        f, covariance = self._linearised(x, predictive.between(self.likelihood), differentiable)
+                return sampler.predict(self.model, state.likelihood, inputs, predictive.draws)
+        f, covariance = self._linearised(state, x, predictive.between(state.likelihood), differentiable)
         with _gradients(differentiable):
-            return predictive.linearised(f, covariance, self.likelihood)
+            return predictive.linearised(f, covariance, state.likelihood)
 
-    def _predict_jointly(self, x: Any, predictive: Predictive, differentiable: bool) -> JointPrediction:
-        f, covariance = self._linearised(x, Between.EXAMPLES, differentiable)
+    def _predict_jointly(self, state: State, x: Any, predictive: Predictive, differentiable: bool) -> JointPrediction:
+        f, covariance = self._linearised(state, x, Between.EXAMPLES, differentiable)
         with _gradients(differentiable):
-            marginal = predictive.linearised(f, covariance.diagonal().view(f.shape), self.likelihood)
+            marginal = predictive.linearised(f, covariance.diagonal().view(f.shape), state.likelihood)
         assert isinstance(marginal, Prediction)
         if marginal.mean.shape != f.shape:  # the outputs are means and log-variances
             of_means = torch.arange(f.numel(), device=f.device).view(f.shape)[:, : marginal.mean.shape[1]].flatten()
@@ -655,8 +637,7 @@ class KronLaplace(LaplaceTorchNames):
         n = positive_integer(n, "n")
         if antithetic and n % 2:
             raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
-        self._check_weights()
-        return self._sampler(seed_number(seed), antithetic).draw(n)
+        return self._sampler(self._at_its_weights(), seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
@@ -667,11 +648,13 @@ class KronLaplace(LaplaceTorchNames):
             RuntimeError: Before `fit`, or if the weights changed after it.
             FileNotFoundError: If the folder is not there.
         """
-        fisher = self.fisher
-        self._check_weights()
+        state = self._at_its_weights()
+        fit = state.fitted
         files.write(
             path,
-            files.Stored(fisher, self._mean, self._prior_mean, self.prior_precision, self.likelihood, self.temperature),
+            files.Stored(
+                fit.fisher, fit.mean, state.prior_mean, state.prior_precision, state.likelihood, state.temperature
+            ),
         )
 
     @classmethod
@@ -702,45 +685,32 @@ class KronLaplace(LaplaceTorchNames):
         posterior._adopt(stored.fisher)
         return posterior
 
-    def _evidence(self) -> Evidence:
-        self._check_weights()
-        if self._cached_evidence is None:
-            with _gradients(False):
-                deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
-                self._cached_evidence = Evidence(self.fisher, deviations)
-        return self._cached_evidence
-
-    def _follow_device(self) -> None:
-        if device_of(self.model) != self._prior_precision.device:
-            self._follow()
-
-    def _check_weights(self) -> None:
-        """The posterior is at the weights of its fit; predicting with others would be silently wrong."""
-        changed = None if self._guard is None else self._guard.changed()
+    def _at_its_weights(self) -> State:
+        """The state, which is of the network at its present weights: predicting with others would be silently wrong."""
+        state = self._state
+        changed = None if state.fit is None else state.fit.guard.changed()
         if changed is not None:
             raise RuntimeError(
                 f"the model's {changed!r} changed after the posterior was fitted. Fit again, or restore the weights; for "
                 "another dtype use posterior.to(dtype)."
             )
-        if self._fisher is not None:
-            self._follow_device()
+        if state.fit is not None and device_of(self.model) != state.prior_precision.device:
+            state = self._state = self._following(state)
+        return state
 
-    def _linearised(self, x: Any, between: Between, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+    def _linearised(
+        self, state: State, x: Any, between: Between, differentiable: bool = False
+    ) -> tuple[Tensor, Tensor]:
         inputs = self._checked(x, differentiable)
-        network = Linearised(
-            self.model,
-            self._layers,
-            self._inverses(),
-            self.likelihood,
-            Layout(self.fisher.metadata.input_axis, self.fisher.metadata.shared_inputs),
-            self._known,
-        )
+        fit = state.fitted
+        layout = Layout(fit.fisher.metadata.input_axis, fit.fisher.metadata.shared_inputs)
+        network = Linearised(self.model, state.layers, state.inverses, state.likelihood, layout, fit.known)
         with _gradients(differentiable), explained_errors(self.model, inputs.value):
             return network.outputs_and_covariance(inputs, between, differentiable=differentiable)
 
-    def _sampler(self, seed: int, antithetic: bool) -> WeightSampler:
+    def _sampler(self, state: State, seed: int, antithetic: bool) -> WeightSampler:
         generator = torch.Generator(device=device_of(self.model)).manual_seed(seed)
-        return WeightSampler(self._layers, self._mean, self._inverses(), generator, antithetic)
+        return WeightSampler(state.layers, state.fitted.mean, state.inverses, generator, antithetic)
 
     def _batches(self, data: Iterable[Any], progress: bool) -> Iterator[Any]:
         with preserved_random_state(device_of(self.model)), Rewind(data):
@@ -776,6 +746,22 @@ def _gradients(wanted: bool) -> Iterator[None]:
     """Record a graph or not, wherever the caller is."""
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         yield
+
+
+def _own_precision(value: Precision, layers: Sequence[Layer]) -> Tensor:
+    with torch.inference_mode(False):
+        return precision_tensor(value, layers).detach().clone()
+
+
+def _means(value: PriorMean, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    return {layer.name: mean for layer, mean in zip(layers, mean_by_layer(value, layers), strict=True)}
+
+
+def _with_noise(likelihood: Likelihood) -> Gaussian:
+    """The likelihood, if it is a Gaussian."""
+    if not isinstance(likelihood, Gaussian):
+        raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {likelihood}.")
+    return likelihood
 
 
 def _positive(value: float | Tensor, name: str) -> float | Tensor:
