@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.example_axes import ExampleAxes, Layout, UnknownAxisError
 from kronlaplace.layers import Call, Calls, Layer, UnusableLayersError, written_out
+from kronlaplace.memory_layout import with_contiguous_gradient
 from kronlaplace.replica import Replica
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
@@ -426,7 +427,7 @@ class Recorder:
             self._receiver(Calls(layer, self._calls[layer.name]), [grad])
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor if self._differentiable else tensor.detach()
+        return with_contiguous_gradient(tensor) if self._differentiable else tensor.detach()
 
     @staticmethod
     def _run_written_out(names: list[str], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

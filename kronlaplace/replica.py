@@ -20,6 +20,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from kronlaplace.memory_layout import guard_norm
+
 __all__ = ["Replica"]
 
 _Object = TypeVar("_Object", nn.Module, Tensor)
@@ -38,7 +40,8 @@ class Replica:
 
     Every module is copied, including modules that are only reached through plain attributes: lists, tuples, sets, and
     dicts, bound methods, ``functools.partial``, closures, and simple objects. Whatever contains neither a module nor a
-    parameter is shared with the network. Scripted modules cannot be copied and are shared.
+    parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
+    wrongly are guarded (see `kronlaplace.memory_layout`).
 
     Args:
         model: The network. It is not changed.
@@ -83,6 +86,7 @@ class Replica:
             if name in _STATE_OF_ANY_MODULE and state[name] is value and isinstance(value, (dict, set, list)):
                 state[name] = copy.copy(value)
         vars(replica).update(state)
+        guard_norm(replica)
         self._unwrap(replica)
         return cast(nn.Module, replica)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronlaplace.layers.base import Layer
+from kronlaplace.memory_layout import with_contiguous_gradient
 
 __all__ = ["EmbeddingLayer", "NormalizationLayer", "embedding_refusal"]
 
@@ -83,8 +84,14 @@ class NormalizationLayer(Layer):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             use_input = not module.track_running_stats
-            return F.instance_norm(x, module.running_mean, module.running_var, None, None, use_input, 0.0, module.eps)
-        return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+            normalised = F.instance_norm(
+                x.contiguous(), module.running_mean, module.running_var, None, None, use_input, 0.0, module.eps
+            )
+            return with_contiguous_gradient(normalised)
+        normalised = F.batch_norm(
+            x.contiguous(), module.running_mean, module.running_var, None, None, False, 0.0, module.eps
+        )
+        return with_contiguous_gradient(normalised)
 
 
 class EmbeddingLayer(Layer):

@@ -1,0 +1,59 @@
+"""Gradients in the layout that torch's kernels need.
+
+The backward passes of torch's batch norm on the CPU (2.13; instance norm is made of it) are wrong, without an error, where
+an axis of length 1 lets the strides of input and gradient be read as two different memory layouts. An axis of length 1 is
+a single example, an image of one row, and always the first one inside an instance norm. A network that permutes axes
+behind a norm has such gradients, and rules that permute make them in second derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["guard_norm", "with_contiguous_gradient"]
+
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+_INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
+
+
+def guard_norm(module: nn.Module) -> None:
+    """Let a batch or instance norm of our own (of a replica) be differentiated correctly; other modules stay as they are.
+
+    Only calls that are in danger are changed: there the input and the gradient of the output are made contiguous.
+    """
+    if isinstance(module, (_BATCH_NORMS, _INSTANCE_NORMS)):
+        module.register_forward_pre_hook(_settle_input)
+        module.register_forward_hook(_settle_gradient)
+
+
+def with_contiguous_gradient(tensor: Tensor) -> Tensor:
+    """The same numbers, in a tensor whose gradient goes on contiguous."""
+    if not tensor.requires_grad:
+        return tensor
+    view = tensor.view_as(tensor)
+    view.register_hook(_contiguous)
+    return view
+
+
+def _in_danger(module: nn.Module, x: Tensor) -> bool:
+    return x.device.type == "cpu" and (1 in x.shape or isinstance(module, _INSTANCE_NORMS))
+
+
+def _settle_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if args and isinstance(args[0], Tensor) and _in_danger(module, args[0]):
+        return (args[0].contiguous(), *args[1:])
+    return None
+
+
+def _settle_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not isinstance(output, Tensor) or not output.requires_grad or not _in_danger(module, output):
+        return
+    # An instance norm returns a view of its result. A hook on a view is lost when the network changes it in place.
+    result = output._base if output._is_view() and output._base is not None else output
+    result.register_hook(_contiguous)
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    return gradient.contiguous()
