@@ -4,6 +4,9 @@ The backward passes of torch's batch norm on the CPU (2.13; instance norm is mad
 an axis of length 1 lets the strides of input and gradient be read as two different memory layouts. An axis of length 1 is
 a single example, an image of one row, and always the first one inside an instance norm. A network that permutes axes
 behind a norm has such gradients, and rules that permute make them in second derivatives.
+
+The backward pass of group norm on the CPU crashes the process if its input is in channels-last format and only the gradients
+of its parameters are asked for.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ _INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
 
 
 def guard_norm(module: nn.Module) -> None:
-    """Let a batch or instance norm of our own (of a replica) be differentiated correctly; other modules stay as they are.
+    """Let a norm of our own (of a replica) be differentiated correctly; other modules stay as they are.
 
     Only calls that are in danger are changed: there the input and the gradient of the output are made contiguous.
     """
     if isinstance(module, (_BATCH_NORMS, _INSTANCE_NORMS)):
         module.register_forward_pre_hook(_settle_input)
         module.register_forward_hook(_settle_gradient)
+    elif isinstance(module, nn.GroupNorm):
+        module.register_forward_pre_hook(_settle_input)
 
 
 def with_contiguous_gradient(tensor: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def with_contiguous_gradient(tensor: Tensor) -> Tensor:
 
 
 def _in_danger(module: nn.Module, x: Tensor) -> bool:
-    return x.device.type == "cpu" and (1 in x.shape or isinstance(module, _INSTANCE_NORMS))
+    return x.device.type == "cpu" and (1 in x.shape or not isinstance(module, _BATCH_NORMS))
 
 
 def _settle_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -5,6 +5,7 @@ weights, output metrics as the Hessian of the loss, Jacobians example by example
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -253,9 +254,46 @@ def n_examples(inputs):
     return len(inputs)
 
 
+@contextmanager
+def norms_written_out(model):
+    """Batch, instance and group norms as arithmetic: torch differentiates them wrongly in some layouts, or crashes."""
+
+    def by_group(norm, args, output):
+        (x,) = args
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        groups = x.reshape(len(x), norm.num_groups, -1)
+        mean, variance = groups.mean(2, keepdim=True), groups.var(2, keepdim=True, correction=0)
+        scaled = ((groups - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
+        scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+        torch.testing.assert_close(scaled, output, rtol=1e-12, atol=1e-12)
+        return scaled
+
+    def arithmetic(norm, args, output):
+        (x,) = args
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        if norm.running_mean is None:
+            pixels = tuple(range(2, x.ndim))
+            mean, variance = x.mean(pixels, keepdim=True), x.var(pixels, keepdim=True, correction=0)
+        else:
+            mean, variance = norm.running_mean.view(shape), norm.running_var.view(shape)
+        scaled = (x - mean) / (variance + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+        torch.testing.assert_close(scaled, output, rtol=1e-12, atol=1e-12)
+        return scaled
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.weight is not None]
+    handles = [norm.register_forward_hook(arithmetic) for norm in norms]
+    handles += [m.register_forward_hook(by_group) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def weight_gradients(model, x):
     """Derivative of the outputs of one example (a batch of one) by every block's matrix: {name: (C, q, p)}."""
-    outputs = model(x)[0].reshape(-1)
+    with norms_written_out(model):
+        outputs = model(x)[0].reshape(-1)
     found = {}
     for name, block in blocks(model).items():
         parameters = [model.get_parameter(parameter) for parameter in block.parameters]
@@ -446,7 +484,8 @@ def layer_uses(model, x):
     trace = Trace()
     handles = [m.register_forward_hook(trace, with_kwargs=True) for m in unique_modules(model)]
     try:
-        outputs = model(x)[0].reshape(-1)
+        with norms_written_out(model):
+            outputs = model(x)[0].reshape(-1)
     finally:
         for handle in handles:
             handle.remove()

@@ -138,3 +138,20 @@ def test_gradients_of_variances_with_the_norms_own_blocks_are_finite_differences
     with torch.no_grad():
         ends = [posterior.functional_variance(x + s * direction, diagonal=True).sum() for s in (step, -step)]
     torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("estimator", ["kfac", "exact"])
+def test_group_norm_in_every_layout(estimator, memory_format):
+    """Torch's own gradients of its parameters alone crash the process with channels-last inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(60, 2)).double()
+    x = torch.randn(4, 3, 4, 5).double()
+    posteriors = [
+        kl.KronLaplace(model, "regression", estimator).fit([(inputs, torch.zeros(4, 2))])
+        for inputs in (x.contiguous(memory_format=memory_format), x)
+    ]
+    for name, block in posteriors[1].fisher.items():
+        torch.testing.assert_close(posteriors[0].fisher[name].to_dense(), block.to_dense())
+    found = posteriors[0].functional_variance(x.contiguous(memory_format=memory_format))
+    torch.testing.assert_close(found, posteriors[1].functional_variance(x))
