@@ -171,7 +171,7 @@ class Recorder:
         if missing:
             raise UnusableLayersError(
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
-                "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them.",
+                "Their parameters are used by a function, or not at all.",
                 dict.fromkeys(missing, "its module is not called: a function uses its parameters, or nothing does"),
             )
         if not outputs.requires_grad:
@@ -265,7 +265,7 @@ class Recorder:
         if silent:
             raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
-                "them off; leave them out with layers=[...] or freeze them.",
+                "them off.",
                 dict.fromkeys(silent, "the network's outputs do not depend on it"),
             )
 
@@ -379,8 +379,7 @@ class Recorder:
         """
         if not output.requires_grad:
             raise UnusableLayersError(
-                f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?); leave it out with layers=[...] or "
-                "freeze it.",
+                f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?).",
                 {layer.name: "it runs without gradients, inside torch.no_grad() for example"},
             )
         calls = self._calls[layer.name]
@@ -414,8 +413,7 @@ class Recorder:
             raise UnusableLayersError(
                 f"the network takes derivatives inside its forward pass, through layer {layer.name!r}: its outputs then "
                 "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
-                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True); or leave these "
-                "layers out with layers=[...].",
+                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True).",
                 {layer.name: reason},
             )
         grad = self._kept(grad).reshape(shape).movedim(axis, 0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Coverage", "CoverageRow"]
+__all__ = ["NOT_WANTED", "Coverage", "CoverageRow"]
+
+NOT_WANTED = ("left out", "left out by layers=")
+"""The notes of parameters that have no block because the caller wants none."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,18 @@ class Coverage(Sequence[CoverageRow]):
 
     __repr__ = __str__
 
-    def restricted_to(self, layers: set[str]) -> Coverage:
-        """The same with the blocks of all other layers left out."""
+    def reasons(self) -> dict[str, str]:
+        """Why what has no block has none, by layer or module."""
+        return {row.layer: row.note for row in self if row.shape is None}
+
+    def restricted_to(self, layers: set[str], reasons: Mapping[str, str] | None = None) -> Coverage:
+        """The same with the blocks of all other layers left out, for reasons by layer."""
+        known = reasons or {}
         return Coverage(
             [
                 row
                 if row.shape is None or row.layer in layers
-                else replace(row, block="none", estimator="", shape=None, note="left out")
+                else replace(row, block="none", estimator="", shape=None, note=known.get(row.layer, NOT_WANTED[0]))
                 for row in self
             ]
         )

@@ -173,8 +173,12 @@ class KroneckerFisher(Mapping[str, Block]):
         """Frobenius norm of the block-diagonal matrix, 0-dim."""
         return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
 
-    def restricted_to(self, layers: Sequence[str]) -> KroneckerFisher:
+    def restricted_to(self, layers: Sequence[str], reasons: Mapping[str, str] | None = None) -> KroneckerFisher:
         """The Fisher of some of the layers; blocks and their decompositions are shared.
+
+        Args:
+            layers: Names of the layers.
+            reasons: Why others are left out, by name, for `coverage`.
 
         Raises:
             KeyError: If a layer has no block.
@@ -182,7 +186,9 @@ class KroneckerFisher(Mapping[str, Block]):
         blocks = {name: self[name] for name in layers}
         parameters = {name: self.metadata.parameters[name] for name in layers}
         metadata = replace(
-            self.metadata, parameters=parameters, coverage=self.metadata.coverage.restricted_to(set(layers))
+            self.metadata,
+            parameters=parameters,
+            coverage=self.metadata.coverage.restricted_to(set(layers), reasons),
         )
         return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
 

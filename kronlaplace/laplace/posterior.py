@@ -44,11 +44,12 @@ from kronlaplace.laplace.prior import (
     precision_by_layer,
     precision_tensor,
 )
+from kronlaplace.laplace.remaining import Remaining, usable
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
 from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
-from kronlaplace.layers import Unsupported, find_layers
+from kronlaplace.layers import Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
@@ -84,7 +85,9 @@ class KronLaplace(LaplaceTorchNames):
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Names of the modules that get a posterior; ``"last"`` for the one that was registered last; None means all
             with trainable parameters.
-        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values.
+        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
+            of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
+            their entries in the prior; the Fisher's `coverage` has the reasons. They do not come back in later fits.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
@@ -111,7 +114,9 @@ class KronLaplace(LaplaceTorchNames):
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
-        self._layers = find_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
+        self._unsupported = choice(Unsupported, unsupported, "unsupported")
+        self._wanted = layers if layers is None or isinstance(layers, str) else list(layers)
+        self._layers = find_layers(model, self._wanted, self._unsupported)
         self._fisher: KroneckerFisher | None = None
         self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
@@ -173,6 +178,11 @@ class KronLaplace(LaplaceTorchNames):
         self._cached_evidence = None
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the blocks, in their order; those that a fit has found to be unusable are gone."""
+        return [layer.name for layer in self._layers]
+
+    @property
     def temperature(self) -> float:
         """``τ``, divides the log-likelihood; may be set after the fit."""
         return self._temperature
@@ -229,7 +239,8 @@ class KronLaplace(LaplaceTorchNames):
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
-                may have more blocks than the posterior has layers; `estimator` becomes the one that it was made with.
+                may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
+                could not have one; `estimator` becomes the one that it was made with.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
@@ -253,6 +264,7 @@ class KronLaplace(LaplaceTorchNames):
         likelihood = self.likelihood
         if add and self._fisher is not None:
             likelihood = self._fisher.metadata.likelihood  # with the noise of that fit; it may have been tuned since
+        ready_made = fisher is not None
         if fisher is None:
             assert data is not None
             fisher = estimate_fisher(
@@ -262,29 +274,46 @@ class KronLaplace(LaplaceTorchNames):
                 self.estimator,
                 sampling=sampling,
                 mc_samples=mc_samples,
-                layers=[layer.name for layer in self._layers],
+                layers=self._wanted,
+                unsupported=self._unsupported,
                 seed=seed,
                 progress=progress,
             )
+            names = list(fisher)
         else:
             check_model(self.model)
-            names = [layer.name for layer in self._layers]
-            if set(names) < set(fisher):  # estimated once for all layers, used here for some
-                fisher = fisher.restricted_to(names)
+            names = usable(fisher, self._layers, self._unsupported)
             if type(fisher.metadata.likelihood) is not type(likelihood):
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-            check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
-        fisher = combined(self._fisher, fisher) if add and self._fisher is not None else fisher
+        remaining = Remaining(self._layers, self._prior_precision, self._prior_mean).only(names)
+        names = [layer.name for layer in remaining.layers]
+        before = self._fisher
+        reasons = {} if before is None else before.coverage().reasons()
+        if set(names) < set(fisher):  # estimated once for all layers, used here for some
+            fisher = fisher.restricted_to(names, self._reasons() | reasons)
+        if ready_made:
+            check_belongs(fisher, remaining.layers, self.model, "the fisher", "estimated")
+        if add and before is not None:
+            if set(names) < set(before):
+                before = before.restricted_to(names, fisher.coverage().reasons())
+            fisher = combined(before, fisher)
         with torch.inference_mode(False):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-            self._adopt(fisher)
+            self._adopt(fisher, remaining)
         return self
 
-    def _adopt(self, fisher: KroneckerFisher) -> None:
-        """Become the posterior of ``fisher``, which is of this network at its present weights."""
-        self._mean = {layer.name: layer.matrix() for layer in self._layers}
+    def _reasons(self) -> dict[str, str]:
+        """Why the posterior has no block for some modules, as far as that shows without data."""
+        return {left.name: left.reason for left in search_layers(self.model, self._wanted, self._unsupported).left_out}
+
+    def _adopt(self, fisher: KroneckerFisher, remaining: Remaining | None = None) -> None:
+        """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
+        self._mean = {layer.name: layer.matrix() for layer in (remaining.layers if remaining else self._layers)}
+        if remaining is not None:
+            self._layers, self._prior_mean = remaining.layers, remaining.mean
+            self._prior_precision = remaining.precision
         self._fisher = fisher
         if estimator_to_metadata(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_metadata(fisher.metadata.settings)

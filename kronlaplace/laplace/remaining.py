@@ -1,0 +1,84 @@
+"""What remains of a posterior where a fit finds layers that cannot have a block: its layers, its prior, its Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronlaplace.coverage import NOT_WANTED
+from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.laplace.prior import PriorStructure, by_layer, structure_of
+from kronlaplace.layers import Layer, Unsupported
+
+__all__ = ["Remaining", "usable"]
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """The layers of a posterior, and the prior over them.
+
+    Attributes:
+        layers: The layers.
+        precision: The prior's precision, as in `KronLaplace.prior_precision`.
+        mean: The prior's mean, each layer's matrix ``(q, p)``.
+    """
+
+    layers: list[Layer]
+    precision: Tensor
+    mean: dict[str, Tensor]
+
+    def only(self, names: Sequence[str]) -> Remaining:
+        """The same without the layers that are not among ``names``.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        kept = [layer for layer in self.layers if layer.name in names]
+        if not kept:
+            raise ValueError(
+                f"none of the posterior's layers {[layer.name for layer in self.layers]} is left: what this fit could use "
+                f"are {list(names)}. Layers that an earlier fit has left out stay left out; make a new KronLaplace."
+            )
+        if len(kept) == len(self.layers):
+            return self
+        return Remaining(kept, self._precision_of(kept), {layer.name: self.mean[layer.name] for layer in kept})
+
+    def _precision_of(self, kept: Sequence[Layer]) -> Tensor:
+        structure = structure_of(self.precision, len(self.layers))
+        if structure is PriorStructure.SCALAR:
+            return self.precision
+        if structure is PriorStructure.LAYERWISE:
+            parts = dict(zip([layer.name for layer in self.layers], self.precision, strict=True))
+            return torch.stack([parts[layer.name] for layer in kept])
+        matrices = by_layer(self.precision, [layer.shape for layer in self.layers])
+        parts = dict(zip([layer.name for layer in self.layers], matrices, strict=True))
+        return torch.cat([parts[layer.name].flatten() for layer in kept])
+
+
+def usable(fisher: KroneckerFisher, layers: Sequence[Layer], unsupported: Unsupported) -> list[str]:
+    """The layers of a posterior that a ready-made Fisher is for, by name.
+
+    With ``unsupported="fixed"`` some may be missing, if the Fisher's coverage says why they cannot have a block.
+
+    Raises:
+        ValueError: If there is no block for a layer.
+    """
+    names = [layer.name for layer in layers]
+    missing = [name for name in names if name not in fisher]
+    reasons = fisher.coverage().reasons()
+    chosen = [name for name in missing if reasons.get(name, NOT_WANTED[0]) in NOT_WANTED]
+    if chosen:
+        raise ValueError(
+            f"the fisher has no blocks for the layers {chosen} of the posterior, only for {list(fisher)}. Give KronLaplace "
+            "the same layers=, or estimate the Fisher for all of its layers."
+        )
+    if missing and unsupported is Unsupported.ERROR:
+        lines = "\n".join(f"  {name}: {reasons[name]}" for name in missing)
+        raise ValueError(
+            f"the fisher has no blocks for some of the posterior's layers:\n{lines}\nGive KronLaplace "
+            f'layers={list(fisher)}, or unsupported="fixed" as in the estimate: they stay at their trained values.'
+        )
+    return [name for name in names if name in fisher]
