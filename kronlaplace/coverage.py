@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["NOT_WANTED", "Coverage", "CoverageRow"]
+__all__ = ["NOT_WANTED", "NOT_WANTED_BY_EXCLUDE", "NOT_WANTED_BY_LAYERS", "Coverage", "CoverageRow"]
 
-NOT_WANTED = ("left out", "left out by layers=")
+NOT_WANTED_BY_LAYERS = "left out by layers="
+NOT_WANTED_BY_EXCLUDE = "left out by exclude="
+NOT_WANTED = ("left out", NOT_WANTED_BY_LAYERS, NOT_WANTED_BY_EXCLUDE)
 """The notes of parameters that have no block because the caller wants none."""
 
 

@@ -48,6 +48,7 @@ def estimate_fisher(
     sampling: Sampling | str = Sampling.MC,
     mc_samples: int = 1,
     layers: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
     unsupported: Unsupported | str = Unsupported.ERROR,
     ema_decay: float | None = None,
     seed: int = 0,
@@ -76,7 +77,9 @@ def estimate_fisher(
             ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
             ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
         mc_samples: Label draws per example in ``"mc"``.
-        layers: Names of the modules that get a block; None means all with trainable parameters.
+        layers: Which modules get a block: their names, or patterns that match these as in `fnmatch`, such as
+            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. None means all with trainable parameters.
+        exclude: Names or patterns of modules that get none.
         unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
             values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
             modules that are not called, do not matter to the outputs, or whose parameters a function uses, too.
@@ -111,7 +114,7 @@ def estimate_fisher(
     check_model(model)
     warn_of_share(data)
     unsupported = choice(Unsupported, unsupported, "unsupported")
-    search = search_layers(model, layers, unsupported)
+    search = search_layers(model, layers, unsupported, exclude)
     if sampling is Sampling.EMPIRICAL:
         warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '

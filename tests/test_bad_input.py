@@ -234,7 +234,8 @@ def test_nothing_trainable():
         (["4"], r"no module '4'; with trainable parameters are \['0', '2'\]"),
         (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
         (["0", "0"], "a name stands there twice"),
-        ("0", r'must be a list of module names, or "last"; got the string .0.. Use'),
+        ("4", r"no module '4'; with trainable parameters are \['0', '2'\]"),
+        ("[1]*", r"no module with trainable parameters of its own matches '\[1\]\*'; there are \['0', '2'\]"),
         ([], r"layers is empty; name at least one of \['0', '2'\]"),
     ],
 )

@@ -125,7 +125,9 @@ def test_they_stay_fixed_on_request(name, estimator):
 @pytest.mark.parametrize("name", CASES)
 def test_else_they_are_refused_with_the_ways_out(name, fit):
     model, _ = network(name)
-    with pytest.raises(NotImplementedError, match=r"odd.*leave \['odd.*freeze.*unsupported=\"fixed\""):
+    with pytest.raises(
+        NotImplementedError, match=r"odd.*leave them out with exclude=\['odd.*freeze.*unsupported=\"fixed\""
+    ):
         if fit == "KronLaplace":
             kl.KronLaplace(model, "classification").fit(BATCHES)
         else:

@@ -49,7 +49,7 @@ from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
 from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
-from kronlaplace.layers import Unsupported, find_layers, search_layers
+from kronlaplace.layers import Unsupported, entries_of, find_layers, search_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
@@ -83,8 +83,9 @@ class KronLaplace(LaplaceTorchNames):
             weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
         prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
-        layers: Names of the modules that get a posterior; ``"last"`` for the one that was registered last; None means all
-            with trainable parameters.
+        layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
+            in `estimate_fisher`; ``"last"`` for the one that was registered last; None means all with trainable parameters.
+        exclude: Names or patterns of modules that get none.
         unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
             of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
             their entries in the prior; the Fisher's `coverage` has the reasons. They do not come back in later fits.
@@ -109,14 +110,16 @@ class KronLaplace(LaplaceTorchNames):
         prior_mean: PriorMean = 0.0,
         temperature: float = 1.0,
         layers: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str = (),
         unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
         self._unsupported = choice(Unsupported, unsupported, "unsupported")
-        self._wanted = layers if layers is None or isinstance(layers, str) else list(layers)
-        self._layers = find_layers(model, self._wanted, self._unsupported)
+        self._wanted = layers if layers is None or isinstance(layers, str) else entries_of(layers, "layers")
+        self._exclude = entries_of(exclude, "exclude")
+        self._layers = find_layers(model, self._wanted, self._unsupported, self._exclude)
         self._fisher: KroneckerFisher | None = None
         self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
@@ -275,6 +278,7 @@ class KronLaplace(LaplaceTorchNames):
                 sampling=sampling,
                 mc_samples=mc_samples,
                 layers=self._wanted,
+                exclude=self._exclude,
                 unsupported=self._unsupported,
                 seed=seed,
                 progress=progress,
@@ -306,7 +310,8 @@ class KronLaplace(LaplaceTorchNames):
 
     def _reasons(self) -> dict[str, str]:
         """Why the posterior has no block for some modules, as far as that shows without data."""
-        return {left.name: left.reason for left in search_layers(self.model, self._wanted, self._unsupported).left_out}
+        search = search_layers(self.model, self._wanted, self._unsupported, self._exclude)
+        return {left.name: left.reason for left in search.left_out}
 
     def _adopt(self, fisher: KroneckerFisher, remaining: Remaining | None = None) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""

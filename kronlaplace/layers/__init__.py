@@ -12,6 +12,7 @@ from kronlaplace.layers.find import (
     search_layers,
     written_out,
 )
+from kronlaplace.layers.names import entries_of
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Sums",
     "Unsupported",
     "UnusableLayersError",
+    "entries_of",
     "find_layers",
     "search_layers",
     "written_out",

@@ -21,8 +21,8 @@ class UnusableLayersError(NotImplementedError, ValueError):
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         names = list(reasons)
         super().__init__(
-            f"{message} The ways out: leave {names} out with layers=[...] (names of the modules that get a block), freeze "
-            'the parameters with requires_grad_(False), or ask for unsupported="fixed", which keeps whatever turns out to '
-            "be unusable at its trained values."
+            f"{message} The ways out: leave them out with exclude={names} (or layers=[...], the names of those that get "
+            'a block), freeze the parameters with requires_grad_(False), or ask for unsupported="fixed", which keeps '
+            "whatever turns out to be unusable at its trained values."
         )
         self.reasons = dict(reasons)
