@@ -6,12 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["NOT_WANTED", "NOT_WANTED_BY_EXCLUDE", "NOT_WANTED_BY_LAYERS", "Coverage", "CoverageRow"]
+from kronlaplace.layers import NOT_WANTED
 
-NOT_WANTED_BY_LAYERS = "left out by layers="
-NOT_WANTED_BY_EXCLUDE = "left out by exclude="
-NOT_WANTED = ("left out", NOT_WANTED_BY_LAYERS, NOT_WANTED_BY_EXCLUDE)
-"""The notes of parameters that have no block because the caller wants none."""
+__all__ = ["Coverage", "CoverageRow"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from kronlaplace.alignment import Alignment
 from kronlaplace.batches import (
     Batch,
     DeferredChecks,
+    Inputs,
     Rewind,
     all_finite,
     device_of,
@@ -31,6 +32,7 @@ from kronlaplace.example_axes import Layout
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
+from kronlaplace.last_layer import LAST, check_last, find_last_layer
 from kronlaplace.layer_checks import check_layers
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersError, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
@@ -78,7 +80,9 @@ def estimate_fisher(
             ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
         mc_samples: Label draws per example in ``"mc"``.
         layers: Which modules get a block: their names, or patterns that match these as in `fnmatch`, such as
-            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. None means all with trainable parameters.
+            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. ``"last"`` is the linear layer or
+            convolution whose output is the network's, perhaps in another shape or behind a log-softmax; the first batch
+            shows which. None means all with trainable parameters.
         exclude: Names or patterns of modules that get none.
         unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
             values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
@@ -114,7 +118,18 @@ def estimate_fisher(
     check_model(model)
     warn_of_share(data)
     unsupported = choice(Unsupported, unsupported, "unsupported")
-    search = search_layers(model, layers, unsupported, exclude)
+    choose: Callable[[Inputs], list[Layer]] | None = None
+    if layers == LAST:
+        check_last(model, exclude)
+        search = LayerSearch([], [])
+
+        def choose(inputs: Inputs) -> list[Layer]:
+            nonlocal search
+            search = search_layers(model, [find_last_layer(model, inputs)], unsupported)
+            return search.layers
+
+    else:
+        search = search_layers(model, layers, unsupported, exclude)
     if sampling is Sampling.EMPIRICAL:
         warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
@@ -133,6 +148,7 @@ def estimate_fisher(
             progress=progress,
             description=f"Fisher ({estimator.name})",
             unsupported=unsupported,
+            choose=choose,
         )
         blocks = accumulation.finish()
     search = search.without(passed.left_out)
@@ -150,6 +166,7 @@ def estimate_fisher(
         shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,
         layer_types={layer.name: type(layer).__name__ for layer in search.layers},
+        last_layer=passed.last_layer,
     )
     return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
 
@@ -164,6 +181,7 @@ class PassResult:
         statistics: Sufficient statistics of their log-likelihood, None without targets.
         layout: Where the examples are in the inputs.
         left_out: Layers that were left out on the way, with the reasons.
+        last_layer: The layer whose output is the network's, if it is one of those observed.
     """
 
     likelihood: Likelihood
@@ -171,6 +189,7 @@ class PassResult:
     statistics: Tensor | None
     layout: Layout
     left_out: dict[str, str]
+    last_layer: str | None
 
 
 def accumulate(
@@ -186,6 +205,7 @@ def accumulate(
     description: str,
     unsupported: Unsupported = Unsupported.ERROR,
     check_network: bool = True,
+    choose: Callable[[Inputs], Sequence[Layer]] | None = None,
 ) -> PassResult:
     """Show an accumulation the data, as often as its estimator needs.
 
@@ -203,6 +223,7 @@ def accumulate(
         unsupported: What happens to layers that cannot have a block in the network as it runs.
         check_network: Whether the first batch must show that the layers' calls are all there is to them, which takes two
             backward passes.
+        choose: Tells the layers by the first batch's inputs, if the accumulation has none yet.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -220,6 +241,7 @@ def accumulate(
     alignment = Alignment(model, likelihood)
     beginning: Tensor | None = None
     left_out: dict[str, str] = {}
+    last_layer: Layer | None = None
 
     with (
         preserved_random_state(device),
@@ -260,6 +282,10 @@ def accumulate(
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
+                if choose is not None and i == 0 and batch.index == 0:
+                    with explained_errors(model, batch.inputs.value, batch.index):
+                        accumulation.start(choose(batch.inputs))
+                    recorder.observe(accumulation.layers)
                 several = batch.inputs.count(recorder.layout.input_axis) > 1
                 outputs = observed(batch, unchecked or (rows_unchecked and several))
                 detached = outputs.detach()
@@ -271,6 +297,7 @@ def accumulate(
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
                 if i == 0:
                     if batch.index == 0:
+                        last_layer = recorder.last_layer(outputs)
                         likelihood = likelihood.informed_by(detached, batch.targets)
                     elif (batch.targets is None) != (statistics is None):
                         raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
@@ -302,7 +329,8 @@ def accumulate(
                 del outputs, calls
         layout = recorder.layout
     checks.settle()
-    return PassResult(likelihood, n_examples, statistics, layout, left_out)
+    name = None if last_layer is None else last_layer.name
+    return PassResult(likelihood, n_examples, statistics, layout, left_out, name)
 
 
 _OTHER_ORDER = (

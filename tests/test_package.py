@@ -64,6 +64,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "layers",
         "replica",
         "example_axes",
+        "last_layer",
         "collect",
         "layer_checks",
         "blocks",

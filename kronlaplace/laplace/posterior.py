@@ -40,16 +40,18 @@ from kronlaplace.laplace.prior import (
     Precision,
     PriorMean,
     PriorStructure,
+    is_number,
     mean_by_layer,
     precision_by_layer,
     precision_tensor,
 )
-from kronlaplace.laplace.remaining import Remaining, usable
+from kronlaplace.laplace.remaining import PriorOfLast, Remaining, last_layer_of, usable
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.terms import Between
 from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
-from kronlaplace.layers import Unsupported, entries_of, find_layers, search_layers
+from kronlaplace.last_layer import LAST, check_last
+from kronlaplace.layers import Layer, Unsupported, entries_of, find_layers, search_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
@@ -84,7 +86,8 @@ class KronLaplace(LaplaceTorchNames):
         prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
-            in `estimate_fisher`; ``"last"`` for the one that was registered last; None means all with trainable parameters.
+            in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
+            network's; `fit` finds it, and what belongs to single weights or layers is not known before.
         exclude: Names or patterns of modules that get none.
         unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
             of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
@@ -117,9 +120,14 @@ class KronLaplace(LaplaceTorchNames):
         self.model = model
         self.estimator = resolve_estimator(estimator)
         self._unsupported = choice(Unsupported, unsupported, "unsupported")
-        self._wanted = layers if layers is None or isinstance(layers, str) else entries_of(layers, "layers")
+        self._wanted = layers if layers is None or layers == LAST else entries_of(layers, "layers")
         self._exclude = entries_of(exclude, "exclude")
-        self._layers = find_layers(model, self._wanted, self._unsupported, self._exclude)
+        self._layers: list[Layer] = []  # of the last layer alone only the fit shows which it is
+        self._prior_of_last = PriorOfLast()
+        if layers == LAST:
+            check_last(model, self._exclude)
+        else:
+            self._layers = find_layers(model, self._wanted, self._unsupported, self._exclude)
         self._fisher: KroneckerFisher | None = None
         self._guard: WeightsGuard | None = None
         self._mean: dict[str, Tensor] = {}
@@ -133,7 +141,7 @@ class KronLaplace(LaplaceTorchNames):
 
     def __repr__(self) -> str:
         state = f"fitted to {self._fisher.n_examples:,} examples" if self._fisher else "not fitted"
-        names = [layer.name for layer in self._layers]
+        names = [layer.name for layer in self._layers] or LAST
         precision = self._prior_precision
         prior = f"{float(precision):.4g}" if precision.ndim == 0 else f"{len(precision)} values"
         if precision.ndim > 0 and len(precision) == len(names):
@@ -161,10 +169,14 @@ class KronLaplace(LaplaceTorchNames):
 
         May be set after the fit, to whatever the constructor takes: that costs no new pass.
         """
+        self._check_known(self._prior_of_last.precision is None)
         return self._prior_precision
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
+        if not self._layers:
+            self._prior_of_last.precision = None if is_number(value) else value
+            value = value if is_number(value) else 1.0
         with torch.inference_mode(False):
             self._prior_precision = precision_tensor(value, self._layers).detach().clone()
         self._covariance = None
@@ -172,10 +184,14 @@ class KronLaplace(LaplaceTorchNames):
     @property
     def prior_mean(self) -> dict[str, Tensor]:
         """Mean of the prior, each block's matrix ``(q, p)``. May be set after the fit, to what the constructor takes."""
+        self._check_known()
         return dict(self._prior_mean)
 
     @prior_mean.setter
     def prior_mean(self, value: PriorMean) -> None:
+        if not self._layers:
+            self._prior_of_last.mean = value
+            value = value if is_number(value) else 0.0
         means = mean_by_layer(value, self._layers)
         self._prior_mean = {layer.name: mean for layer, mean in zip(self._layers, means, strict=True)}
         self._cached_evidence = None
@@ -183,7 +199,14 @@ class KronLaplace(LaplaceTorchNames):
     @property
     def layers(self) -> list[str]:
         """Names of the blocks, in their order; those that a fit has found to be unusable are gone."""
+        self._check_known()
         return [layer.name for layer in self._layers]
+
+    def _check_known(self, known: bool = False) -> None:
+        if not (self._layers or known):
+            raise RuntimeError(
+                'layers="last" is found by the fit; before that it is not known. Call fit(loader) first.'
+            )
 
     @property
     def temperature(self) -> float:
@@ -214,6 +237,8 @@ class KronLaplace(LaplaceTorchNames):
 
     def _follow(self) -> None:
         """Go where the network is, and take its dtype."""
+        if not self._layers:
+            return
         self._layers = find_layers(self.model, [layer.name for layer in self._layers])
         device = device_of(self.model)
         self._prior_precision = self._prior_precision.to(device)
@@ -286,17 +311,21 @@ class KronLaplace(LaplaceTorchNames):
             names = list(fisher)
         else:
             check_model(self.model)
-            names = usable(fisher, self._layers, self._unsupported)
+            layers = self._layers or find_layers(self.model, [last_layer_of(fisher)])
+            names = usable(fisher, layers, self._unsupported)
             if type(fisher.metadata.likelihood) is not type(likelihood):
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-        remaining = Remaining(self._layers, self._prior_precision, self._prior_mean).only(names)
+        if self._layers:
+            remaining = Remaining(self._layers, self._prior_precision, self._prior_mean).only(names)
+        else:
+            remaining = self._prior_of_last.over(find_layers(self.model, names), self._prior_precision)
         names = [layer.name for layer in remaining.layers]
         before = self._fisher
         reasons = {} if before is None else before.coverage().reasons()
         if set(names) < set(fisher):  # estimated once for all layers, used here for some
-            fisher = fisher.restricted_to(names, self._reasons() | reasons)
+            fisher = fisher.restricted_to(names, self._reasons(names) | reasons)
         if ready_made:
             check_belongs(fisher, remaining.layers, self.model, "the fisher", "estimated")
         if add and before is not None:
@@ -308,9 +337,10 @@ class KronLaplace(LaplaceTorchNames):
             self._adopt(fisher, remaining)
         return self
 
-    def _reasons(self) -> dict[str, str]:
+    def _reasons(self, names: list[str]) -> dict[str, str]:
         """Why the posterior has no block for some modules, as far as that shows without data."""
-        search = search_layers(self.model, self._wanted, self._unsupported, self._exclude)
+        wanted = names if self._wanted == LAST else self._wanted
+        search = search_layers(self.model, wanted, self._unsupported, self._exclude)
         return {left.name: left.reason for left in search.left_out}
 
     def _adopt(self, fisher: KroneckerFisher, remaining: Remaining | None = None) -> None:

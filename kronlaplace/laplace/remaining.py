@@ -8,12 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronlaplace.coverage import NOT_WANTED
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace.prior import PriorStructure, by_layer, structure_of
-from kronlaplace.layers import Layer, Unsupported
+from kronlaplace.laplace.prior import (
+    Precision,
+    PriorMean,
+    PriorStructure,
+    by_layer,
+    mean_by_layer,
+    precision_tensor,
+    structure_of,
+)
+from kronlaplace.layers import NOT_WANTED, Layer, Unsupported
 
-__all__ = ["Remaining", "usable"]
+__all__ = ["PriorOfLast", "Remaining", "last_layer_of", "usable"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,41 @@ class Remaining:
         matrices = by_layer(self.precision, [layer.shape for layer in self.layers])
         parts = dict(zip([layer.name for layer in self.layers], matrices, strict=True))
         return torch.cat([parts[layer.name].flatten() for layer in kept])
+
+
+@dataclass
+class PriorOfLast:
+    """The prior over the last layer, as it was given, while it is not known which layer that is.
+
+    Attributes:
+        precision: Its precision if it has more than one number.
+        mean: Its mean.
+    """
+
+    precision: Precision | None = None
+    mean: PriorMean = 0.0
+
+    def over(self, layers: list[Layer], precision: Tensor) -> Remaining:
+        """The prior over this layer; ``precision`` is the one that is one number."""
+        value = precision if self.precision is None else self.precision
+        means = mean_by_layer(self.mean, layers)
+        named = {layer.name: mean for layer, mean in zip(layers, means, strict=True)}
+        return Remaining(layers, precision_tensor(value, layers).detach().clone(), named)
+
+
+def last_layer_of(fisher: KroneckerFisher) -> str:
+    """The last layer of the network that a Fisher is of.
+
+    Raises:
+        ValueError: If the Fisher does not know it.
+    """
+    name = fisher.metadata.last_layer
+    if name is None:
+        raise ValueError(
+            "the fisher does not tell which layer's output is the network's: it is none of those with a block, or the "
+            f'file is from before that was kept. Instead of layers="last" name one of {list(fisher)}.'
+        )
+    return name
 
 
 def usable(fisher: KroneckerFisher, layers: Sequence[Layer], unsupported: Unsupported) -> list[str]:

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from kronlaplace.coverage import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS
 from kronlaplace.layers.attention import attention_forward, attention_layers, attention_refusal
 from kronlaplace.layers.base import Layer, LinearLayer
 from kronlaplace.layers.convolution import ConvolutionLayer
-from kronlaplace.layers.names import entries_of, matching
+from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
 from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer, embedding_refusal
 from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 
@@ -158,8 +157,7 @@ def search_layers(
     Args:
         model: The network; its trainable parameters decide (``requires_grad``).
         names: Only these modules, or single blocks of them, by names or patterns (see `kronlaplace.layers.names`);
-            ``"last"`` for the one with trainable parameters that was registered last; None means every module with
-            trainable parameters.
+            None means every module with trainable parameters.
         unsupported: What happens to trainable parameters that cannot have a block.
         exclude: Names or patterns of what gets no block. Modules that share a parameter with one that is named have
             none either.
@@ -171,15 +169,13 @@ def search_layers(
         NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
     """
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
-    if names in (None, "last") and not owners:
+    if names is None and not owners:
         raise ValueError(
             "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
             "estimate. Set requires_grad_(True) on the layers that are to get a block."
         )
     found, refusals = _layers_of(owners)
     known = list(dict.fromkeys([*owners, *(layer.name for layer in found)]))
-    if names == "last":
-        names = [next(reversed(owners))]
     if names is not None:
         entries = entries_of(names, "layers")
         if not entries:

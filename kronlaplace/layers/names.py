@@ -7,7 +7,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["entries_of", "matching"]
+__all__ = ["NOT_WANTED", "NOT_WANTED_BY_EXCLUDE", "NOT_WANTED_BY_LAYERS", "entries_of", "matching"]
+
+NOT_WANTED_BY_LAYERS = "left out by layers="
+NOT_WANTED_BY_EXCLUDE = "left out by exclude="
+NOT_WANTED = ("left out", NOT_WANTED_BY_LAYERS, NOT_WANTED_BY_EXCLUDE)
+"""The notes of parameters that have no block because the caller wants none."""
 
 _SPECIAL = "*?["
 
