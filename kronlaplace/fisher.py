@@ -37,6 +37,7 @@ from kronlaplace.layer_checks import check_layers
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersError, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number, warn
+from kronlaplace.output_activation import check_outputs_are_logits
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
@@ -97,7 +98,8 @@ def estimate_fisher(
 
     Raises:
         ValueError: For empty data, NaN or infinite inputs, parameters or outputs, targets that do not fit, unknown
-            names, batch norm or dropout in training mode.
+            names, batch norm or dropout in training mode, outputs of a softmax or sigmoid where the likelihood takes
+            logits (a log-softmax is accepted with `Categorical`: it changes neither probabilities nor curvature).
         TypeError: For data, batches or options of the wrong type.
         NotImplementedError: For layers or outputs that are not supported, with the ways out.
 
@@ -297,6 +299,7 @@ def accumulate(
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
                 if i == 0:
                     if batch.index == 0:
+                        check_outputs_are_logits(model, batch.inputs, outputs, likelihood)
                         last_layer = recorder.last_layer(outputs)
                         likelihood = likelihood.informed_by(detached, batch.targets)
                     elif (batch.targets is None) != (statistics is None):

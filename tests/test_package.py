@@ -65,6 +65,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "replica",
         "example_axes",
         "last_layer",
+        "output_activation",
         "collect",
         "layer_checks",
         "blocks",
