@@ -28,21 +28,27 @@ class Accumulation:
     """
 
     def __init__(self, estimator: Estimator, layers: Sequence[Layer], ema_decay: float | None = None) -> None:
-        self.layers = list(layers)
-        self._layers = {layer.name: layer for layer in layers}
         self.passes = estimator.passes
         """How many times the data must be seen."""
-        self.estimators = {
-            layer.name: estimator if layer.factors or estimator.for_any_layer else Diagonal() for layer in layers
-        }
-        self._states: dict[str, State] = {
-            name: self.estimators[name].start(layer) for name, layer in self._layers.items()
-        }
+        self._estimator = estimator
+        self.start(layers)
         self._ema_decay = ema_decay
         self._pass = 1
         self._final_weights: dict[str, float] = {}  # of layers that needed fewer passes
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
+
+    def start(self, layers: Sequence[Layer]) -> None:
+        """Be for these layers, before any data have been seen."""
+        self.layers = list(layers)
+        self._layers = {layer.name: layer for layer in layers}
+        self.estimators = {
+            layer.name: self._estimator if layer.factors or self._estimator.for_any_layer else Diagonal()
+            for layer in layers
+        }
+        self._states: dict[str, State] = {
+            name: self.estimators[name].start(layer) for name, layer in self._layers.items()
+        }
 
     def begin_batch(self, calls: Mapping[str, Calls]) -> None:
         """Take the inputs of all layers, after the forward pass."""

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.example_axes import ExampleAxes, Layout, UnknownAxisError
+from kronlaplace.last_layer import LOG_SOFTMAX, can_be_last, maker_of
 from kronlaplace.layers import Call, Calls, Layer, UnusableLayersError, written_out
 from kronlaplace.memory_layout import with_contiguous_gradient
 from kronlaplace.replica import Replica
@@ -131,8 +132,13 @@ class Recorder:
 
     def leave_out(self, names: Collection[str]) -> None:
         """Go on without some of the layers; the last pass is forgotten."""
+        self.observe([layer for layer in self._layers if layer.name not in names])
+
+    def observe(self, layers: Sequence[Layer]) -> None:
+        """Let other layers report from now on; the last pass is forgotten."""
         self.clear()
-        self._attach([layer for layer in self._layers if layer.name not in names])
+        self._attach(layers)
+        self.clear()
 
     @property
     def calls(self) -> dict[str, Calls]:
@@ -143,6 +149,11 @@ class Recorder:
     def output_layer(self) -> Layer | None:
         """The linear layer whose output is the network's own in the last forward pass, untouched, if there is one."""
         return self._output_layer
+
+    def last_layer(self, outputs: Tensor) -> Layer | None:
+        """The layer whose output in the last pass is the network's, as it is or arranged anew, if it is one of these."""
+        maker = maker_of(outputs, also=(LOG_SOFTMAX,))
+        return next((layer for layer in self._layers if can_be_last(layer) and maker in self._makers[layer.name]), None)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Run the network with its graph.
@@ -172,7 +183,7 @@ class Recorder:
         if missing:
             raise UnusableLayersError(
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
-                "Their parameters are used by a function, or not at all; leave them out with layers=[...] or freeze them.",
+                "Their parameters are used by a function, or not at all.",
                 dict.fromkeys(missing, "its module is not called: a function uses its parameters, or nothing does"),
             )
         if not outputs.requires_grad:
@@ -266,7 +277,7 @@ class Recorder:
         if silent:
             raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
-                "them off; leave them out with layers=[...] or freeze them.",
+                "them off.",
                 dict.fromkeys(silent, "the network's outputs do not depend on it"),
             )
 
@@ -289,6 +300,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget the last pass."""
         self._calls: dict[str, list[Call]] = {layer.name: [] for layer in self._layers}
+        self._makers: dict[str, list[Any]] = {layer.name: [] for layer in self._layers}
         self._sources: list[GradientEdge] = []
         self._others: list[GradientEdge] = []
         self._outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
@@ -380,8 +392,7 @@ class Recorder:
         """
         if not output.requires_grad:
             raise UnusableLayersError(
-                f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?); leave it out with layers=[...] or "
-                "freeze it.",
+                f"layer {layer.name!r} ran without gradients (inside torch.no_grad()?).",
                 {layer.name: "it runs without gradients, inside torch.no_grad() for example"},
             )
         calls = self._calls[layer.name]
@@ -404,6 +415,7 @@ class Recorder:
         first = is_source or self._differentiable or not x.requires_grad
         (self._sources if first else self._others).append(get_gradient_edge(hooked))
         hand_on = partial(self._take, layer, index, axis, output.shape)
+        self._makers[layer.name].append(maker_of(output))
         hooked.register_hook(lambda grad: self._extension.report(module, hand_on, grad))
         return output
 
@@ -415,8 +427,7 @@ class Recorder:
             raise UnusableLayersError(
                 f"the network takes derivatives inside its forward pass, through layer {layer.name!r}: its outputs then "
                 "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
-                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True); or leave these "
-                "layers out with layers=[...].",
+                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True).",
                 {layer.name: reason},
             )
         grad = self._kept(grad).reshape(shape).movedim(axis, 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from kronlaplace.layers import NOT_WANTED
 
 __all__ = ["Coverage", "CoverageRow"]
 
@@ -87,13 +89,18 @@ class Coverage(Sequence[CoverageRow]):
 
     __repr__ = __str__
 
-    def restricted_to(self, layers: set[str]) -> Coverage:
-        """The same with the blocks of all other layers left out."""
+    def reasons(self) -> dict[str, str]:
+        """Why what has no block has none, by layer or module."""
+        return {row.layer: row.note for row in self if row.shape is None}
+
+    def restricted_to(self, layers: set[str], reasons: Mapping[str, str] | None = None) -> Coverage:
+        """The same with the blocks of all other layers left out, for reasons by layer."""
+        known = reasons or {}
         return Coverage(
             [
                 row
                 if row.shape is None or row.layer in layers
-                else replace(row, block="none", estimator="", shape=None, note="left out")
+                else replace(row, block="none", estimator="", shape=None, note=known.get(row.layer, NOT_WANTED[0]))
                 for row in self
             ]
         )

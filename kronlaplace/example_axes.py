@@ -75,7 +75,9 @@ class ExampleAxes:
         self._input_storages: set[int] = set()
         self._copies: list[Tensor] = []
         self._seen: list[tuple[str, Tensor]] | None = None
-        self._partial: set[str] = set()  # layers whose input neither grows with the examples nor is the same for all
+        self._partial: set[str] = (
+            set()
+        )  # layers with inputs that are not the same for all and do not grow in proportion
 
     def begin(self, inputs: Inputs) -> None:
         """A forward pass on these inputs begins."""
@@ -122,8 +124,7 @@ class ExampleAxes:
             raise UnknownAxisError(
                 layer.name,
                 f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {self.n_examples} examples. Keep the "
-                f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says, or leave it out "
-                "with layers=[...].",
+                f"examples on the axis that batch_first={getattr(module, 'batch_first', None)} says.",
             )
 
     def copied(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,9 @@ class ExampleAxes:
             grown = [axis for axis in range(x.ndim) if x.shape[axis] != y.shape[axis]]
             if not grown:
                 constant.append(((name, index), position))
-            elif len(grown) == 1 and x.shape[grown[0]] % n == 0:
+            elif len(grown) == 1 and x.shape[grown[0]] % n:
+                self._partial.add(name)
+            elif len(grown) == 1:
                 fold = x.shape[grown[0]] // n
                 first = y.narrow(grown[0], 0, x.shape[grown[0]])
                 if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
@@ -246,7 +249,7 @@ class ExampleAxes:
         raise UnusableLayersError(
             f"layers {shared} get an input that is the same for all examples, and the network does not bear a copy "
             "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
-            "positions.expand(len(x), -1)), or leave them out with layers=[...] or freeze them.",
+            "positions.expand(len(x), -1)).",
             dict.fromkeys(shared, "its input is the same for all examples"),
         )
 
@@ -266,9 +269,9 @@ class ExampleAxes:
     def unusable(self, error: UnknownAxisError) -> UnusableLayersError:
         """The error for the user, where a look did not help."""
         if error.layer in self._partial:
-            reason = "it sees a part of the batch, as an expert does, and not a row for each example"
+            reason = "it sees no fixed number of rows for each example, as an expert that sees a part of the batch"
             return UnusableLayersError(
-                f"layer {error.layer!r} cannot have a block: {reason}. Leave it out with layers=[...] or freeze it.",
+                f"layer {error.layer!r} cannot have a block: {reason}.",
                 {error.layer: reason},
             )
         return UnusableLayersError(str(error), {error.layer: str(error).partition("; ")[0]})
@@ -277,7 +280,7 @@ class ExampleAxes:
         return (
             f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
             f"{self.n_examples} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the "
-            "examples on the first axis (x[None] for one), or leave the layer out with layers=[...]."
+            "examples on the first axis (x[None] for one)."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from kronlaplace.alignment import Alignment
 from kronlaplace.batches import (
     Batch,
     DeferredChecks,
+    Inputs,
     Rewind,
     all_finite,
     device_of,
@@ -31,10 +32,12 @@ from kronlaplace.example_axes import Layout
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
+from kronlaplace.last_layer import LAST, check_last, find_last_layer
 from kronlaplace.layer_checks import check_layers
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersError, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number, warn
+from kronlaplace.output_activation import check_outputs_are_logits
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
@@ -48,6 +51,7 @@ def estimate_fisher(
     sampling: Sampling | str = Sampling.MC,
     mc_samples: int = 1,
     layers: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
     unsupported: Unsupported | str = Unsupported.ERROR,
     ema_decay: float | None = None,
     seed: int = 0,
@@ -76,7 +80,11 @@ def estimate_fisher(
             ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
             ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
         mc_samples: Label draws per example in ``"mc"``.
-        layers: Names of the modules that get a block; None means all with trainable parameters.
+        layers: Which modules get a block: their names, or patterns that match these as in `fnmatch`, such as
+            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. ``"last"`` is the linear layer or
+            convolution whose output is the network's, perhaps in another shape or behind a log-softmax; the first batch
+            shows which. None means all with trainable parameters.
+        exclude: Names or patterns of modules that get none.
         unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
             values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
             modules that are not called, do not matter to the outputs, or whose parameters a function uses, too.
@@ -90,7 +98,8 @@ def estimate_fisher(
 
     Raises:
         ValueError: For empty data, NaN or infinite inputs, parameters or outputs, targets that do not fit, unknown
-            names, batch norm or dropout in training mode.
+            names, batch norm or dropout in training mode, outputs of a softmax or sigmoid where the likelihood takes
+            logits (a log-softmax is accepted with `Categorical`: it changes neither probabilities nor curvature).
         TypeError: For data, batches or options of the wrong type.
         NotImplementedError: For layers or outputs that are not supported, with the ways out.
 
@@ -111,7 +120,18 @@ def estimate_fisher(
     check_model(model)
     warn_of_share(data)
     unsupported = choice(Unsupported, unsupported, "unsupported")
-    search = search_layers(model, layers, unsupported)
+    choose: Callable[[Inputs], list[Layer]] | None = None
+    if layers == LAST:
+        check_last(model, exclude)
+        search = LayerSearch([], [])
+
+        def choose(inputs: Inputs) -> list[Layer]:
+            nonlocal search
+            search = search_layers(model, [find_last_layer(model, inputs)], unsupported)
+            return search.layers
+
+    else:
+        search = search_layers(model, layers, unsupported, exclude)
     if sampling is Sampling.EMPIRICAL:
         warn(
             'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
@@ -130,6 +150,7 @@ def estimate_fisher(
             progress=progress,
             description=f"Fisher ({estimator.name})",
             unsupported=unsupported,
+            choose=choose,
         )
         blocks = accumulation.finish()
     search = search.without(passed.left_out)
@@ -147,6 +168,7 @@ def estimate_fisher(
         shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,
         layer_types={layer.name: type(layer).__name__ for layer in search.layers},
+        last_layer=passed.last_layer,
     )
     return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
 
@@ -161,6 +183,7 @@ class PassResult:
         statistics: Sufficient statistics of their log-likelihood, None without targets.
         layout: Where the examples are in the inputs.
         left_out: Layers that were left out on the way, with the reasons.
+        last_layer: The layer whose output is the network's, if it is one of those observed.
     """
 
     likelihood: Likelihood
@@ -168,6 +191,7 @@ class PassResult:
     statistics: Tensor | None
     layout: Layout
     left_out: dict[str, str]
+    last_layer: str | None
 
 
 def accumulate(
@@ -183,6 +207,7 @@ def accumulate(
     description: str,
     unsupported: Unsupported = Unsupported.ERROR,
     check_network: bool = True,
+    choose: Callable[[Inputs], Sequence[Layer]] | None = None,
 ) -> PassResult:
     """Show an accumulation the data, as often as its estimator needs.
 
@@ -200,6 +225,7 @@ def accumulate(
         unsupported: What happens to layers that cannot have a block in the network as it runs.
         check_network: Whether the first batch must show that the layers' calls are all there is to them, which takes two
             backward passes.
+        choose: Tells the layers by the first batch's inputs, if the accumulation has none yet.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -217,6 +243,7 @@ def accumulate(
     alignment = Alignment(model, likelihood)
     beginning: Tensor | None = None
     left_out: dict[str, str] = {}
+    last_layer: Layer | None = None
 
     with (
         preserved_random_state(device),
@@ -257,6 +284,10 @@ def accumulate(
                 for t in tensors_of(batch.inputs):
                     if t.is_floating_point():
                         checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
+                if choose is not None and i == 0 and batch.index == 0:
+                    with explained_errors(model, batch.inputs.value, batch.index):
+                        accumulation.start(choose(batch.inputs))
+                    recorder.observe(accumulation.layers)
                 several = batch.inputs.count(recorder.layout.input_axis) > 1
                 outputs = observed(batch, unchecked or (rows_unchecked and several))
                 detached = outputs.detach()
@@ -268,6 +299,8 @@ def accumulate(
                     checks.require(_same(beginning, detached), batch, _OTHER_ORDER)
                 if i == 0:
                     if batch.index == 0:
+                        check_outputs_are_logits(model, batch.inputs, outputs, likelihood)
+                        last_layer = recorder.last_layer(outputs)
                         likelihood = likelihood.informed_by(detached, batch.targets)
                     elif (batch.targets is None) != (statistics is None):
                         raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
@@ -299,7 +332,8 @@ def accumulate(
                 del outputs, calls
         layout = recorder.layout
     checks.settle()
-    return PassResult(likelihood, n_examples, statistics, layout, left_out)
+    name = None if last_layer is None else last_layer.name
+    return PassResult(likelihood, n_examples, statistics, layout, left_out, name)
 
 
 _OTHER_ORDER = (

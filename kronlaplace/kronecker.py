@@ -40,6 +40,7 @@ class FisherMetadata:
         shared_inputs: Input tensors that are the same for all examples, by their paths in the inputs.
         ema_decay: Decay of the moving average, None for a plain mean.
         layer_types: Which class of `kronlaplace.layers` each layer is of, by name.
+        last_layer: The layer whose output is the network's, None if it is none of these.
     """
 
     likelihood: Likelihood
@@ -55,6 +56,7 @@ class FisherMetadata:
     shared_inputs: tuple[str, ...] = ()
     ema_decay: float | None = None
     layer_types: dict[str, str] = field(default_factory=dict)
+    last_layer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
@@ -72,6 +74,7 @@ class FisherMetadata:
             "shared_inputs": list(self.shared_inputs),
             "ema_decay": self.ema_decay,
             "layer_types": self.layer_types,
+            "last_layer": self.last_layer,
         }
 
     @classmethod
@@ -91,6 +94,7 @@ class FisherMetadata:
             shared_inputs=tuple(values.get("shared_inputs", ())),
             ema_decay=values.get("ema_decay"),
             layer_types=values.get("layer_types", {}),
+            last_layer=values.get("last_layer"),
         )
 
 
@@ -173,8 +177,12 @@ class KroneckerFisher(Mapping[str, Block]):
         """Frobenius norm of the block-diagonal matrix, 0-dim."""
         return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
 
-    def restricted_to(self, layers: Sequence[str]) -> KroneckerFisher:
+    def restricted_to(self, layers: Sequence[str], reasons: Mapping[str, str] | None = None) -> KroneckerFisher:
         """The Fisher of some of the layers; blocks and their decompositions are shared.
+
+        Args:
+            layers: Names of the layers.
+            reasons: Why others are left out, by name, for `coverage`.
 
         Raises:
             KeyError: If a layer has no block.
@@ -182,7 +190,9 @@ class KroneckerFisher(Mapping[str, Block]):
         blocks = {name: self[name] for name in layers}
         parameters = {name: self.metadata.parameters[name] for name in layers}
         metadata = replace(
-            self.metadata, parameters=parameters, coverage=self.metadata.coverage.restricted_to(set(layers))
+            self.metadata,
+            parameters=parameters,
+            coverage=self.metadata.coverage.restricted_to(set(layers), reasons),
         )
         return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
 

@@ -36,7 +36,7 @@ def check_layers(recorder: Recorder, outputs: Tensor, generator: torch.Generator
     if bypassed:
         raise UnusableLayersError(
             f"the network reaches these layers through references that a copy of it cannot follow: {bypassed}. Keep "
-            "modules as attributes of modules, or leave them out with layers=[...] or freeze them.",
+            "modules as attributes of modules.",
             dict.fromkeys(bypassed, "it is reached through a reference that a copy of the network cannot follow"),
         )
     n = len(outputs)
@@ -79,8 +79,7 @@ def _refuse(unexplained: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
         raise UnusableLayersError(
             f"in these layers the rows do not belong to the examples, one by one and in their order: {rows}. The forward "
             "pass mixes examples, or gives the layer as many rows as there are examples by coincidence (selected tokens, a "
-            "table that is the same for all). Keep the examples on the first axis, or leave them out with layers=[...] or "
-            "freeze them.",
+            "table that is the same for all). Keep the examples on the first axis.",
             dict.fromkeys(rows, "its rows do not belong to the examples one by one"),
         )
     if bad:
@@ -88,7 +87,7 @@ def _refuse(unexplained: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
             "\n".join(
                 f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, "
                 "by a function such as F.linear(x, layer.weight), or a hook changed the layer. Use the module itself in "
-                "both places, or leave it out with layers=[...] or freeze it."
+                "both places."
                 for name in bad
             ),
             dict.fromkeys(bad, "its parameters are also used by a function, or it was changed by a hook"),

@@ -234,7 +234,8 @@ def test_nothing_trainable():
         (["4"], r"no module '4'; with trainable parameters are \['0', '2'\]"),
         (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
         (["0", "0"], "a name stands there twice"),
-        ("0", r'must be a list of module names, or "last"; got the string .0.. Use'),
+        ("4", r"no module '4'; with trainable parameters are \['0', '2'\]"),
+        ("[1]*", r"no module with trainable parameters of its own matches '\[1\]\*'; there are \['0', '2'\]"),
         ([], r"layers is empty; name at least one of \['0', '2'\]"),
     ],
 )
@@ -401,7 +402,9 @@ def test_fit_takes_data_or_a_fisher():
     fisher = kl.estimate_fisher(other, [X], "classification")
     with pytest.raises(ValueError, match=r"the fisher is of another network: layer '0' has .* \(7, 5\) matrix there"):
         posterior.fit(fisher=fisher)
-    with pytest.raises(ValueError, match=r"the fisher has blocks for \['2'\], the model's layers are \['0', '2'\]"):
+    with pytest.raises(
+        ValueError, match=r"the fisher has no blocks for the layers \['0'\] of the posterior, only for \['2'\]"
+    ):
         posterior.fit(fisher=kl.estimate_fisher(posterior.model, [X], "classification", layers=["2"]))
     fisher = kl.estimate_fisher(posterior.model, [X], "regression")
     with pytest.raises(ValueError, match=r"estimated with Gaussian.*the posterior has Categorical"):

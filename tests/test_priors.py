@@ -382,7 +382,7 @@ def test_bad_hyperparameters_are_refused(options, error, message):
 
 
 def test_last_layer():
-    """``layers="last"`` is the posterior over the module that was registered last."""
+    """``layers="last"`` is the posterior over the layer whose output is the network's."""
     made = problem("cnn")
     posterior, other = made.fitted(layers="last"), made.fitted(layers=["5"])
     assert list(posterior.fisher) == ["5"]

@@ -41,15 +41,18 @@ from kronlaplace.laplace.prior import (
     Precision,
     PriorMean,
     PriorStructure,
+    is_number,
     mean_by_layer,
     precision_tensor,
 )
+from kronlaplace.laplace.remaining import PriorOfLast, Remaining, last_layer_of, usable
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.terms import Between
 from kronlaplace.laplace.tuning import SUSPICIOUS_NOISE, NoiseTuning, known_noise, maximise_evidence
 from kronlaplace.laplace.validation import Validator, best_of_grid, default_grid
-from kronlaplace.layers import Layer, Unsupported, find_layers
+from kronlaplace.last_layer import LAST, check_last
+from kronlaplace.layers import Layer, Unsupported, entries_of, find_layers, search_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
@@ -86,9 +89,13 @@ class KronLaplace(LaplaceTorchNames):
             weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
         prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
-        layers: Names of the modules that get a posterior; ``"last"`` for the one that was registered last; None means all
-            with trainable parameters.
-        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values.
+        layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
+            in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
+            network's; `fit` finds it, and what belongs to single weights or layers is not known before.
+        exclude: Names or patterns of modules that get none.
+        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
+            of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
+            their entries in the prior; the Fisher's `coverage` has the reasons. They do not come back in later fits.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
@@ -107,12 +114,22 @@ class KronLaplace(LaplaceTorchNames):
         prior_mean: PriorMean = 0.0,
         temperature: float = 1.0,
         layers: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str = (),
         unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
-        found = find_layers(model, layers, choice(Unsupported, unsupported, "unsupported"))
+        self._unsupported = choice(Unsupported, unsupported, "unsupported")
+        self._wanted = layers if layers is None or layers == LAST else entries_of(layers, "layers")
+        self._exclude = entries_of(exclude, "exclude")
+        found: list[Layer] = []  # of the last layer alone only the fit shows which it is
+        self._prior_of_last = PriorOfLast()
+        if layers == LAST:
+            check_last(model, self._exclude)
+            self._prior_of_last = PriorOfLast().with_precision(prior_precision).with_mean(prior_mean)
+        else:
+            found = find_layers(model, self._wanted, self._unsupported, self._exclude)
         self._state = State(
             found,
             resolve_likelihood(likelihood),
@@ -133,7 +150,7 @@ class KronLaplace(LaplaceTorchNames):
     def __repr__(self) -> str:
         now = self._state
         state = f"fitted to {now.fit.fisher.n_examples:,} examples" if now.fit else "not fitted"
-        names = [layer.name for layer in now.layers]
+        names = [layer.name for layer in now.layers] or LAST
         precision = now.prior_precision
         prior = f"{float(precision):.4g}" if precision.ndim == 0 else f"{len(precision)} values"
         if precision.ndim > 0 and len(precision) == len(names):
@@ -164,20 +181,38 @@ class KronLaplace(LaplaceTorchNames):
 
         May be set after the fit, to whatever the constructor takes: that costs no new pass.
         """
+        self._check_known(self._prior_of_last.precision is None)
         return self._state.prior_precision
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
+        if not self._layers:
+            self._prior_of_last = self._prior_of_last.with_precision(value)
         self._change(prior_precision=_own_precision(value, self._layers))
 
     @property
     def prior_mean(self) -> dict[str, Tensor]:
         """Mean of the prior, each block's matrix ``(q, p)``. May be set after the fit, to what the constructor takes."""
+        self._check_known()
         return dict(self._state.prior_mean)
 
     @prior_mean.setter
     def prior_mean(self, value: PriorMean) -> None:
+        if not self._layers:
+            self._prior_of_last = self._prior_of_last.with_mean(value)
         self._change(prior_mean=_means(value, self._layers))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the blocks, in their order; those that a fit has found to be unusable are gone."""
+        self._check_known()
+        return [layer.name for layer in self._layers]
+
+    def _check_known(self, known: bool = False) -> None:
+        if not (self._layers or known):
+            raise RuntimeError(
+                'layers="last" is found by the fit; before that it is not known. Call fit(loader) first.'
+            )
 
     @property
     def temperature(self) -> float:
@@ -207,6 +242,8 @@ class KronLaplace(LaplaceTorchNames):
 
     def _following(self, state: State) -> State:
         """The state on the network's device and in its dtype."""
+        if not state.layers:
+            return state
         layers = find_layers(self.model, [layer.name for layer in state.layers])
         mean = torch.cat([mean.flatten() for mean in state.prior_mean.values()])
         moved = replace(
@@ -240,7 +277,8 @@ class KronLaplace(LaplaceTorchNames):
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
-                may have more blocks than the posterior has layers; `estimator` becomes the one that it was made with.
+                may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
+                could not have one; `estimator` becomes the one that it was made with.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
@@ -262,9 +300,11 @@ class KronLaplace(LaplaceTorchNames):
         if isinstance(data, KroneckerFisher):
             raise TypeError("a ready-made Fisher is given by name: fit(fisher=...).")
         likelihood = self.likelihood
-        before = self._state.fit
+        state = self._state
+        before = None if state.fit is None else state.fit.fisher
         if add and before is not None:
-            likelihood = before.fisher.metadata.likelihood  # with the noise of that fit; it may have been tuned since
+            likelihood = before.metadata.likelihood  # with the noise of that fit; it may have been tuned since
+        ready_made = fisher is not None
         if fisher is None:
             assert data is not None
             fisher = estimate_fisher(
@@ -274,29 +314,56 @@ class KronLaplace(LaplaceTorchNames):
                 self.estimator,
                 sampling=sampling,
                 mc_samples=mc_samples,
-                layers=[layer.name for layer in self._layers],
+                layers=self._wanted,
+                exclude=self._exclude,
+                unsupported=self._unsupported,
                 seed=seed,
                 progress=progress,
             )
+            names = list(fisher)
         else:
             check_model(self.model)
-            names = [layer.name for layer in self._layers]
-            if set(names) < set(fisher):  # estimated once for all layers, used here for some
-                fisher = fisher.restricted_to(names)
+            layers = self._layers or find_layers(self.model, [last_layer_of(fisher)])
+            names = usable(fisher, layers, self._unsupported)
             if type(fisher.metadata.likelihood) is not type(likelihood):
                 raise ValueError(
                     f"the fisher was estimated with {fisher.metadata.likelihood}, the posterior has {likelihood}."
                 )
-            check_belongs(fisher, self._layers, self.model, "the fisher", "estimated")
-        fisher = combined(before.fisher, fisher) if add and before is not None else fisher
+        if state.layers:
+            remaining = Remaining(state.layers, state.prior_precision, state.prior_mean).only(names)
+        else:
+            remaining = self._prior_of_last.over(find_layers(self.model, names), state.prior_precision)
+        names = [layer.name for layer in remaining.layers]
+        reasons = {} if before is None else before.coverage().reasons()
+        if set(names) < set(fisher):  # estimated once for all layers, used here for some
+            fisher = fisher.restricted_to(names, self._reasons(names) | reasons)
+        if ready_made:
+            check_belongs(fisher, remaining.layers, self.model, "the fisher", "estimated")
+        if add and before is not None:
+            if set(names) < set(before):
+                before = before.restricted_to(names, fisher.coverage().reasons())
+            fisher = combined(before, fisher)
         with torch.inference_mode(False):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-            self._adopt(fisher)
+            self._adopt(fisher, remaining)
         return self
 
-    def _adopt(self, fisher: KroneckerFisher) -> None:
-        """Become the posterior of ``fisher``, which is of this network at its present weights."""
-        changes: dict[str, Any] = {"fit": self._fit_of(fisher, self._layers)}
+    def _reasons(self, names: list[str]) -> dict[str, str]:
+        """Why the posterior has no block for some modules, as far as that shows without data."""
+        wanted = names if self._wanted == LAST else self._wanted
+        search = search_layers(self.model, wanted, self._unsupported, self._exclude)
+        return {left.name: left.reason for left in search.left_out}
+
+    def _adopt(self, fisher: KroneckerFisher, remaining: Remaining | None = None) -> None:
+        """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
+        changes: dict[str, Any] = {}
+        if remaining is not None:
+            changes = {
+                "layers": remaining.layers,
+                "prior_precision": remaining.precision,
+                "prior_mean": remaining.mean,
+            }
+        changes["fit"] = self._fit_of(fisher, self._layers if remaining is None else remaining.layers)
         likelihood = self.likelihood
         if isinstance(likelihood, Categorical) and likelihood.class_axis is None:
             changes["likelihood"] = fisher.metadata.likelihood  # the targets have told where the classes are
@@ -749,11 +816,15 @@ def _gradients(wanted: bool) -> Iterator[None]:
 
 
 def _own_precision(value: Precision, layers: Sequence[Layer]) -> Tensor:
+    if not layers and not is_number(value):
+        value = 1.0  # nothing yet that it could belong to; `PriorOfLast` has it
     with torch.inference_mode(False):
         return precision_tensor(value, layers).detach().clone()
 
 
 def _means(value: PriorMean, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    if not layers:
+        return {}
     return {layer.name: mean for layer, mean in zip(layers, mean_by_layer(value, layers), strict=True)}
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kronlaplace.layers import Layer
 
-__all__ = ["Precision", "PriorMean", "PriorStructure", "mean_by_layer", "precision_by_layer", "precision_tensor"]
+__all__ = [
+    "Precision",
+    "PriorMean",
+    "PriorStructure",
+    "is_number",
+    "mean_by_layer",
+    "precision_by_layer",
+    "precision_tensor",
+]
 
 Precision: TypeAlias = float | Sequence[float] | Tensor | Mapping[str, Tensor]
 PriorMean: TypeAlias = float | Tensor | Mapping[str, Tensor]
@@ -40,7 +48,7 @@ def precision_tensor(value: Precision, layers: Sequence[Layer]) -> Tensor:
         TypeError: If it is nothing of the kind.
         ValueError: For another number of them, or values that are not positive and finite.
     """
-    device = layers[0].device
+    device = layers[0].device if layers else None
     try:
         if isinstance(value, Mapping):
             value = _joined(_from_parameters(value, layers, "prior_precision"))
@@ -63,6 +71,11 @@ def precision_tensor(value: Precision, layers: Sequence[Layer]) -> Tensor:
         bad = float(precision.detach()[~good].flatten()[0])
         raise ValueError(f"prior_precision must be positive and finite, got {bad}.")
     return precision
+
+
+def is_number(value: object) -> bool:
+    """Whether a prior is one number for all weights."""
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def structure_of(precision: Tensor, n_layers: int) -> PriorStructure:

@@ -183,6 +183,7 @@ def train_by_evidence(
             gain = record.log_marginal_likelihood - (best[0].log_marginal_likelihood if best else -math.inf)
             if best is None or gain > 0:
                 best = record, copy.deepcopy(model.state_dict()), posterior.fisher
+            layers = [layer for layer in layers if layer.name in posterior.layers]
             since_gain = 0 if gain > NEGLIGIBLE else since_gain + 1
             if patience is not None and since_gain >= patience:
                 break

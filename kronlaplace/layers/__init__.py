@@ -12,9 +12,11 @@ from kronlaplace.layers.find import (
     search_layers,
     written_out,
 )
+from kronlaplace.layers.names import NOT_WANTED, entries_of
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
+    "NOT_WANTED",
     "SUPPORTED_LAYERS",
     "Call",
     "Calls",
@@ -26,6 +28,7 @@ __all__ = [
     "Sums",
     "Unsupported",
     "UnusableLayersError",
+    "entries_of",
     "find_layers",
     "search_layers",
     "written_out",

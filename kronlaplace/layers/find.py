@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from kronlaplace.layers.attention import attention_forward, attention_layers, attention_refusal
 from kronlaplace.layers.base import Layer, LinearLayer
 from kronlaplace.layers.convolution import ConvolutionLayer
+from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
 from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer, embedding_refusal
 from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 
@@ -136,43 +137,74 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def find_layers(
-    model: nn.Module, names: Sequence[str] | str | None = None, unsupported: Unsupported = Unsupported.ERROR
+    model: nn.Module,
+    names: Sequence[str] | str | None = None,
+    unsupported: Unsupported = Unsupported.ERROR,
+    exclude: Sequence[str] | str = (),
 ) -> list[Layer]:
     """The layers of `search_layers`."""
-    return search_layers(model, names, unsupported).layers
+    return search_layers(model, names, unsupported, exclude).layers
 
 
 def search_layers(
-    model: nn.Module, names: Sequence[str] | str | None = None, unsupported: Unsupported = Unsupported.ERROR
+    model: nn.Module,
+    names: Sequence[str] | str | None = None,
+    unsupported: Unsupported = Unsupported.ERROR,
+    exclude: Sequence[str] | str = (),
 ) -> LayerSearch:
     """The layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
 
     Args:
         model: The network; its trainable parameters decide (``requires_grad``).
-        names: Only these modules, or single blocks of them; ``"last"`` for the one with trainable parameters that was
-            registered last; None means every module with trainable parameters.
+        names: Only these modules, or single blocks of them, by names or patterns (see `kronlaplace.layers.names`);
+            None means every module with trainable parameters.
         unsupported: What happens to trainable parameters that cannot have a block.
+        exclude: Names or patterns of what gets no block. Modules that share a parameter with one that is named have
+            none either.
 
     Raises:
-        ValueError: If a name is unknown, twice, or without trainable parameters, or nothing is left.
+        TypeError: For names that are no strings.
+        ValueError: If a name is unknown, twice, or without trainable parameters, a pattern matches nothing, or nothing is
+            left.
         NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
     """
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
-    if names in (None, "last") and not owners:
+    if names is None and not owners:
         raise ValueError(
             "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
             "estimate. Set requires_grad_(True) on the layers that are to get a block."
         )
     found, refusals = _layers_of(owners)
-    if names == "last":
-        names = [next(reversed(owners))]
+    known = list(dict.fromkeys([*owners, *(layer.name for layer in found)]))
     if names is not None:
-        found, refusals = _selected(model, owners, found, refusals, names)
-    if refusals and unsupported is Unsupported.ERROR:
+        entries = entries_of(names, "layers")
+        if not entries:
+            raise ValueError(f"layers is empty; name at least one of {list(owners)}, or leave it out for all.")
+        wanted = matching(entries, "layers", known, model)
+        found = [layer for layer in found if _is_named(layer, wanted, owners)]
+        refusals = {name: reason for name, reason in refusals.items() if name in wanted}
+    unwanted = matching(entries_of(exclude, "exclude"), "exclude", known, model)
+    excluded = [layer for layer in found if _is_named(layer, unwanted, owners)]
+    found = [layer for layer in found if layer not in excluded]
+    refusals = {name: reason for name, reason in refusals.items() if name not in unwanted}
+    if not found and not refusals:
+        raise ValueError(f"exclude={exclude!r} leaves no layer; with trainable parameters are {list(owners)}.")
+    if not found or (refusals and unsupported is Unsupported.ERROR):
         raise NotImplementedError(_refusal_message(owners, refusals))
-    if not found:
-        raise NotImplementedError(_refusal_message(owners, refusals))
-    return LayerSearch(found, _left_out(model, found, refusals, names is not None))
+    by_layers = owners.values() if names is not None else ()
+    by_exclude = [*(owners[name] for name in unwanted if name in owners), *(m for la in excluded for m in la.modules)]
+    reasons = _by(NOT_WANTED_BY_LAYERS, by_layers) | _by(NOT_WANTED_BY_EXCLUDE, by_exclude)
+    return LayerSearch(found, _left_out(model, found, refusals, reasons))
+
+
+def _by(reason: str, modules: Iterable[nn.Module]) -> dict[int, str]:
+    """A reason for all parameters of some modules, by their ids."""
+    return {id(p): reason for module in modules for p in module.parameters(recurse=False)}
+
+
+def _is_named(layer: Layer, names: Collection[str], owners: Mapping[str, nn.Module]) -> bool:
+    """Whether a block or one of its modules is among the names."""
+    return layer.name in names or any(owners[name] in layer.modules for name in names if name in owners)
 
 
 def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str]]:
@@ -265,38 +297,6 @@ def _geometry(module: Any) -> tuple[Any, ...]:
     return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
 
 
-def _selected(
-    model: nn.Module,
-    owners: dict[str, nn.Module],
-    found: list[Layer],
-    refusals: dict[str, str],
-    names: Sequence[str] | str,
-) -> tuple[list[Layer], dict[str, str]]:
-    if isinstance(names, str):
-        raise ValueError(
-            f'layers must be a list of module names, or "last"; got the string {names!r}. Use [{names!r}].'
-        )
-    names = list(names)
-    if not names:
-        raise ValueError(f"layers is empty; name at least one of {list(owners)}, or leave it out for all.")
-    if len(set(names)) != len(names):
-        raise ValueError(f"layers: a name stands there twice in {names}.")
-    known = dict(model.named_modules())
-    blocks = {layer.name for layer in found}
-    for name in names:
-        if name in blocks or name in owners:
-            continue
-        if name not in known:
-            raise ValueError(f"layers: the model has no module {name!r}; with trainable parameters are {list(owners)}.")
-        raise ValueError(
-            f"layers: module {name!r} ({type(known[name]).__name__}) has no trainable parameters of its own; "
-            f"those that have are {list(owners)}."
-        )
-    wanted = {id(owners[name]) for name in names if name in owners}
-    layers = [layer for layer in found if layer.name in names or any(id(m) in wanted for m in layer.modules)]
-    return layers, {name: reason for name, reason in refusals.items() if name in names}
-
-
 def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> str:
     lines = [
         f"  {name or '(the model itself)'} ({type(owners[name]).__name__}): {why}" for name, why in refusals.items()
@@ -305,20 +305,26 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
         "no block for\n"
         + "\n".join(lines)
         + f"\nSupported: {', '.join(family.__name__ for family in _FAMILIES)}. The ways out: leave the module out with "
-        "layers=[...] (names of the modules that get a block), freeze it with requires_grad_(False) on those "
-        "parameters, or ask for "
+        "layers=[...] (names of the modules that get a block) or exclude=[...], freeze it with "
+        "requires_grad_(False) on those parameters, or ask for "
         'unsupported="fixed". Its parameters then stay at their trained values.'
     )
 
 
-def _left_out(model: nn.Module, layers: list[Layer], refusals: dict[str, str], selected: bool) -> list[LeftOut]:
-    covered = {id(p) for layer in layers for m in layer.modules for p in m.parameters(recurse=False) if p.requires_grad}
+def _left_out(
+    model: nn.Module, layers: list[Layer], refusals: dict[str, str], reasons: Mapping[int, str]
+) -> list[LeftOut]:
+    """All parameters without a block, module by module; reasons by the ids of parameters that the caller left out."""
+    covered = {id(p) for layer in layers for p in (*layer.parameters.values(), *layer.redundant.values())}
     rows = []
     for name, module in model.named_modules():
         rest = [p for p in module.parameters(recurse=False) if id(p) not in covered]
-        why = refusals.get(name, "left out by layers=" if selected else "no block")
-        for trainable, reason in ((False, "frozen: requires_grad is False"), (True, why)):
-            count = sum(p.numel() for p in rest if p.requires_grad is trainable)
-            if count:
-                rows.append(LeftOut(name, type(module).__name__, count, reason))
+        counts: dict[str, int] = {}
+        for p in rest:
+            if p.requires_grad:
+                why = refusals.get(name) or reasons.get(id(p), "no block")
+            else:
+                why = "frozen: requires_grad is False"
+            counts[why] = counts.get(why, 0) + p.numel()
+        rows += [LeftOut(name, type(module).__name__, count, why) for why, count in counts.items() if count]
     return rows

@@ -76,9 +76,7 @@ def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) ->
         steps, state = _run(module, "", 0, report, x.unsqueeze(1), state)
         return state if isinstance(module, nn.LSTMCell) else state[0]
     if not isinstance(x, Tensor):
-        raise NotImplementedError(
-            "packed sequences are not supported: pad them, or leave the layer out with layers=[...] or freeze it."
-        )
+        raise NotImplementedError("packed sequences are not supported: pad them.")
     if x.ndim != 3:
         raise NotImplementedError("recurrent layers need batches, inputs with three axes; add one with x[None].")
     x = x if module.batch_first else x.transpose(0, 1)
