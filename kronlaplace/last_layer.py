@@ -128,13 +128,23 @@ def module_of_outputs(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn
 
     for name, module in watched.items():
         replica(module).register_forward_hook(lambda _, __, output, name=name: mark(name, output))
+    copies = inputs.map(lambda t: t.detach().clone())
     with torch.inference_mode(False), torch.enable_grad():
-        outputs = inputs.map(lambda t: t.detach().clone()).run(replica.model)
+        try:
+            outputs = copies.run(replica.model)
+        except RuntimeError:
+            inputs.map(lambda t: t.detach().clone()).run(Replica(model).model)  # fails as well if it is not the cuts
+            return _Origin(None, "Derivatives inside the forward pass", _in_order(marks))
     maker = maker_of(outputs, also=(LOG_SOFTMAX,))
     origin = getattr(maker, "variable", None)  # of a node that stands for a tensor that was not computed
     found = next((name for name, cut in marks if cut is origin), None)
-    called = list(dict.fromkeys(name for name, _ in reversed(marks)))[::-1]
-    return _Origin(found, "nothing that can be differentiated" if maker is None else operation(maker), called)
+    made_by = "nothing that can be differentiated" if maker is None else operation(maker)
+    return _Origin(found, made_by, _in_order(marks))
+
+
+def _in_order(marks: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """The names in the order of their last marks."""
+    return list(dict.fromkeys(name for name, _ in reversed(marks)))[::-1]
 
 
 def find_last_layer(model: nn.Module, inputs: Inputs) -> str:

@@ -82,7 +82,15 @@ def test_found_whatever_was_registered_last(name):
         assert posterior.fit(BATCHES).layers == ["head"]
 
 
+def derivative(self, h):
+    """As of an energy, with respect to what goes into the head."""
+    with torch.enable_grad():
+        x = h.detach().requires_grad_()
+        return torch.autograd.grad(self.head(x).square().sum(), x, create_graph=True)[0][:, :3]
+
+
 SEVERAL = {
+    "derivatives": (derivative, {}, "Derivatives inside the forward pass"),
     "multiplied": (lambda s, h: 2 * s.head(h), {}, r"an operation behind its layers \(Mul\)"),
     "a temperature": (
         lambda s, h: s.head(h) / s.temperature.weight.squeeze(),
@@ -133,6 +141,15 @@ def test_asks_where_no_layer_is_the_last(name):
     with pytest.raises(ValueError, match=message):
         posterior.fit(BATCHES)
     assert "layers=last" in repr(posterior)
+
+
+def test_a_fisher_from_a_file(tmp_path):
+    model = Network(FOUND["as it is"])
+    kl.estimate_fisher(model, BATCHES, "classification").save(tmp_path / "fisher.safetensors")
+    fisher = kl.KroneckerFisher.load(tmp_path / "fisher.safetensors")
+    posterior = kl.KronLaplace(model, "classification", layers="last").fit(fisher=fisher)
+    assert posterior.layers == ["head"]
+    assert {row.note for row in posterior.fisher.coverage()} == {"", "left out by layers="}
 
 
 def test_a_fisher_that_does_not_tell():
