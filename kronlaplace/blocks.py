@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, eigendecompose, trace
+from kronlaplace.linalg import Eigen, Named, eigendecompose, trace
 
 __all__ = [
     "Block",
@@ -108,9 +108,9 @@ class Block(ABC):
     def to_tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, for saving; `block_from_tensors` is the inverse."""
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        """Matrices whose eigendecompositions are still missing, by a name for errors."""
-        return {}
+    def undecomposed(self) -> list[Named]:
+        """Matrices whose eigendecompositions are still missing, with names for messages."""
+        return []
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         """Take the eigendecompositions of `undecomposed`, in its order."""
@@ -124,9 +124,7 @@ def decompose(blocks: Iterable[Block]) -> None:
         ValueError: If a factor has NaN or infinite entries, naming its layer.
     """
     todo = [(block, block.undecomposed()) for block in blocks]
-    names = [(i, name) for i, (_, matrices) in enumerate(todo) for name in matrices]
-    matrices = {f"{name}{' ' * i}": todo[i][1][name] for i, name in names}  # one layer may be there twice, scaled
-    parts = iter(eigendecompose(matrices).values())
+    parts = iter(eigendecompose([named for _, missing in todo for named in missing]))
     for block, missing in todo:
         if missing:
             block.adopt([next(parts) for _ in missing])
@@ -239,16 +237,16 @@ class KroneckerBlock(RotatedBlock):
         block._eigen = self._eigen
         return block
 
-    def undecomposed(self) -> dict[str, Tensor]:
+    def undecomposed(self) -> list[Named]:
         if self._eigen is not None:
-            return {}
+            return []
         gradient, activation = self._factors
         suffixes = [f", group {k}" for k in range(len(gradient))] if len(gradient) > 1 else [""]
-        return {
-            f"the {which} factor of layer {self.name!r}{suffix}": factor
+        return [
+            (f"the {which} factor of layer {self.name!r}{suffix}", factor)
             for which, factors in (("gradient", gradient), ("activation", activation))
             for suffix, factor in zip(suffixes, factors, strict=True)
-        }
+        ]
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         half = len(parts) // 2
@@ -451,8 +449,8 @@ class DenseBlock(Block):
         block._eigen = self._eigen
         return block
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        return {} if self._eigen is not None else {f"the block of layer {self.name!r}": self.matrix}
+    def undecomposed(self) -> list[Named]:
+        return [] if self._eigen is not None else [(f"the block of layer {self.name!r}", self.matrix)]
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         (self._eigen,) = parts
