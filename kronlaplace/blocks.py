@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, Named, eigendecompose, trace
+from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, trace
 
 __all__ = [
     "Block",
@@ -124,7 +124,7 @@ def decompose(blocks: Iterable[Block]) -> None:
         ValueError: If a factor has NaN or infinite entries, naming its layer.
     """
     todo = [(block, block.undecomposed()) for block in blocks]
-    parts = iter(eigendecompose([named for _, missing in todo for named in missing]))
+    parts = iter(eigendecompose_moments([named for _, missing in todo for named in missing]))
     for block, missing in todo:
         if missing:
             block.adopt([next(parts) for _ in missing])

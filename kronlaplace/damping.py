@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, KroneckerBlock, decompose
+from kronlaplace.blocks import Block, DenseBlock, EigenBlock, KroneckerBlock, decompose
 from kronlaplace.inversion import DampedInverse, PlusDiagonal
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.options import positive_number
@@ -52,7 +52,7 @@ class Damping(ABC):
         Raises:
             TypeError: If it is not a block.
             ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
-                naming the layer.
+                naming the layer. Eigenvalues count as zero where they are no larger than rounding.
         """
         if not isinstance(block, Block):
             raise TypeError(
@@ -112,7 +112,10 @@ class Tikhonov(Damping):
                     f"weight; got shape {tuple(self.damping.shape)}."
                 )
             inverse = PlusDiagonal(block).damped(self.damping)
-            return _checked(inverse.block, inverse.eigenvalues, float(self.damping.detach().min()))
+            smallest = float(self.damping.detach().min())
+            if smallest == 0 and isinstance(block, EigenBlock) and inverse.block is not block:
+                _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
+            return _checked(inverse.block, inverse.eigenvalues, smallest)
         damping = torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
         return _checked(block, block.eigenvalues() + damping, float(damping.detach()))
 
@@ -315,9 +318,29 @@ def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInvers
             f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look at "
             "its scale and at the size of its entries."
         )
-    if smallest == 0 and not (eigenvalues > 0).all():
-        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+    if smallest == 0:
+        _refuse_singular(block, eigenvalues, _rounding(block, eigenvalues))
     return DampedInverse(block, eigenvalues)
+
+
+def _refuse_singular(block: Block, eigenvalues: Tensor, rounding: Tensor) -> None:
+    if not (eigenvalues > rounding).all():
+        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+
+
+def _rounding(block: Block, eigenvalues: Tensor) -> Tensor:
+    """What eigenvalues of a block may be that are zero but for rounding; broadcasts against ``(q, p)``.
+
+    Factors of a Kronecker block have had theirs taken out when they were decomposed; entries of a diagonal block are sums
+    of squares of their own. An `EigenBlock`'s basis turns a share of its largest eigenvalues into those that should be zero.
+    """
+    if isinstance(block, DenseBlock):
+        return eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps * eigenvalues.detach().max()
+    if not isinstance(block, EigenBlock):
+        return eigenvalues.new_zeros(())
+    by_group = block.values.detach().double().unflatten(0, (len(block.gradient_basis), -1))
+    n = max(by_group.shape[1:])
+    return (n * torch.finfo(block.dtype).eps * by_group.amax((1, 2), keepdim=True)).expand_as(by_group).flatten(0, 1)
 
 
 def __dir__() -> list[str]:

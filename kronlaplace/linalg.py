@@ -7,6 +7,7 @@ checked against its matrix, and matrices without a right result are decomposed b
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,13 +19,24 @@ from torch import Tensor
 
 from kronlaplace.options import warn
 
-__all__ = ["Eigen", "Named", "eigendecompose", "eigendecompose_symmetric", "trace"]
+__all__ = [
+    "Eigen",
+    "Named",
+    "eigendecompose",
+    "eigendecompose_moments",
+    "eigendecompose_symmetric",
+    "rounding",
+    "trace",
+]
 
 Named = tuple[str, Tensor]
 """A matrix, and what errors call it."""
 
 _ROUNDING = 16
 """Errors that a right result may have, in units of ``n · eps``; those seen are below 1 where ``n > 1``."""
+
+_UNEVEN = 16.0
+"""How many times the largest diagonal entry of a matrix may be the smallest, for its rounding to be judged as one."""
 
 _DRIVERS = ("evd", "evr", "ev")
 """Of ``scipy.linalg.eigh``, in the order in which they are tried."""
@@ -50,6 +62,58 @@ def eigendecompose(matrices: Sequence[Named]) -> list[Eigen]:
     return [Eigen(part.values.clamp_min(0), part.vectors) for part in eigendecompose_symmetric(matrices)]
 
 
+def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
+    """Eigendecompositions of named second moments ``Σ x xᵀ``, added up in their dtype.
+
+    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but `rounding` become zero. Where the diagonal
+    entries differ much in size, as with features of several units, that alone would take small eigenvalues for rounding
+    that are well determined, since entries are rounded relative to ``√(M_ii M_jj)``. There the matrix with unit diagonal,
+    ``M_ij / √(M_ii M_jj)``, is freed of its rounding before.
+    """
+    freed = _freed_of_rounding(matrices)
+    parts = eigendecompose_symmetric([(name, freed.get(i, matrix)) for i, (name, matrix) in enumerate(matrices)])
+    results = []
+    for i, (part, (_, matrix)) in enumerate(zip(parts, matrices, strict=True)):
+        floor = len(matrix) * torch.finfo(torch.float64).eps * part.values[-1]  # of the decomposition
+        if i not in freed:
+            floor = floor + rounding(matrix)
+        values = torch.where(part.values > floor, part.values, 0.0)
+        results.append(Eigen(values.to(matrix), part.vectors.to(matrix)))
+    return results
+
+
+def rounding(matrix: Tensor) -> Tensor:
+    """Largest eigenvalue that rounding of a sum ``M = Σ x xᵀ`` may leave where there is none, 0-dim: ``8 √n ε max M_ii``.
+
+    Entries have errors of a few ``ε √(M_ii M_jj)`` that are as good as random. In sums over up to 3,000 batches, the
+    eigenvalues that they made were below a third of this.
+    """
+    return 8 * math.sqrt(len(matrix)) * torch.finfo(matrix.dtype).eps * matrix.diagonal().amax()
+
+
+def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, Tensor]:
+    """Second moments with uneven diagonals, by index, in float64 and without what may be rounding."""
+    coarse = [i for i, (_, matrix) in enumerate(matrices) if matrix.dtype != torch.float64]
+    uneven = [i for i, flag in zip(coarse, _asked([_is_uneven(matrices[i][1]) for i in coarse]), strict=True) if flag]
+    roots, evened = [], []
+    for name, matrix in (matrices[i] for i in uneven):
+        matrix = _double(matrix)
+        root = torch.where(matrix.diagonal() > 0, matrix.diagonal(), 1.0).sqrt()
+        roots.append(root)
+        evened.append((name, matrix / root / root.unsqueeze(1)))
+    freed = {}
+    for i, root, part in zip(uneven, roots, eigendecompose_symmetric(evened), strict=True):
+        floor = 8 * math.sqrt(len(root)) * torch.finfo(matrices[i][1].dtype).eps
+        half = root.unsqueeze(1) * part.vectors * torch.where(part.values > floor, part.values, 0.0).sqrt()
+        freed[i] = half @ half.T
+    return freed
+
+
+def _is_uneven(matrix: Tensor) -> Tensor:
+    diagonal = matrix.diagonal()
+    return diagonal.amax() > _UNEVEN * torch.where(diagonal > 0, diagonal, torch.inf).amin()
+
+
 def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
     """Eigendecompositions of named symmetric matrices.
 
@@ -57,7 +121,7 @@ def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
     eigenvectors with eigenvalue zero), equal sizes in one batched call. The results have the dtype of the matrices. Where
     ``torch.linalg.eigh`` gives no result or a wrong one, ``scipy.linalg.eigh`` decomposes the matrix on the CPU, and a
     warning names it. An accelerator is waited for twice, beside what ``torch.linalg.eigh`` itself waits: before, for the
-    sizes, and after, for the checks.
+    sizes, and after, for all checks.
 
     Args:
         matrices: Names, for messages, and square matrices.
@@ -72,16 +136,16 @@ def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
     for index, (_, matrix) in enumerate(matrices):
         groups[sizes[index], matrix.device].append(index)
     results: dict[int, Eigen] = {}
-    sound: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for (size, device), members in groups.items():
+    order: list[int] = []
+    right: list[Tensor] = []
+    for (size, _), members in groups.items():
         stack = torch.stack([_used_part(matrices[index][1], used[index], size) for index in members])
         parts = _eigh(stack)
-        sound[device].append(_is_right(stack, parts))
+        order.extend(members)
+        right.extend(_is_right(stack, parts))
         for i, index in enumerate(members):
             results[index] = _whole(Eigen(parts.values[i], parts.vectors[i]), matrices[index][1], used[index])
-    by_device = {device: iter(torch.cat(flags).tolist()) for device, flags in sound.items()}
-    failed = [index for (_, device), members in groups.items() for index in members if not next(by_device[device])]
-    if failed:
+    if failed := [index for index, flag in zip(order, _asked(right), strict=True) if not flag]:
         todo = [(matrices[i][0], _used_part(matrices[i][1].cpu(), used[i].cpu(), sizes[i])) for i in failed]
         for index, part in zip(failed, _by_other_drivers(todo), strict=True):
             results[index] = _whole(part, matrices[index][1], used[index])
@@ -96,17 +160,28 @@ def _used_rows(matrix: Tensor) -> Tensor:
 
 def _sizes(matrices: Sequence[Named], used: Sequence[Tensor]) -> list[int]:
     """How many rows are used in each matrix; all devices are asked once, also whether all entries are finite."""
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for (_, matrix), rows in zip(matrices, used, strict=True):
-        by_device[matrix.device].append(torch.where(torch.isfinite(matrix).all(), rows.sum(), -1))
-    counts = {device: iter(torch.stack(numbers).tolist()) for device, numbers in by_device.items()}
-    sizes: list[int] = [next(counts[matrix.device]) for _, matrix in matrices]
+    counts = [torch.where(torch.isfinite(m).all(), rows.sum(), -1) for (_, m), rows in zip(matrices, used, strict=True)]
+    sizes = _asked(counts)
     if bad := [name for (name, _), size in zip(matrices, sizes, strict=True) if size < 0]:
         raise ValueError(
             f"NaN or infinite entries in {', '.join(bad)}: nothing can be inverted. They come from activations or "
             "gradients that overflowed; look at the network's outputs on this data."
         )
     return sizes
+
+
+def _asked(numbers: Sequence[Tensor]) -> list[int]:
+    """Values of 0-dim tensors of one dtype, with one wait for each device."""
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for number in numbers:
+        by_device[number.device].append(number)
+    values = {device: iter(torch.stack(some).tolist()) for device, some in by_device.items()}
+    return [next(values[number.device]) for number in numbers]
+
+
+def _double(matrix: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
 def _order(used: Tensor) -> Tensor:
@@ -116,12 +191,10 @@ def _order(used: Tensor) -> Tensor:
 
 def _used_part(matrix: Tensor, used: Tensor, size: int) -> Tensor:
     """The symmetric part of the used rows and columns, ``(size, size)``, in float64."""
-    if matrix.device.type == "mps":  # has no float64
-        matrix, used = matrix.cpu(), used.cpu()
     if size < len(matrix):
         rows = _order(used)[:size]
         matrix = matrix[rows.unsqueeze(1), rows]
-    matrix = matrix.double()
+    matrix = _double(matrix)
     return (matrix + matrix.T) / 2
 
 

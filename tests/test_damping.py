@@ -470,6 +470,44 @@ def test_singular_blocks_need_a_damping(damping, kind):
         damping.invert(make(kind, 0, rank=0))
 
 
+def output_layer(seed, estimator, dtype=torch.float64):
+    """The Fisher of a softmax output layer: a shift of all logits changes nothing, so its blocks are singular."""
+    torch.manual_seed(seed)
+    q, p = 2 + seed % 5, 1 + seed % 4
+    model, x = nn.Linear(p, q).to(dtype), (torch.randn(50, p) * 10.0 ** (seed % 3)).to(dtype)
+    return kl.estimate_fisher(model, [x], "classification", estimator, sampling="exact")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "kfac", "tkfac", "ekfac"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_output_layer_is_refused_in_every_draw(dtype, estimator):
+    """Rounding makes its eigenvalues of zero positive in about every other draw."""
+    for seed in range(60) if estimator == "exact" else range(0, 60, 7):
+        fisher = output_layer(seed, estimator, dtype)
+        (block,) = fisher.values()
+        for damping in (Tikhonov(0), FactoredTikhonov(0), TraceRestricted(0), Tikhonov(torch.zeros(block.shape))):
+            for invert, what in ((damping.invert, block), (damping.invert_all, fisher)):
+                with pytest.raises(ValueError, match="block of layer '' is singular; give a damping larger than 0"):
+                    invert(what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.float32, 1e-2), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("strategy", BY_NUMBER)
+@given(seed=seeds, r=sizes, p=sizes, k=groups, exponent=st.integers(-12, 12))
+def test_regular_blocks_are_inverted_without_a_damping(strategy, dtype, smallest, kind, seed, r, p, k, exponent):
+    """Whatever their size."""
+    block = make(kind, seed, r, p, k, rank=p if kind in ("eigen", "diagonal") else 4, smallest=smallest, dtype=dtype)
+    inverse = strategy(0).invert(block.scaled(10.0**exponent))
+    expected = torch.linalg.slogdet(dense(block)).logabsdet + k * r * p * exponent * math.log(10)
+    torch.testing.assert_close(inverse.logdet(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_entries_of_a_diagonal_block_may_differ_by_any_factor():
+    values = torch.logspace(-30, 8, 6).view(3, 2)
+    torch.testing.assert_close(Tikhonov(0).invert(DiagonalBlock(values)).weights, 1 / values)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,5 +1,6 @@
 """Eigendecompositions: any matrix, routines that fail or lie, and what is said about it."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ import kronlaplace as kl
 from kronlaplace import linalg
 from kronlaplace.blocks import KroneckerBlock, decompose
 from kronlaplace.damping import Tikhonov
-from kronlaplace.linalg import eigendecompose, eigendecompose_symmetric
+from kronlaplace.linalg import eigendecompose, eigendecompose_moments, eigendecompose_symmetric
 
 EPS = torch.finfo(torch.float64).eps
 EIGH, SCIPY_EIGH = torch.linalg.eigh, scipy.linalg.eigh
@@ -219,6 +220,62 @@ def test_without_failures_nothing_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         eigendecompose([("m", psd(0, 30, 3))])
+
+
+# -- rounding in sums of outer products -----------------------------------------------------------------------
+
+
+def features(kind, n, p, generator):
+    """Random inputs with two features that are equal; in one unit or in several."""
+    x = torch.randn(n, p, generator=generator)
+    x[:, 0] = x[:, -1]
+    return x * (torch.logspace(0, 4, p) if kind == "several" else float(kind))
+
+
+@pytest.mark.parametrize("kind", ["1", "1e2", "1e4", "several"])
+@given(seed=st.integers(0, 1000), p=st.integers(3, 20), n=st.sampled_from([4, 30]), batches=st.sampled_from([1, 20]))
+def test_eigenvalues_of_a_float32_sum_are_right_or_zero(kind, seed, p, n, batches):
+    """Its rank is that of the sum in float64, where nothing is near rounding; the others are right in all their sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [features(kind, n, p, generator) for _ in range(batches)]
+    moment = torch.zeros(p, p)
+    for x in parts:
+        moment.addmm_(x.T, x)
+    scaled = torch.cat(parts).double()
+    singular = torch.linalg.svdvals(scaled)
+    values = eigendecompose_moments([("m", moment)])[0].values.double().flip(0)
+    rank = torch.linalg.matrix_rank(scaled / scaled.square().mean(0).sqrt(), rtol=1e-6)
+    assert (values[rank:] == 0).all()
+    clear = singular[:rank].square()
+    unit = scaled / scaled.square().mean(0).sqrt()
+    if torch.linalg.svdvals(unit)[rank - 1] > 0.03 * n**0.5:
+        torch.testing.assert_close(values[:rank], clear, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "tkfac", "exact"])
+@pytest.mark.parametrize("n", [8, 100])
+@pytest.mark.parametrize("kind", ["1", "1e2", "1e4", "several"])
+def test_evidence_and_variances_in_float32_are_those_in_float64(kind, n, estimator):
+    """At any prior precision, with features in any units and more weights than the data determine."""
+    generator = torch.Generator().manual_seed(0)
+    x, new = (features(kind, count, 12, generator) for count in (n, 6))
+    labels = torch.arange(n) % 3
+    torch.manual_seed(0)
+    model = nn.Linear(12, 3)
+    with torch.no_grad():
+        model.weight /= x.abs().amax(0)
+    single, double = model, copy.deepcopy(model).double()
+    a = kl.KronLaplace(single, "classification", estimator).fit([(x, labels)])
+    b = kl.KronLaplace(double, "classification", estimator).fit([(x.double(), labels)])
+    for precision in (1e-8, 1e-4, 1.0, 1e4):
+        evidence = [float(one.log_marginal_likelihood(precision)) for one in (a, b)]
+        assert abs(evidence[0] - evidence[1]) < 1e-3
+        a.prior_precision = b.prior_precision = precision
+        variances = (
+            a.functional_variance(new, diagonal=True).double(),
+            b.functional_variance(new.double(), diagonal=True),
+        )
+        torch.testing.assert_close(*variances, rtol=1e-2, atol=0)
 
 
 # -- matrices that torch.linalg.eigh fails on -----------------------------------------------------------------
