@@ -41,6 +41,8 @@ class Block(ABC):
 
     Attributes:
         name: The layer's name, for errors.
+        least_trace: The smallest trace of a Kronecker block (or group of rows) in the layer's network, 0-dim, for
+            `kronlaplace.damping.TraceRestrictedAuto`; None for convolutions, and for blocks that are of no network.
     """
 
     kind: ClassVar[str]
@@ -48,6 +50,10 @@ class Block(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.least_trace: Tensor | None = None
+
+    def _scaled_least_trace(self, factor: Tensor | float) -> Tensor | None:
+        return None if self.least_trace is None else self.least_trace * factor
 
     @property
     @abstractmethod
@@ -104,9 +110,13 @@ class Block(ABC):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         """The diagonal of ``U diag(w) Uᵀ`` for ``w`` of shape ``(q, p)``; same shape."""
 
-    @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, for saving; `block_from_tensors` is the inverse."""
+        return self._tensors() if self.least_trace is None else {**self._tensors(), "least_trace": self.least_trace}
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of this kind of block."""
 
     def undecomposed(self) -> list[Named]:
         """Matrices whose eigendecompositions are still missing, with names for messages."""
@@ -223,8 +233,12 @@ class KroneckerBlock(RotatedBlock):
 
     def trace(self) -> Tensor:
         """``scale · tr G · tr A``, 0-dim."""
+        return self.group_traces().sum()
+
+    def group_traces(self) -> Tensor:
+        """``scale · tr G · tr A`` of each group, shape ``(K,)``."""
         gradient, activation = self._factors
-        return (self._scales[:, 0, 0] * trace(gradient) * trace(activation)).sum()
+        return self._scales[:, 0, 0] * trace(gradient) * trace(activation)
 
     def frobenius_norm(self) -> Tensor:
         """``|scale| · ‖G‖ · ‖A‖``, 0-dim."""
@@ -234,6 +248,7 @@ class KroneckerBlock(RotatedBlock):
 
     def scaled(self, factor: Tensor | float) -> KroneckerBlock:
         block = KroneckerBlock(self.gradient_factor, self.activation_factor, self.scale * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
         block._eigen = self._eigen
         return block
 
@@ -276,7 +291,7 @@ class KroneckerBlock(RotatedBlock):
         outer = gradient.values.double().unsqueeze(2) * activation.values.double().unsqueeze(1)
         return (self._scales.double() * outer).flatten(0, 1)
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {
             "gradient_factor": self.gradient_factor,
             "activation_factor": self.activation_factor,
@@ -351,9 +366,11 @@ class EigenBlock(_Values, RotatedBlock):
         return torch.block_diag(*dense)
 
     def scaled(self, factor: Tensor | float) -> EigenBlock:
-        return EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
+        block = EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
+        return block
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {
             "gradient_basis": self.gradient_basis,
             "activation_basis": self.activation_basis,
@@ -381,7 +398,9 @@ class DiagonalBlock(_Values):
         return torch.diag(self.values.flatten())
 
     def scaled(self, factor: Tensor | float) -> DiagonalBlock:
-        return DiagonalBlock(self.values * factor, self.name)
+        block = DiagonalBlock(self.values * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
+        return block
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         return matrices
@@ -392,7 +411,7 @@ class DiagonalBlock(_Values):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return weights
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
 
 
@@ -446,6 +465,7 @@ class DenseBlock(Block):
 
     def scaled(self, factor: Tensor | float) -> DenseBlock:
         block = DenseBlock(self.matrix, self._shape, self.scale * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
         block._eigen = self._eigen
         return block
 
@@ -474,12 +494,20 @@ class DenseBlock(Block):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return (self.eigen().vectors.square() @ weights.flatten()).unflatten(0, self._shape)
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix, "scale": self.scale, "shape": torch.tensor(self._shape)}
 
 
 def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
     """Inverse of `Block.to_tensors`."""
+    parts = dict(tensors)
+    least_trace = parts.pop("least_trace", None)
+    block = _from_parts(kind, parts, name)
+    block.least_trace = least_trace
+    return block
+
+
+def _from_parts(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
     if kind == KroneckerBlock.kind:
         return KroneckerBlock(**tensors, name=name)
     if kind == EigenBlock.kind:

@@ -16,7 +16,6 @@ Kronecker blocks with groups of rows are damped group by group.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, DenseBlock, EigenBlock, KroneckerBlock, decompose
 from kronlaplace.inversion import DampedInverse, PlusDiagonal
-from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.options import positive_number
 
 __all__ = [
@@ -38,9 +36,6 @@ __all__ = [
     "TraceRestricted",
     "TraceRestrictedAuto",
 ]
-
-_CONVOLUTION = "ConvolutionLayer"
-"""In `FisherMetadata.layer_types`."""
 
 
 class Damping(ABC):
@@ -76,9 +71,6 @@ class Damping(ABC):
                 f"invert_all takes a Fisher or a dict of blocks; got {type(blocks).__name__}. Use invert(block)."
             )
         decompose(blocks.values())
-        return self._invert_all(blocks)
-
-    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         return {name: self.invert(block) for name, block in blocks.items()}
 
 
@@ -127,7 +119,7 @@ class _ByFactor(Damping):
         if isinstance(block, KroneckerBlock):
             gradient, activation = self._damped(_Factors(block))
             return _checked(block, (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1), self._smallest)
-        return _checked(block, self._damped_values(block.eigenvalues()), self._smallest)
+        return _checked(block, self._damped_values(block), self._smallest)
 
     @property
     @abstractmethod
@@ -139,7 +131,7 @@ class _ByFactor(Damping):
         """Eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``, the scale in one or both."""
 
     @abstractmethod
-    def _damped_values(self, values: Tensor) -> Tensor:
+    def _damped_values(self, block: Block) -> Tensor:
         """Eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
 
 
@@ -151,9 +143,11 @@ class _Factors:
         gradient: ``d_G``, shape ``(K, q/K)``.
         activation: ``d_A``, shape ``(K, p)``.
         trace: ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
+        block: The block.
     """
 
     def __init__(self, block: KroneckerBlock) -> None:
+        self.block = block
         gradient, activation = block.eigen()
         self.gradient, self.activation = gradient.values.double(), activation.values.double()
         self.scale = block.scale.double().expand(len(self.gradient)).unsqueeze(1)
@@ -181,8 +175,8 @@ class _ByNumber(_ByFactor):
     def _smallest(self) -> float:
         return _number(self.damping, "damping")
 
-    def _damped_values(self, values: Tensor) -> Tensor:
-        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
+    def _damped_values(self, block: Block) -> Tensor:
+        return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
 
     def _root(self, device: torch.device) -> Tensor:
         """``√γ``."""
@@ -238,10 +232,11 @@ class TraceRestricted(_ByNumber):
 class TraceRestrictedAuto(_ByFactor):
     """TKFAC's automatic damping: from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
 
-    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)``. Given a whole
-    `KroneckerFisher`, `invert_all` does that with convolutions; all other layers are expanded by the largest factor by which
-    any layer was, ``δ̃ = max(ν, β δ)`` with ``β = max_l max(ν, δ_l) / δ_l``. Blocks that have no factors (diagonal, dense,
-    EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
+    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)`` for convolutions. All other
+    layers of a network are expanded by the largest factor by which any layer is, ``δ̃ = max(ν, β δ)`` with
+    ``β = max_l max(ν, δ_l) / δ_l`` over its Kronecker blocks (which the blocks of a `KroneckerFisher` know of, also alone
+    and in a dict: `kronlaplace.blocks.Block.least_trace`). A block that is of no network is not expanded. Blocks that have
+    no factors (diagonal, dense, EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
 
     Args:
         minimum: ``ν``, positive: the smallest trace of a block.
@@ -255,45 +250,26 @@ class TraceRestrictedAuto(_ByFactor):
     def __post_init__(self) -> None:
         positive_number(self.minimum, "minimum")
 
-    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
-        if not isinstance(blocks, KroneckerFisher):
-            return super()._invert_all(blocks)
-        traces = [_Factors(block).trace for block in blocks.values() if isinstance(block, KroneckerBlock)]
-        ratios = [(trace.clamp_min(self.minimum) / trace).flatten() for trace in traces]
-        found = [float(ratio) for ratio in torch.cat([torch.ones(1), *(r.cpu() for r in ratios)]) if ratio < math.inf]
-        others = _Expanded(self.minimum, max(found))
-        types = blocks.metadata.layer_types
-        return {
-            name: (self if types.get(name) == _CONVOLUTION else others).invert(block) for name, block in blocks.items()
-        }
-
     @property
     def _smallest(self) -> float:
         return self.minimum
 
-    def _restricted(self, trace: Tensor) -> Tensor:
+    def _restricted(self, trace: Tensor, block: Block) -> Tensor:
         """``δ̃``."""
+        if (least := block.least_trace) is not None:
+            trace = trace * (self.minimum / least.double()).clamp_min(1.0)  # β
         return trace.clamp_min(self.minimum)
 
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient, activation = factors.unit_trace()
-        trace = self._restricted(factors.trace)
+        trace = self._restricted(factors.trace, factors.block)
         root = trace.sqrt()
         return root * gradient + trace / gradient.shape[1], root * activation + trace / activation.shape[1]
 
-    def _damped_values(self, values: Tensor) -> Tensor:
-        trace = self._restricted(values.sum())
+    def _damped_values(self, block: Block) -> Tensor:
+        values = block.eigenvalues()
+        trace = self._restricted(values.sum(), block)
         return trace * _unit(values.flatten()[None]).view_as(values) + trace.square() / values.numel()
-
-
-@dataclass(frozen=True)
-class _Expanded(TraceRestrictedAuto):
-    """The same for layers that are no convolutions, expanded by ``β`` (TKFAC Eq. 5.17)."""
-
-    expansion: float
-
-    def _restricted(self, trace: Tensor) -> Tensor:
-        return (self.expansion * trace).clamp_min(self.minimum)
 
 
 def _number(damping: float | Tensor, name: str) -> float:

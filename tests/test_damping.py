@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, block_from_tensors
 from kronlaplace.damping import FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto
 from kronlaplace.inversion import PlusDiagonal
 from tests.architectures import case
@@ -276,9 +276,60 @@ def test_automatic_damping_of_a_network_equals_eq_5_16_and_5_17(quantile):
         expansion = 1.0 if name in ("first", "grouped") else beta
         matrix = damped(TraceRestrictedAuto, block, minimum, expansion=expansion)
         assert_is_inverse_of(inverses[name], matrix, block.shape)
-    plain = TraceRestrictedAuto(minimum).invert_all(dict(fisher))  # blocks without a network: each by itself
-    for name, block in fisher.items():
-        assert_is_inverse_of(plain[name], damped(TraceRestrictedAuto, block, minimum), block.shape)
+    for name, block in fisher.items():  # blocks without a network: each by itself
+        alone = block_from_tensors(
+            block.kind, {k: t for k, t in block.to_tensors().items() if k != "least_trace"}, name
+        )
+        plain = TraceRestrictedAuto(minimum).invert(alone)
+        assert_is_inverse_of(plain, damped(TraceRestrictedAuto, block, minimum), block.shape)
+
+
+@pytest.mark.parametrize("estimator", ["tkfac", "kfac", "ekfac", "exact"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_layer_is_damped_the_same_alone_in_a_dict_and_in_its_network(strategy, estimator, tmp_path):
+    """To the bit, also where some layers are left out, and after a file."""
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, estimator, sampling="exact")
+    damping = strategy(float(fisher["first"].trace()) * 3)
+    fisher.decompose()
+    fisher.save(tmp_path / "fisher")
+    fisher.restricted_to(["grouped", "head"]).save(tmp_path / "some")
+    expected = damping.invert_all(fisher)
+    others = {
+        "one by one": {name: damping.invert(block) for name, block in fisher.items()},
+        "dict": damping.invert_all(dict(fisher)),
+        "some": damping.invert_all(fisher.restricted_to(["head", "hidden"])),
+        "some in a dict": damping.invert_all({"head": fisher["head"]}),
+    }
+    for inverses in others.values():
+        for name, inverse in inverses.items():
+            assert torch.equal(inverse.eigenvalues, expected[name].eigenvalues)
+    for file in ("fisher", "some"):
+        for name, inverse in damping.invert_all(kl.KroneckerFisher.load(tmp_path / file)).items():
+            torch.testing.assert_close(inverse.eigenvalues, expected[name].eigenvalues, rtol=1e-9, atol=1e-15)
+
+
+def test_a_file_without_least_traces_is_damped_as_the_network():
+    """As files of earlier versions are."""
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, "tkfac", sampling="exact")
+    tensors = {name: tensor for name, tensor in fisher.to_tensors().items() if not name.endswith("least_trace")}
+    assert len(tensors) < len(fisher.to_tensors())
+    old = kl.KroneckerFisher.from_tensors(tensors, fisher.to_json())
+    damping = TraceRestrictedAuto(float(fisher["first"].trace()) * 3)
+    for name, inverse in damping.invert_all(old).items():
+        torch.testing.assert_close(inverse.eigenvalues, damping.invert(fisher[name]).eigenvalues, rtol=1e-9, atol=1e-15)
+
+
+def test_a_layer_with_a_gradient_of_rounding_expands_no_other():
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, "tkfac", sampling="exact")
+    noisy = dict(fisher) | {"dead": KroneckerBlock(1e-36 * eye(5), eye(5), name="dead")}
+    known = fisher["head"].least_trace
+    for block in noisy.values():
+        block.least_trace = None
+    noisy = kl.KroneckerFisher(noisy, fisher.n_examples, fisher.metadata)
+    torch.testing.assert_close(noisy["head"].least_trace, known)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
