@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, trace
+from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, taken_for_rounding, trace
 
 __all__ = [
     "Block",
@@ -117,6 +117,10 @@ class Block(ABC):
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
         """Those of this kind of block."""
+
+    def taken_for_rounding(self) -> Tensor:
+        """How large an eigenvalue may be that counts as zero, since rounding of sums in float32 hides it, 0-dim, float64."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def undecomposed(self) -> list[Named]:
         """Matrices whose eigendecompositions are still missing, with names for messages."""
@@ -280,6 +284,12 @@ class KroneckerBlock(RotatedBlock):
             decompose([self])
         assert self._eigen is not None
         return self._eigen[0], self._eigen[1]
+
+    def taken_for_rounding(self) -> Tensor:
+        (gradient, activation), (of_g, of_a) = self._factors, self.eigen()
+        by_gradient = taken_for_rounding(gradient, of_g.values) * of_a.values[:, -1]
+        by_activation = taken_for_rounding(activation, of_a.values) * of_g.values[:, -1]
+        return (self._scales[:, 0, 0] * torch.maximum(by_gradient, by_activation)).amax().detach()
 
     def bases(self) -> tuple[Tensor, Tensor]:
         gradient, activation = self.eigen()
@@ -481,6 +491,9 @@ class DenseBlock(Block):
             decompose([self])
         assert self._eigen is not None
         return self._eigen
+
+    def taken_for_rounding(self) -> Tensor:
+        return (self.scale.double() * taken_for_rounding(self.matrix, self.eigen().values)).detach()
 
     def eigenvalues(self) -> Tensor:
         return (self.scale.double() * self.eigen().values.double()).unflatten(0, self._shape)

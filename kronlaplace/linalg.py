@@ -26,6 +26,7 @@ __all__ = [
     "eigendecompose_moments",
     "eigendecompose_symmetric",
     "rounding",
+    "taken_for_rounding",
     "trace",
 ]
 
@@ -92,7 +93,25 @@ def rounding(matrix: Tensor) -> Tensor:
     eigenvalues that they made were below this, for ``n ≥ 30`` below a third of it. Over more batches they are larger, and
     half of them negative: by the most negative one is then seen how large.
     """
-    return (10 + math.sqrt(len(matrix))) * torch.finfo(matrix.dtype).eps * matrix.diagonal().amax()
+    largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    return (10 + math.sqrt(matrix.shape[-1])) * torch.finfo(matrix.dtype).eps * largest
+
+
+def taken_for_rounding(matrices: Tensor, values: Tensor) -> Tensor:
+    """How large an eigenvalue may be that `eigendecompose_moments` took for rounding, though it is none: ``(...)``, float64.
+
+    Zero where no more of the trace is gone than rounding explains: rounding has no preferred sign.
+
+    Args:
+        matrices: ``(..., n, n)``.
+        values: The eigenvalues that were found, ``(..., n)``.
+    """
+    floor = rounding(matrices).double()
+    values = values.double()
+    lost = trace(matrices.double()) - values.sum(-1)
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).double()
+    noise = torch.finfo(matrices.dtype).eps * (math.sqrt(matrices.shape[-1]) * diagonal + values[..., -1])
+    return torch.where(lost > noise, torch.minimum(lost, floor), 0.0)
 
 
 def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, Tensor]:
@@ -107,8 +126,8 @@ def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, Tensor]:
         evened.append((name, matrix / root / root.unsqueeze(1)))
     freed = {}
     for i, root, part in zip(uneven, roots, eigendecompose_symmetric(evened), strict=True):
-        floor = (10 + math.sqrt(len(root))) * torch.finfo(matrices[i][1].dtype).eps
-        floor = (-_MARGIN * part.values[0]).clamp_min(floor)
+        least = (10 + math.sqrt(len(root))) * torch.finfo(matrices[i][1].dtype).eps
+        floor = (-_MARGIN * part.values[0]).clamp_min(least)
         half = root.unsqueeze(1) * part.vectors * torch.where(part.values > floor, part.values, 0.0).sqrt()
         freed[i] = half @ half.T
     return freed

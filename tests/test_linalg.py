@@ -278,6 +278,37 @@ def test_evidence_and_variances_in_float32_are_those_in_float64(kind, n, estimat
         torch.testing.assert_close(*variances, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("call", ["covariance", "log_marginal_likelihood"])
+@pytest.mark.parametrize(
+    ("offset", "precision", "told"),
+    [
+        (0, 1e-8, False),  # the softmax makes zeros, which are right
+        (1e3, 1.0, True),
+        (1e3, 1e5, False),
+    ],
+)
+def test_curvature_that_float32_hides_is_told_of_once(offset, precision, told, call):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 60, generator=generator) + offset
+    torch.manual_seed(0)
+    model = nn.Linear(60, 3)
+    with torch.no_grad():
+        model.weight /= x.abs().max()
+    labels = torch.arange(200) % 3
+    posterior = kl.KronLaplace(model, "classification", prior_precision=precision).fit([(x, labels)])
+    for time in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            getattr(posterior, call)()
+        messages = [str(one.message) for one in caught]
+        assert len(messages) == int(told and time == 0)
+        for message in messages:
+            assert message.startswith("curvature of '' is hidden by the rounding of float32")
+            assert "Standardize the inputs" in message
+    double = kl.KronLaplace(model.double(), "classification", prior_precision=precision).fit([(x.double(), labels)])
+    getattr(double, call)()
+
+
 # -- matrices that torch.linalg.eigh fails on -----------------------------------------------------------------
 
 

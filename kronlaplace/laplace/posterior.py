@@ -292,6 +292,7 @@ class KronLaplace(LaplaceTorchNames):
             self._likelihood = fisher.metadata.likelihood  # the targets have told where the classes are
         self._covariance = None
         self._cached_evidence = None
+        self._unclear: set[str] = set()
         self._guard = WeightsGuard(self.model, fisher.metadata.weights)
 
     @property
@@ -338,11 +339,29 @@ class KronLaplace(LaplaceTorchNames):
                     f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
                     "layer, or the estimator kl.Diagonal()."
                 )
+            self._warn_of_rounding(precisions, scale)
             self._covariance = {
                 name: Tikhonov(precision).invert(block.scaled(scale))
                 for (name, block), precision in zip(fisher.items(), precisions, strict=True)
             }
         return self._covariance
+
+    @torch.no_grad()
+    def _warn_of_rounding(self, precisions: Sequence[Tensor], scale: Tensor | float) -> None:
+        """Warn, once for each layer, where float32 hides curvature that may be more than the prior's precision."""
+        if all(block.dtype == torch.float64 for block in self.fisher.values()):
+            return
+        hidden = torch.stack([block.taken_for_rounding().cpu() for block in self.fisher.values()])
+        least = torch.stack([precision.detach().cpu().amin() for precision in precisions])
+        exceeds = (hidden * torch.as_tensor(scale).detach().cpu() > least).tolist()
+        names = [name for name, flag in zip(self.fisher, exceeds, strict=True) if flag and name not in self._unclear]
+        if names:
+            self._unclear.update(names)
+            warn(
+                f"curvature of {', '.join(map(repr, names))} is hidden by the rounding of float32 and counts as zero, "
+                "though it may exceed the prior precision: evidence and variances may be too large. Standardize the inputs, "
+                "use a larger prior precision, or fit in double precision: model.double(), with inputs in float64."
+            )
 
     @told_of
     def log_marginal_likelihood(
@@ -370,6 +389,8 @@ class KronLaplace(LaplaceTorchNames):
         elif noise_std is not None:
             self._with_noise()
         precision = self.prior_precision if prior_precision is None else precision_tensor(prior_precision, self._layers)
+        by_layer = precision_by_layer(precision, evidence.shapes)
+        self._warn_of_rounding(by_layer, evidence.scale(noise_std, self.temperature))
         return evidence(
             precision, noise_std, self.temperature if temperature is None else _positive(temperature, "temperature")
         )
