@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, eigendecompose, trace
+from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, taken_for_rounding, trace
 
 __all__ = [
     "Block",
@@ -41,6 +41,8 @@ class Block(ABC):
 
     Attributes:
         name: The layer's name, for errors.
+        least_trace: The smallest trace of a Kronecker block (or group of rows) in the layer's network, 0-dim, for
+            `kronlaplace.damping.TraceRestrictedAuto`; None for convolutions, and for blocks that are of no network.
     """
 
     kind: ClassVar[str]
@@ -48,6 +50,10 @@ class Block(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.least_trace: Tensor | None = None
+
+    def _scaled_least_trace(self, factor: Tensor | float) -> Tensor | None:
+        return None if self.least_trace is None else self.least_trace * factor
 
     @property
     @abstractmethod
@@ -104,13 +110,21 @@ class Block(ABC):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         """The diagonal of ``U diag(w) Uᵀ`` for ``w`` of shape ``(q, p)``; same shape."""
 
-    @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, for saving; `block_from_tensors` is the inverse."""
+        return self._tensors() if self.least_trace is None else {**self._tensors(), "least_trace": self.least_trace}
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        """Matrices whose eigendecompositions are still missing, by a name for errors."""
-        return {}
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of this kind of block."""
+
+    def taken_for_rounding(self) -> Tensor:
+        """How large an eigenvalue may be that counts as zero, since rounding of sums in float32 hides it, 0-dim, float64."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def undecomposed(self) -> list[Named]:
+        """Matrices whose eigendecompositions are still missing, with names for messages."""
+        return []
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         """Take the eigendecompositions of `undecomposed`, in its order."""
@@ -124,9 +138,7 @@ def decompose(blocks: Iterable[Block]) -> None:
         ValueError: If a factor has NaN or infinite entries, naming its layer.
     """
     todo = [(block, block.undecomposed()) for block in blocks]
-    names = [(i, name) for i, (_, matrices) in enumerate(todo) for name in matrices]
-    matrices = {f"{name}{' ' * i}": todo[i][1][name] for i, name in names}  # one layer may be there twice, scaled
-    parts = iter(eigendecompose(matrices).values())
+    parts = iter(eigendecompose_moments([named for _, missing in todo for named in missing]))
     for block, missing in todo:
         if missing:
             block.adopt([next(parts) for _ in missing])
@@ -225,8 +237,12 @@ class KroneckerBlock(RotatedBlock):
 
     def trace(self) -> Tensor:
         """``scale · tr G · tr A``, 0-dim."""
+        return self.group_traces().sum()
+
+    def group_traces(self) -> Tensor:
+        """``scale · tr G · tr A`` of each group, shape ``(K,)``."""
         gradient, activation = self._factors
-        return (self._scales[:, 0, 0] * trace(gradient) * trace(activation)).sum()
+        return self._scales[:, 0, 0] * trace(gradient) * trace(activation)
 
     def frobenius_norm(self) -> Tensor:
         """``|scale| · ‖G‖ · ‖A‖``, 0-dim."""
@@ -236,19 +252,20 @@ class KroneckerBlock(RotatedBlock):
 
     def scaled(self, factor: Tensor | float) -> KroneckerBlock:
         block = KroneckerBlock(self.gradient_factor, self.activation_factor, self.scale * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
         block._eigen = self._eigen
         return block
 
-    def undecomposed(self) -> dict[str, Tensor]:
+    def undecomposed(self) -> list[Named]:
         if self._eigen is not None:
-            return {}
+            return []
         gradient, activation = self._factors
         suffixes = [f", group {k}" for k in range(len(gradient))] if len(gradient) > 1 else [""]
-        return {
-            f"the {which} factor of layer {self.name!r}{suffix}": factor
+        return [
+            (f"the {which} factor of layer {self.name!r}{suffix}", factor)
             for which, factors in (("gradient", gradient), ("activation", activation))
             for suffix, factor in zip(suffixes, factors, strict=True)
-        }
+        ]
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         half = len(parts) // 2
@@ -268,6 +285,12 @@ class KroneckerBlock(RotatedBlock):
         assert self._eigen is not None
         return self._eigen[0], self._eigen[1]
 
+    def taken_for_rounding(self) -> Tensor:
+        (gradient, activation), (of_g, of_a) = self._factors, self.eigen()
+        by_gradient = taken_for_rounding(gradient, of_g.values) * of_a.values[:, -1]
+        by_activation = taken_for_rounding(activation, of_a.values) * of_g.values[:, -1]
+        return (self._scales[:, 0, 0] * torch.maximum(by_gradient, by_activation)).amax().detach()
+
     def bases(self) -> tuple[Tensor, Tensor]:
         gradient, activation = self.eigen()
         return gradient.vectors, activation.vectors
@@ -278,7 +301,7 @@ class KroneckerBlock(RotatedBlock):
         outer = gradient.values.double().unsqueeze(2) * activation.values.double().unsqueeze(1)
         return (self._scales.double() * outer).flatten(0, 1)
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {
             "gradient_factor": self.gradient_factor,
             "activation_factor": self.activation_factor,
@@ -353,9 +376,11 @@ class EigenBlock(_Values, RotatedBlock):
         return torch.block_diag(*dense)
 
     def scaled(self, factor: Tensor | float) -> EigenBlock:
-        return EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
+        block = EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
+        return block
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {
             "gradient_basis": self.gradient_basis,
             "activation_basis": self.activation_basis,
@@ -383,7 +408,9 @@ class DiagonalBlock(_Values):
         return torch.diag(self.values.flatten())
 
     def scaled(self, factor: Tensor | float) -> DiagonalBlock:
-        return DiagonalBlock(self.values * factor, self.name)
+        block = DiagonalBlock(self.values * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
+        return block
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         return matrices
@@ -394,7 +421,7 @@ class DiagonalBlock(_Values):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return weights
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
 
 
@@ -448,11 +475,12 @@ class DenseBlock(Block):
 
     def scaled(self, factor: Tensor | float) -> DenseBlock:
         block = DenseBlock(self.matrix, self._shape, self.scale * factor, self.name)
+        block.least_trace = self._scaled_least_trace(factor)
         block._eigen = self._eigen
         return block
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        return {} if self._eigen is not None else {f"the block of layer {self.name!r}": self.matrix}
+    def undecomposed(self) -> list[Named]:
+        return [] if self._eigen is not None else [(f"the block of layer {self.name!r}", self.matrix)]
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         (self._eigen,) = parts
@@ -463,6 +491,9 @@ class DenseBlock(Block):
             decompose([self])
         assert self._eigen is not None
         return self._eigen
+
+    def taken_for_rounding(self) -> Tensor:
+        return (self.scale.double() * taken_for_rounding(self.matrix, self.eigen().values)).detach()
 
     def eigenvalues(self) -> Tensor:
         return (self.scale.double() * self.eigen().values.double()).unflatten(0, self._shape)
@@ -476,12 +507,20 @@ class DenseBlock(Block):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return (self.eigen().vectors.square() @ weights.flatten()).unflatten(0, self._shape)
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix, "scale": self.scale, "shape": torch.tensor(self._shape)}
 
 
 def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
     """Inverse of `Block.to_tensors`."""
+    parts = dict(tensors)
+    least_trace = parts.pop("least_trace", None)
+    block = _from_parts(kind, parts, name)
+    block.least_trace = least_trace
+    return block
+
+
+def _from_parts(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
     if kind == KroneckerBlock.kind:
         return KroneckerBlock(**tensors, name=name)
     if kind == EigenBlock.kind:

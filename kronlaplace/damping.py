@@ -16,7 +16,6 @@ Kronecker blocks with groups of rows are damped group by group.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, KroneckerBlock, decompose
+from kronlaplace.blocks import Block, DenseBlock, EigenBlock, KroneckerBlock, decompose
 from kronlaplace.inversion import DampedInverse, PlusDiagonal
-from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.options import positive_number
 
 __all__ = [
@@ -39,9 +37,6 @@ __all__ = [
     "TraceRestrictedAuto",
 ]
 
-_CONVOLUTION = "ConvolutionLayer"
-"""In `FisherMetadata.layer_types`."""
-
 
 class Damping(ABC):
     """A rule that makes a block invertible."""
@@ -52,7 +47,7 @@ class Damping(ABC):
         Raises:
             TypeError: If it is not a block.
             ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
-                naming the layer.
+                naming the layer. Eigenvalues count as zero where they are no larger than rounding.
         """
         if not isinstance(block, Block):
             raise TypeError(
@@ -76,9 +71,6 @@ class Damping(ABC):
                 f"invert_all takes a Fisher or a dict of blocks; got {type(blocks).__name__}. Use invert(block)."
             )
         decompose(blocks.values())
-        return self._invert_all(blocks)
-
-    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         return {name: self.invert(block) for name, block in blocks.items()}
 
 
@@ -112,7 +104,10 @@ class Tikhonov(Damping):
                     f"weight; got shape {tuple(self.damping.shape)}."
                 )
             inverse = PlusDiagonal(block).damped(self.damping)
-            return _checked(inverse.block, inverse.eigenvalues, float(self.damping.detach().min()))
+            smallest = float(self.damping.detach().min())
+            if smallest == 0 and isinstance(block, EigenBlock) and inverse.block is not block:
+                _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
+            return _checked(inverse.block, inverse.eigenvalues, smallest)
         damping = torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
         return _checked(block, block.eigenvalues() + damping, float(damping.detach()))
 
@@ -124,7 +119,7 @@ class _ByFactor(Damping):
         if isinstance(block, KroneckerBlock):
             gradient, activation = self._damped(_Factors(block))
             return _checked(block, (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1), self._smallest)
-        return _checked(block, self._damped_values(block.eigenvalues()), self._smallest)
+        return _checked(block, self._damped_values(block), self._smallest)
 
     @property
     @abstractmethod
@@ -136,7 +131,7 @@ class _ByFactor(Damping):
         """Eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``, the scale in one or both."""
 
     @abstractmethod
-    def _damped_values(self, values: Tensor) -> Tensor:
+    def _damped_values(self, block: Block) -> Tensor:
         """Eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
 
 
@@ -148,9 +143,11 @@ class _Factors:
         gradient: ``d_G``, shape ``(K, q/K)``.
         activation: ``d_A``, shape ``(K, p)``.
         trace: ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
+        block: The block.
     """
 
     def __init__(self, block: KroneckerBlock) -> None:
+        self.block = block
         gradient, activation = block.eigen()
         self.gradient, self.activation = gradient.values.double(), activation.values.double()
         self.scale = block.scale.double().expand(len(self.gradient)).unsqueeze(1)
@@ -178,8 +175,8 @@ class _ByNumber(_ByFactor):
     def _smallest(self) -> float:
         return _number(self.damping, "damping")
 
-    def _damped_values(self, values: Tensor) -> Tensor:
-        return values + torch.as_tensor(self.damping, dtype=torch.float64, device=values.device)
+    def _damped_values(self, block: Block) -> Tensor:
+        return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
 
     def _root(self, device: torch.device) -> Tensor:
         """``√γ``."""
@@ -235,10 +232,11 @@ class TraceRestricted(_ByNumber):
 class TraceRestrictedAuto(_ByFactor):
     """TKFAC's automatic damping: from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
 
-    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)``. Given a whole
-    `KroneckerFisher`, `invert_all` does that with convolutions; all other layers are expanded by the largest factor by which
-    any layer was, ``δ̃ = max(ν, β δ)`` with ``β = max_l max(ν, δ_l) / δ_l``. Blocks that have no factors (diagonal, dense,
-    EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
+    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)`` for convolutions. All other
+    layers of a network are expanded by the largest factor by which any layer is, ``δ̃ = max(ν, β δ)`` with
+    ``β = max_l max(ν, δ_l) / δ_l`` over its Kronecker blocks (which the blocks of a `KroneckerFisher` know of, also alone
+    and in a dict: `kronlaplace.blocks.Block.least_trace`). A block that is of no network is not expanded. Blocks that have
+    no factors (diagonal, dense, EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
 
     Args:
         minimum: ``ν``, positive: the smallest trace of a block.
@@ -252,45 +250,26 @@ class TraceRestrictedAuto(_ByFactor):
     def __post_init__(self) -> None:
         positive_number(self.minimum, "minimum")
 
-    def _invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
-        if not isinstance(blocks, KroneckerFisher):
-            return super()._invert_all(blocks)
-        traces = [_Factors(block).trace for block in blocks.values() if isinstance(block, KroneckerBlock)]
-        ratios = [(trace.clamp_min(self.minimum) / trace).flatten() for trace in traces]
-        found = [float(ratio) for ratio in torch.cat([torch.ones(1), *(r.cpu() for r in ratios)]) if ratio < math.inf]
-        others = _Expanded(self.minimum, max(found))
-        types = blocks.metadata.layer_types
-        return {
-            name: (self if types.get(name) == _CONVOLUTION else others).invert(block) for name, block in blocks.items()
-        }
-
     @property
     def _smallest(self) -> float:
         return self.minimum
 
-    def _restricted(self, trace: Tensor) -> Tensor:
+    def _restricted(self, trace: Tensor, block: Block) -> Tensor:
         """``δ̃``."""
+        if (least := block.least_trace) is not None:
+            trace = trace * (self.minimum / least.double()).clamp_min(1.0)  # β
         return trace.clamp_min(self.minimum)
 
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient, activation = factors.unit_trace()
-        trace = self._restricted(factors.trace)
+        trace = self._restricted(factors.trace, factors.block)
         root = trace.sqrt()
         return root * gradient + trace / gradient.shape[1], root * activation + trace / activation.shape[1]
 
-    def _damped_values(self, values: Tensor) -> Tensor:
-        trace = self._restricted(values.sum())
+    def _damped_values(self, block: Block) -> Tensor:
+        values = block.eigenvalues()
+        trace = self._restricted(values.sum(), block)
         return trace * _unit(values.flatten()[None]).view_as(values) + trace.square() / values.numel()
-
-
-@dataclass(frozen=True)
-class _Expanded(TraceRestrictedAuto):
-    """The same for layers that are no convolutions, expanded by ``β`` (TKFAC Eq. 5.17)."""
-
-    expansion: float
-
-    def _restricted(self, trace: Tensor) -> Tensor:
-        return (self.expansion * trace).clamp_min(self.minimum)
 
 
 def _number(damping: float | Tensor, name: str) -> float:
@@ -315,9 +294,29 @@ def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInvers
             f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look at "
             "its scale and at the size of its entries."
         )
-    if smallest == 0 and not (eigenvalues > 0).all():
-        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+    if smallest == 0:
+        _refuse_singular(block, eigenvalues, _rounding(block, eigenvalues))
     return DampedInverse(block, eigenvalues)
+
+
+def _refuse_singular(block: Block, eigenvalues: Tensor, rounding: Tensor) -> None:
+    if not (eigenvalues > rounding).all():
+        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+
+
+def _rounding(block: Block, eigenvalues: Tensor) -> Tensor:
+    """What eigenvalues of a block may be that are zero but for rounding; broadcasts against ``(q, p)``.
+
+    Factors of a Kronecker block have had theirs taken out when they were decomposed; entries of a diagonal block are sums
+    of squares of their own. An `EigenBlock`'s basis turns a share of its largest eigenvalues into those that should be zero.
+    """
+    if isinstance(block, DenseBlock):
+        return eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps * eigenvalues.detach().max()
+    if not isinstance(block, EigenBlock):
+        return eigenvalues.new_zeros(())
+    by_group = block.values.detach().double().unflatten(0, (len(block.gradient_basis), -1))
+    n = max(by_group.shape[1:])
+    return (n * torch.finfo(block.dtype).eps * by_group.amax((1, 2), keepdim=True)).expand_as(by_group).flatten(0, 1)
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ The Fisher is the **mean over examples**; whoever needs the sum multiplies by ``
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, block_from_tensors, decompose
+from kronlaplace.blocks import Block, KroneckerBlock, block_from_tensors, decompose
 from kronlaplace.coverage import Coverage
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["FisherMetadata", "KroneckerFisher"]
+
+_CONVOLUTION = "ConvolutionLayer"
+"""In `FisherMetadata.layer_types`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class KroneckerFisher(Mapping[str, Block]):
         metadata: FisherMetadata,
         statistics: Tensor | None = None,
     ) -> None:
-        self._blocks = dict(blocks)
+        self._blocks = _with_least_trace(blocks, metadata.layer_types)
         self.n_examples = n_examples
         self.metadata = metadata
         self.statistics = statistics
@@ -253,3 +257,21 @@ class KroneckerFisher(Mapping[str, Block]):
             ValueError: If it is not such a file, or is damaged.
         """
         return cls.from_tensors(*load_tensors(path, "fisher", device))
+
+
+def _with_least_trace(blocks: Mapping[str, Block], layer_types: Mapping[str, str]) -> dict[str, Block]:
+    """Blocks that know the least trace in their network; those that know it keep it, also where they are fewer now."""
+    kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
+    if not kronecker:
+        return dict(blocks)
+    traces = torch.cat([block.group_traces().detach().to(kronecker[0].scale) for block in kronecker])
+    # Layers that get no gradient count for nothing, though rounding may leave them something.
+    some = traces > torch.finfo(traces.dtype).eps ** 2 * traces.amax()
+    least = torch.where(some, traces, torch.inf).amin()
+    result = {}
+    for name, block in blocks.items():
+        if block.least_trace is None and layer_types.get(name) != _CONVOLUTION:
+            block = copy.copy(block)
+            block.least_trace = least.to(block.device)
+        result[name] = block
+    return result

@@ -69,7 +69,11 @@ def assert_same(fisher, expected, rtol=1e-12):
     assert list(fisher) == list(expected)
     assert fisher.n_examples == expected.n_examples
     assert_close(fisher.statistics, expected.statistics, rtol, "statistics")
-    tensors, wanted = fisher.to_tensors(), expected.to_tensors()
+    tensors, wanted = (
+        # The least trace is of the whole network, which Fishers of some of its layers do not tell when they are combined.
+        {name: tensor for name, tensor in one.to_tensors().items() if not name.endswith(".least_trace")}
+        for one in (fisher, expected)
+    )
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         assert_close(tensor.double(), wanted[name].double(), rtol, name)

@@ -2,18 +2,18 @@
 
 import math
 from collections import Counter
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace import linalg
-from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, block_from_tensors
 from kronlaplace.damping import FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto
 from kronlaplace.inversion import PlusDiagonal
 from tests.architectures import case
@@ -276,9 +276,60 @@ def test_automatic_damping_of_a_network_equals_eq_5_16_and_5_17(quantile):
         expansion = 1.0 if name in ("first", "grouped") else beta
         matrix = damped(TraceRestrictedAuto, block, minimum, expansion=expansion)
         assert_is_inverse_of(inverses[name], matrix, block.shape)
-    plain = TraceRestrictedAuto(minimum).invert_all(dict(fisher))  # blocks without a network: each by itself
-    for name, block in fisher.items():
-        assert_is_inverse_of(plain[name], damped(TraceRestrictedAuto, block, minimum), block.shape)
+    for name, block in fisher.items():  # blocks without a network: each by itself
+        alone = block_from_tensors(
+            block.kind, {k: t for k, t in block.to_tensors().items() if k != "least_trace"}, name
+        )
+        plain = TraceRestrictedAuto(minimum).invert(alone)
+        assert_is_inverse_of(plain, damped(TraceRestrictedAuto, block, minimum), block.shape)
+
+
+@pytest.mark.parametrize("estimator", ["tkfac", "kfac", "ekfac", "exact"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_layer_is_damped_the_same_alone_in_a_dict_and_in_its_network(strategy, estimator, tmp_path):
+    """To the bit, also where some layers are left out, and after a file."""
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, estimator, sampling="exact")
+    damping = strategy(float(fisher["first"].trace()) * 3)
+    fisher.decompose()
+    fisher.save(tmp_path / "fisher")
+    fisher.restricted_to(["grouped", "head"]).save(tmp_path / "some")
+    expected = damping.invert_all(fisher)
+    others = {
+        "one by one": {name: damping.invert(block) for name, block in fisher.items()},
+        "dict": damping.invert_all(dict(fisher)),
+        "some": damping.invert_all(fisher.restricted_to(["head", "hidden"])),
+        "some in a dict": damping.invert_all({"head": fisher["head"]}),
+    }
+    for inverses in others.values():
+        for name, inverse in inverses.items():
+            assert torch.equal(inverse.eigenvalues, expected[name].eigenvalues)
+    for file in ("fisher", "some"):
+        for name, inverse in damping.invert_all(kl.KroneckerFisher.load(tmp_path / file)).items():
+            torch.testing.assert_close(inverse.eigenvalues, expected[name].eigenvalues, rtol=1e-9, atol=1e-15)
+
+
+def test_a_file_without_least_traces_is_damped_as_the_network():
+    """As files of earlier versions are."""
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, "tkfac", sampling="exact")
+    tensors = {name: tensor for name, tensor in fisher.to_tensors().items() if not name.endswith("least_trace")}
+    assert len(tensors) < len(fisher.to_tensors())
+    old = kl.KroneckerFisher.from_tensors(tensors, fisher.to_json())
+    damping = TraceRestrictedAuto(float(fisher["first"].trace()) * 3)
+    for name, inverse in damping.invert_all(old).items():
+        torch.testing.assert_close(inverse.eigenvalues, damping.invert(fisher[name]).eigenvalues, rtol=1e-9, atol=1e-15)
+
+
+def test_a_layer_with_a_gradient_of_rounding_expands_no_other():
+    made = case(Mixed(), torch.randn(6, 1, 4, 4), 3)
+    fisher = kl.estimate_fisher(made.model, made.batches(), made.likelihood, "tkfac", sampling="exact")
+    noisy = dict(fisher) | {"dead": KroneckerBlock(1e-36 * eye(5), eye(5), name="dead")}
+    known = fisher["head"].least_trace
+    for block in noisy.values():
+        block.least_trace = None
+    noisy = kl.KroneckerFisher(noisy, fisher.n_examples, fisher.metadata)
+    torch.testing.assert_close(noisy["head"].least_trace, known)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -470,6 +521,44 @@ def test_singular_blocks_need_a_damping(damping, kind):
         damping.invert(make(kind, 0, rank=0))
 
 
+def output_layer(seed, estimator, dtype=torch.float64):
+    """The Fisher of a softmax output layer: a shift of all logits changes nothing, so its blocks are singular."""
+    torch.manual_seed(seed)
+    q, p = 2 + seed % 5, 1 + seed % 4
+    model, x = nn.Linear(p, q).to(dtype), (torch.randn(50, p) * 10.0 ** (seed % 3)).to(dtype)
+    return kl.estimate_fisher(model, [x], "classification", estimator, sampling="exact")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "kfac", "tkfac", "ekfac"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_output_layer_is_refused_in_every_draw(dtype, estimator):
+    """Rounding makes its eigenvalues of zero positive in about every other draw."""
+    for seed in range(60) if estimator == "exact" else range(0, 60, 7):
+        fisher = output_layer(seed, estimator, dtype)
+        (block,) = fisher.values()
+        for damping in (Tikhonov(0), FactoredTikhonov(0), TraceRestricted(0), Tikhonov(torch.zeros(block.shape))):
+            for invert, what in ((damping.invert, block), (damping.invert_all, fisher)):
+                with pytest.raises(ValueError, match="block of layer '' is singular; give a damping larger than 0"):
+                    invert(what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.float32, 1e-2), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("strategy", BY_NUMBER)
+@given(seed=seeds, r=sizes, p=sizes, k=groups, exponent=st.integers(-12, 12))
+def test_regular_blocks_are_inverted_without_a_damping(strategy, dtype, smallest, kind, seed, r, p, k, exponent):
+    """Whatever their size."""
+    block = make(kind, seed, r, p, k, rank=p if kind in ("eigen", "diagonal") else 4, smallest=smallest, dtype=dtype)
+    inverse = strategy(0).invert(block.scaled(10.0**exponent))
+    expected = torch.linalg.slogdet(dense(block)).logabsdet + k * r * p * exponent * math.log(10)
+    torch.testing.assert_close(inverse.logdet(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_entries_of_a_diagonal_block_may_differ_by_any_factor():
+    values = torch.logspace(-30, 8, 6).view(3, 2)
+    torch.testing.assert_close(Tikhonov(0).invert(DiagonalBlock(values)).weights, 1 / values)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -501,30 +590,27 @@ def test_any_real_number_is_a_damping(damping, strategy):
     assert torch.equal(strategy(damping).invert(block).eigenvalues, strategy(float(damping)).invert(block).eigenvalues)
 
 
-def no_convergence(matrix):
-    raise torch.linalg.LinAlgError("no convergence")
+def everywhere(monkeypatch):
+    """No eigendecomposition converges any more."""
+
+    def no_convergence(error, *args, **kwargs):
+        raise error("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", partial(no_convergence, torch.linalg.LinAlgError))
+    monkeypatch.setattr(scipy.linalg, "eigh", partial(no_convergence, np.linalg.LinAlgError))
 
 
 @pytest.mark.parametrize("kind", ["number", "by-group", "dense"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_decomposition_that_fails_names_the_layer(strategy, kind, monkeypatch):
     block = make(kind, 0, k=2)
-    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
-    with pytest.raises(RuntimeError, match=r"did not converge.*of layer 'layer'.*Rescale the network's inputs"):
+    everywhere(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"no eigendecomposition of the .* of layer 'layer'.* in float64.*diagonal"):
         strategy(0.1).invert(block)
 
 
 def test_a_decomposition_of_a_damped_block_that_fails_names_the_layer(monkeypatch):
     block = make("eigen", 0)
-    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
-    with pytest.raises(RuntimeError, match=r"did not converge.*the damped block of layer 'layer'"):
+    everywhere(monkeypatch)
+    with pytest.raises(RuntimeError, match="no eigendecomposition of the damped block of layer 'layer' in float64"):
         Tikhonov(torch.ones(3, 2)).invert(block)
-
-
-def test_a_decomposition_that_fails_on_an_accelerator_is_tried_on_the_cpu(monkeypatch):
-    """With a matrix that only says that it is elsewhere."""
-    matrix, eigh = psd(torch.Generator().manual_seed(0), 1, 3), torch.linalg.eigh
-    elsewhere = SimpleNamespace(device=torch.device("cuda"), double=lambda: "elsewhere", cpu=lambda: matrix)
-    monkeypatch.setattr(torch.linalg, "eigh", lambda m: no_convergence(m) if m == "elsewhere" else eigh(m))
-    found = linalg._eigh(elsewhere, ["the factor"])
-    torch.testing.assert_close(found.values, eigh(matrix).eigenvalues)

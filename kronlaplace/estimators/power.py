@@ -462,4 +462,4 @@ def made_psd(matrices: Tensor, name: str) -> Tensor:
     Cut off, they would leave eigenvectors of zero that are arbitrary, and `EKFAC` takes the eigenvectors.
     """
     parts = eigendecompose_symmetric(by_group(matrices, name))
-    return torch.stack([(e.vectors * e.values.abs()) @ e.vectors.T for e in parts.values()])
+    return torch.stack([(e.vectors * e.values.abs()) @ e.vectors.T for e in parts])

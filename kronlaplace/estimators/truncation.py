@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kronlaplace.estimators.moments import frobenius
-from kronlaplace.linalg import eigendecompose, trace
+from kronlaplace.linalg import Named, eigendecompose, trace
 
 __all__ = [
     "Examples",
@@ -224,14 +224,14 @@ def unit(matrices: Tensor) -> Tensor:
     return matrices / frobenius(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
-def by_group(matrices: Tensor, name: str) -> dict[str, Tensor]:
-    """Matrices ``(K, n, n)`` by a name for errors: ``name``, and which group if there are several."""
+def by_group(matrices: Tensor, name: str) -> list[Named]:
+    """Matrices ``(K, n, n)`` with names for messages: ``name``, and which group if there are several."""
     if len(matrices) == 1:
-        return {name: matrices[0]}
-    return {f"{name} (group {k})": matrix for k, matrix in enumerate(matrices)}
+        return [(name, matrices[0])]
+    return [(f"{name} (group {k})", matrix) for k, matrix in enumerate(matrices)]
 
 
 def batched_eigen(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and not negative, and eigenvectors of positive semidefinite matrices ``(K, m, m)``."""
-    parts = eigendecompose(by_group(matrices, name)).values()
+    parts = eigendecompose(by_group(matrices, name))
     return torch.stack([part.values for part in parts]), torch.stack([part.vectors for part in parts])

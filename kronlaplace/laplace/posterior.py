@@ -43,6 +43,7 @@ from kronlaplace.laplace.prior import (
     PriorStructure,
     is_number,
     mean_by_layer,
+    precision_by_layer,
     precision_tensor,
 )
 from kronlaplace.laplace.remaining import PriorOfLast, Remaining, last_layer_of, usable
@@ -422,12 +423,16 @@ class KronLaplace(LaplaceTorchNames):
             noise_std = state.likelihood.noise_std if noise_std is None else _positive(noise_std, "noise_std")
         elif noise_std is not None:
             _with_noise(state.likelihood)
+        if temperature is not None:
+            _positive(temperature, "temperature")
+        temperature = state.temperature if temperature is None else temperature
         precision = (
             state.prior_precision if prior_precision is None else precision_tensor(prior_precision, state.layers)
         )
-        return state.evidence(
-            precision, noise_std, state.temperature if temperature is None else _positive(temperature, "temperature")
+        state.warn_of_rounding(
+            precision_by_layer(precision, state.evidence.shapes), state.evidence.scale(noise_std, temperature)
         )
+        return state.evidence(precision, noise_std, temperature)
 
     @told_of
     def tune(

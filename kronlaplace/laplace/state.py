@@ -37,12 +37,23 @@ class Fit:
         mean: The weights that it was estimated at, each block's matrix ``(q, p)``.
         guard: Notices when the network's weights change.
         known: What passes over the network have found out, by what was asked of them.
+        unclear: Layers that the user has been warned of by `State.warn_of_rounding`.
     """
 
     fisher: KroneckerFisher
     mean: Mapping[str, Tensor]
     guard: WeightsGuard
     known: dict[Hashable, Known] = field(default_factory=dict)
+    unclear: set[str] = field(default_factory=set)
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """Curvature of each layer that rounding in float32 may hide, ``(L,)`` on the CPU; None in float64."""
+        blocks = list(self.fisher.values())
+        if all(block.dtype == torch.float64 for block in blocks):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.stack([block.taken_for_rounding().cpu() for block in blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +110,33 @@ class State:
                 f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
                 "layer, or the estimator kl.Diagonal()."
             )
+        self.warn_of_rounding(precisions, scale)
         return {
             name: Tikhonov(precision).invert(block.scaled(scale))
             for (name, block), precision in zip(fisher.items(), precisions, strict=True)
         }
+
+    @torch.no_grad()
+    def warn_of_rounding(self, precisions: Sequence[Tensor], scale: Tensor | float) -> None:
+        """Warn, once for each layer, where float32 hides curvature that may be more than the prior's precision.
+
+        Args:
+            precisions: The prior's, layer by layer.
+            scale: What the Fisher is multiplied with.
+        """
+        fit = self.fitted
+        if fit.hidden is None:
+            return
+        least = torch.stack([precision.detach().cpu().amin() for precision in precisions])
+        exceeds = (fit.hidden * torch.as_tensor(scale).detach().cpu() > least).tolist()
+        names = [name for name, flag in zip(fit.fisher, exceeds, strict=True) if flag and name not in fit.unclear]
+        if names:
+            fit.unclear.update(names)
+            warn(
+                f"curvature of {', '.join(map(repr, names))} is hidden by the rounding of float32 and counts as zero, "
+                "though it may exceed the prior precision: evidence and variances may be too large. Standardize the inputs, "
+                "use a larger prior precision, or fit in double precision: model.double(), with inputs in float64."
+            )
 
     @cached_property
     def evidence(self) -> Evidence:
