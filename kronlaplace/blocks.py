@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, taken_for_rounding, trace
+from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, trace
 
 __all__ = [
     "Block",
@@ -118,8 +118,8 @@ class Block(ABC):
     def _tensors(self) -> dict[str, Tensor]:
         """Those of this kind of block."""
 
-    def taken_for_rounding(self) -> Tensor:
-        """How large an eigenvalue may be that counts as zero, since rounding of sums in float32 hides it, 0-dim, float64."""
+    def unresolved(self) -> Tensor:
+        """How large eigenvalues are whose sum is all that float32 tells of them, 0-dim, float64; zero if there are none."""
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def undecomposed(self) -> list[Named]:
@@ -270,7 +270,7 @@ class KroneckerBlock(RotatedBlock):
     def adopt(self, parts: Sequence[Eigen]) -> None:
         half = len(parts) // 2
         self._eigen = [
-            Eigen(torch.stack([e.values for e in some]), torch.stack([e.vectors for e in some]))
+            Eigen(*(torch.stack([part for part in parts if part is not None]) for parts in zip(*some, strict=True)))
             for some in (parts[:half], parts[half:])
         ]
 
@@ -285,10 +285,11 @@ class KroneckerBlock(RotatedBlock):
         assert self._eigen is not None
         return self._eigen[0], self._eigen[1]
 
-    def taken_for_rounding(self) -> Tensor:
-        (gradient, activation), (of_g, of_a) = self._factors, self.eigen()
-        by_gradient = taken_for_rounding(gradient, of_g.values) * of_a.values[:, -1]
-        by_activation = taken_for_rounding(activation, of_a.values) * of_g.values[:, -1]
+    def unresolved(self) -> Tensor:
+        gradient, activation = self.eigen()
+        assert gradient.unresolved is not None and activation.unresolved is not None
+        by_gradient = gradient.unresolved * activation.values[:, -1]
+        by_activation = activation.unresolved * gradient.values[:, -1]
         return (self._scales[:, 0, 0] * torch.maximum(by_gradient, by_activation)).amax().detach()
 
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -492,8 +493,10 @@ class DenseBlock(Block):
         assert self._eigen is not None
         return self._eigen
 
-    def taken_for_rounding(self) -> Tensor:
-        return (self.scale.double() * taken_for_rounding(self.matrix, self.eigen().values)).detach()
+    def unresolved(self) -> Tensor:
+        unresolved = self.eigen().unresolved
+        assert unresolved is not None
+        return (self.scale.double() * unresolved).detach()
 
     def eigenvalues(self) -> Tensor:
         return (self.scale.double() * self.eigen().values.double()).unflatten(0, self._shape)

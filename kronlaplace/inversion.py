@@ -121,7 +121,7 @@ class PlusDiagonal:
         if not self.exact:
             return DampedInverse(block, self._projected(1.0, diagonal))
         name = f"the damped block of layer {block.name!r}"
-        values, vectors = eigendecompose_symmetric([(name, self._dense + torch.diag(diagonal.flatten()))])[0]
+        values, vectors, _ = eigendecompose_symmetric([(name, self._dense + torch.diag(diagonal.flatten()))])[0]
         values = values.clamp_min(diagonal.detach().min())  # which it cannot be below, but for rounding
         basis = DenseBlock(self._dense.to(block.dtype), block.shape, name=block.name)
         basis.adopt([Eigen(values, vectors.to(block.dtype))])

@@ -26,7 +26,6 @@ __all__ = [
     "eigendecompose_moments",
     "eigendecompose_symmetric",
     "rounding",
-    "taken_for_rounding",
     "trace",
 ]
 
@@ -47,10 +46,15 @@ _DRIVERS = ("evd", "evr", "ev")
 
 
 class Eigen(NamedTuple):
-    """``M = Q diag(d) Qᵀ`` of a symmetric matrix: ``d`` ascending, shape ``(n,)``, ``Q`` ``(n, n)``."""
+    """``M = Q diag(d) Qᵀ`` of a symmetric matrix: ``d`` ascending, shape ``(n,)``, ``Q`` ``(n, n)``.
+
+    ``unresolved`` is the mean of the eigenvalues that are too small beside the others to be told from rounding, where these
+    are not zero, 0-dim, as `eigendecompose_moments` has it.
+    """
 
     values: Tensor
     vectors: Tensor
+    unresolved: Tensor | None = None
 
 
 def trace(matrices: Tensor) -> Tensor:
@@ -69,21 +73,40 @@ def eigendecompose(matrices: Sequence[Named]) -> list[Eigen]:
 def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
     """Eigendecompositions of named second moments ``Σ x xᵀ``, added up in their dtype.
 
-    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but `rounding` become zero. Where the diagonal
-    entries differ much in size, as with features of several units, that alone would take small eigenvalues for rounding
-    that are well determined, since entries are rounded relative to ``√(M_ii M_jj)``. There the matrix with unit diagonal,
-    ``M_ij / √(M_ii M_jj)``, is freed of its rounding before.
+    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but `rounding` are replaced by their mean, or by zero
+    where the mean may be rounding, too. (Rounding has no preferred sign: what it adds to one of them it takes from another,
+    and their sum is known better than each.) Where the diagonal entries differ much in size, as with features of several
+    units, that alone would take small eigenvalues for rounding that are well determined, since entries are rounded relative
+    to ``√(M_ii M_jj)``. There the matrix with unit diagonal, ``M_ij / √(M_ii M_jj)``, is freed of its rounding before.
     """
     freed = _freed_of_rounding(matrices)
-    parts = eigendecompose_symmetric([(name, freed.get(i, matrix)) for i, (name, matrix) in enumerate(matrices)])
+    todo = [(name, freed[i][0] if i in freed else matrix) for i, (name, matrix) in enumerate(matrices)]
     results = []
-    for i, (part, (_, matrix)) in enumerate(zip(parts, matrices, strict=True)):
+    for i, (part, (_, matrix)) in enumerate(zip(eigendecompose_symmetric(todo), matrices, strict=True)):
         floor = len(matrix) * torch.finfo(torch.float64).eps * part.values[-1]  # of the decomposition
-        if i not in freed:
+        if i in freed:
+            values, unresolved = torch.where(part.values > floor, part.values, 0.0), freed[i][1]
+        else:
             floor = floor + torch.maximum(rounding(matrix), -_MARGIN * part.values[0])
-        values = torch.where(part.values > floor, part.values, 0.0)
-        results.append(Eigen(values.to(matrix), part.vectors.to(matrix)))
+            values, unresolved = _smoothed(part.values, floor, _rounding_of_trace(matrix, part.values))
+        results.append(Eigen(values.to(matrix), part.vectors.to(matrix), unresolved.double()))
     return results
+
+
+def _smoothed(values: Tensor, floor: Tensor, rounding_of_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues with those up to the floor replaced by their mean, and that mean; by zero if it may be rounding."""
+    small = values <= floor
+    count = small.sum().clamp_min(1)
+    total = torch.where(small, values, 0.0).sum()
+    certain = total > (1 + 2 / count) * rounding_of_sum
+    mean = torch.where(certain, torch.minimum(total / count, floor), 0.0)
+    return torch.where(small, mean, values), mean
+
+
+def _rounding_of_trace(matrix: Tensor, values: Tensor) -> Tensor:
+    """How far rounding may take a sum of many eigenvalues."""
+    largest = matrix.diagonal().amax().to(values)
+    return torch.finfo(matrix.dtype).eps * (math.sqrt(len(matrix)) * largest + values[-1])
 
 
 def rounding(matrix: Tensor) -> Tensor:
@@ -97,25 +120,8 @@ def rounding(matrix: Tensor) -> Tensor:
     return (10 + math.sqrt(matrix.shape[-1])) * torch.finfo(matrix.dtype).eps * largest
 
 
-def taken_for_rounding(matrices: Tensor, values: Tensor) -> Tensor:
-    """How large an eigenvalue may be that `eigendecompose_moments` took for rounding, though it is none: ``(...)``, float64.
-
-    Zero where no more of the trace is gone than rounding explains: rounding has no preferred sign.
-
-    Args:
-        matrices: ``(..., n, n)``.
-        values: The eigenvalues that were found, ``(..., n)``.
-    """
-    floor = rounding(matrices).double()
-    values = values.double()
-    lost = trace(matrices.double()) - values.sum(-1)
-    diagonal = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).double()
-    noise = torch.finfo(matrices.dtype).eps * (math.sqrt(matrices.shape[-1]) * diagonal + values[..., -1])
-    return torch.where(lost > noise, torch.minimum(lost, floor), 0.0)
-
-
-def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, Tensor]:
-    """Second moments with uneven diagonals, by index, in float64 and without what may be rounding."""
+def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Second moments with uneven diagonals, by index, in float64 and without rounding; and their unresolved eigenvalues."""
     coarse = [i for i, (_, matrix) in enumerate(matrices) if matrix.dtype != torch.float64]
     uneven = [i for i, flag in zip(coarse, _asked([_is_uneven(matrices[i][1]) for i in coarse]), strict=True) if flag]
     roots, evened = [], []
@@ -126,10 +132,14 @@ def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, Tensor]:
         evened.append((name, matrix / root / root.unsqueeze(1)))
     freed = {}
     for i, root, part in zip(uneven, roots, eigendecompose_symmetric(evened), strict=True):
-        least = (10 + math.sqrt(len(root))) * torch.finfo(matrices[i][1].dtype).eps
-        floor = (-_MARGIN * part.values[0]).clamp_min(least)
-        half = root.unsqueeze(1) * part.vectors * torch.where(part.values > floor, part.values, 0.0).sqrt()
-        freed[i] = half @ half.T
+        eps = torch.finfo(matrices[i][1].dtype).eps
+        floor = (-_MARGIN * part.values[0]).clamp_min((10 + math.sqrt(len(root))) * eps)
+        values, mean = _smoothed(part.values, floor, eps * (math.sqrt(len(root)) + part.values[-1]))
+        half = root.unsqueeze(1) * part.vectors
+        small = part.values <= floor
+        unresolved = mean * (half.square().sum(0) * small).sum() / small.sum().clamp_min(1)
+        half = half * values.sqrt()
+        freed[i] = half @ half.T, unresolved
     return freed
 
 
@@ -254,7 +264,7 @@ def _is_right(stack: Tensor, parts: Eigen) -> Tensor:
 
     By largest entries and row sums: squares could overflow. Comparisons with NaN are false.
     """
-    values, vectors = parts
+    values, vectors, _ = parts
     count, n = values.shape
     if not n:
         return torch.ones(count, dtype=torch.bool, device=stack.device)

@@ -287,7 +287,7 @@ def test_evidence_and_variances_in_float32_are_those_in_float64(kind, n, estimat
         (1e3, 1e5, False),
     ],
 )
-def test_curvature_that_float32_hides_is_told_of_once(offset, precision, told, call):
+def test_curvature_that_float32_does_not_resolve_is_told_of_once(offset, precision, told, call):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 60, generator=generator) + offset
     torch.manual_seed(0)
@@ -303,10 +303,33 @@ def test_curvature_that_float32_hides_is_told_of_once(offset, precision, told, c
         messages = [str(one.message) for one in caught]
         assert len(messages) == int(told and time == 0)
         for message in messages:
-            assert message.startswith("curvature of '' is hidden by the rounding of float32")
+            assert message.startswith(
+                "small eigenvalues of the model itself, though larger than the prior precision, are lost"
+            )
             assert "Standardize the inputs" in message
     double = kl.KronLaplace(model.double(), "classification", prior_precision=precision).fit([(x.double(), labels)])
     getattr(double, call)()
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("rank", [0, 40, 64])
+def test_the_sum_of_small_eigenvalues_is_kept(rank, uneven):
+    """Below what float32 resolves all eigenvalues are their mean, or zero where there is none but rounding."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(500, rank, generator=generator).double() * 1e-3
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q[:rank]
+    a = (x @ basis + 1) * (torch.logspace(0, 2, 64).double() if uneven else 1.0)
+    exact = torch.linalg.eigvalsh(a.T @ a / 500)
+    single = a.float()
+    (part,) = eigendecompose_moments([("m", single.T @ single / 500)])
+    values = part.values.double()
+    assert values[-1] == pytest.approx(float(exact[-1]), rel=1e-5)
+    assert values[1:-1].equal(values[:-2]) or uneven
+    if rank:
+        torch.testing.assert_close(values[:-1].sum(), exact[:-1].sum(), rtol=0.3, atol=0)
+        assert part.unresolved > 0
+    else:
+        assert values[:-1].sum() <= 64 * EPS * values[-1] and part.unresolved == 0
 
 
 # -- matrices that torch.linalg.eigh fails on -----------------------------------------------------------------

@@ -47,13 +47,13 @@ class Fit:
     unclear: set[str] = field(default_factory=set)
 
     @cached_property
-    def hidden(self) -> Tensor | None:
-        """Curvature of each layer that rounding in float32 may hide, ``(L,)`` on the CPU; None in float64."""
+    def unresolved(self) -> Tensor | None:
+        """Curvature of each layer that float32 does not resolve, ``(L,)`` on the CPU; None in float64."""
         blocks = list(self.fisher.values())
         if all(block.dtype == torch.float64 for block in blocks):
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return torch.stack([block.taken_for_rounding().cpu() for block in blocks])
+            return torch.stack([block.unresolved().cpu() for block in blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,24 +118,26 @@ class State:
 
     @torch.no_grad()
     def warn_of_rounding(self, precisions: Sequence[Tensor], scale: Tensor | float) -> None:
-        """Warn, once for each layer, where float32 hides curvature that may be more than the prior's precision.
+        """Warn, once for each layer, where float32 does not resolve curvature that is more than the prior's precision.
 
         Args:
             precisions: The prior's, layer by layer.
             scale: What the Fisher is multiplied with.
         """
         fit = self.fitted
-        if fit.hidden is None:
+        if fit.unresolved is None:
             return
         least = torch.stack([precision.detach().cpu().amin() for precision in precisions])
-        exceeds = (fit.hidden * torch.as_tensor(scale).detach().cpu() > least).tolist()
+        exceeds = (fit.unresolved * torch.as_tensor(scale).detach().cpu() > least).tolist()
         names = [name for name, flag in zip(fit.fisher, exceeds, strict=True) if flag and name not in fit.unclear]
         if names:
             fit.unclear.update(names)
+            shown = ", ".join(repr(name) if name else "the model itself" for name in names)
             warn(
-                f"curvature of {', '.join(map(repr, names))} is hidden by the rounding of float32 and counts as zero, "
-                "though it may exceed the prior precision: evidence and variances may be too large. Standardize the inputs, "
-                "use a larger prior precision, or fit in double precision: model.double(), with inputs in float64."
+                f"small eigenvalues of {shown}, though larger than the prior precision, are lost in "
+                "the rounding of float32 beside the largest, and their mean is used for each: evidence and variances are "
+                "approximate. Standardize the inputs, use a larger prior precision, or fit in double precision: "
+                "model.double(), with inputs in float64."
             )
 
     @cached_property
