@@ -52,6 +52,7 @@ from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
+from kronlaplace.precision import without_autocast
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -182,6 +183,7 @@ class KronLaplace(LaplaceTorchNames):
         self._temperature = positive_number(value, "temperature")
         self._covariance = None
 
+    @without_autocast()
     def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
         """Move the posterior **and its network** to another device or dtype, as `torch.nn.Module.to` does.
 
@@ -211,6 +213,7 @@ class KronLaplace(LaplaceTorchNames):
             self._adopt(fisher)
 
     @told_of
+    @without_autocast()
     def fit(
         self,
         data: Iterable[Any] | None = None,
@@ -305,6 +308,7 @@ class KronLaplace(LaplaceTorchNames):
             raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
         return self._fisher
 
+    @without_autocast()
     def covariance(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
@@ -345,6 +349,7 @@ class KronLaplace(LaplaceTorchNames):
         return self._covariance
 
     @told_of
+    @without_autocast()
     def log_marginal_likelihood(
         self,
         prior_precision: Precision | None = None,
@@ -375,6 +380,7 @@ class KronLaplace(LaplaceTorchNames):
         )
 
     @told_of
+    @without_autocast()
     def tune(
         self,
         method: TuningMethod | str = TuningMethod.EVIDENCE,
@@ -521,6 +527,7 @@ class KronLaplace(LaplaceTorchNames):
         return self.likelihood
 
     @told_of
+    @without_autocast()
     def functional_variance(
         self,
         x: Any,
@@ -563,6 +570,7 @@ class KronLaplace(LaplaceTorchNames):
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
     @told_of
+    @without_autocast()
     def predict(
         self,
         x: Any,
@@ -618,6 +626,7 @@ class KronLaplace(LaplaceTorchNames):
             return joined([self.predict_batch(part, predictive, differentiable) for part in self._batches(x, progress)])
         return self.predict_batch(x, predictive, differentiable)
 
+    @without_autocast()
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
         """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
         if predictive.samples:
@@ -640,6 +649,7 @@ class KronLaplace(LaplaceTorchNames):
         return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
 
     @told_of
+    @without_autocast()
     def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 
@@ -706,7 +716,7 @@ class KronLaplace(LaplaceTorchNames):
         self._check_weights()
         if self._cached_evidence is None:
             with _gradients(False):
-                deviations = [self._mean[name] - self._prior_mean[name] for name in self.fisher]
+                deviations = [self._mean[name].double() - self._prior_mean[name].double() for name in self.fisher]
                 self._cached_evidence = Evidence(self.fisher, deviations)
         return self._cached_evidence
 

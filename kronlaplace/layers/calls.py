@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.layers.base import Layer, Sums
+from kronlaplace.precision import callers_dtype
 
 __all__ = ["Call", "Calls"]
 
@@ -85,8 +86,7 @@ class Calls:
         for part, part_grads in self.parts(grads):
             for call, grad in zip(part.calls, part_grads, strict=True):
                 total += self.layer.total_weight_gradient(call.x, grad)
-                size = torch.linalg.vector_norm(call.x.to(total)) if call.x.is_floating_point() else 1.0
-                bound += size * torch.linalg.vector_norm(grad.to(total))
+                bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(total))
         return total, 100 * max(_rounding(call.x), _rounding(grad)) * bound
 
     def add_activation_moment(self, sums: Sums) -> None:
@@ -140,9 +140,15 @@ class Calls:
 
 
 def _rounding(tensor: Tensor) -> float:
-    """Relative rounding error of products with a tensor, 0 for indices; torch may multiply float32 in TF32 on CUDA."""
+    """Relative rounding error of products with a tensor, 0 for indices.
+
+    The network may multiply float32 in less: under the caller's autocast, or in TF32 on CUDA.
+    """
     if not tensor.is_floating_point():
         return 0.0
+    autocast = callers_dtype(tensor.device.type)
+    if autocast is not None and tensor.dtype == torch.float32:
+        return torch.finfo(autocast).eps
     coarse = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     if tensor.is_cuda and tensor.dtype == torch.float32 and coarse:
         return 2.0**-11

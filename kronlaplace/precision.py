@@ -1,0 +1,70 @@
+"""In which precision what runs: the network in the user's, all of our own algebra in at least float32.
+
+Two things make a network run in half precision. Its weights may be bfloat16 or float16: then inputs and gradients come to
+us in that dtype, and we go on in `wide` of it. Or it runs under `torch.autocast`, which belongs to the thread and would
+silently round our matrix products, too: what we do is done `without_autocast`, and only where the network itself is called
+the caller's setting is in force again, in `callers_autocast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["callers_autocast", "callers_dtype", "wide", "wide_dtype", "without_autocast"]
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_NONE: dict[str, torch.dtype] = {}
+
+_suspended: ContextVar[dict[str, torch.dtype]] = ContextVar("suspended autocast", default=_NONE)
+"""The caller's autocast, dtypes by device type, while ours is off."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that we compute in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: half-precision probabilities and errors are too coarse."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch `torch.autocast` off, and remember how it was; as a context or a decorator."""
+    active = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
+    if not active:
+        yield
+        return
+    token = _suspended.set(active)
+    try:
+        with ExitStack() as stack:
+            for device in active:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        _suspended.reset(token)
+
+
+@contextmanager
+def callers_autocast() -> Iterator[None]:
+    """`torch.autocast` as it was where `without_autocast` switched it off.
+
+    Without its cache of rounded weights: that would keep a replica's weights alive for as long as the caller's context
+    lasts, and what it kept from a pass without gradients would have none in the next.
+    """
+    with ExitStack() as stack:
+        for device, dtype in _suspended.get().items():
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+        yield
+
+
+def callers_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that the caller's autocast gives to products on a kind of device; None without autocast."""
+    return _suspended.get().get(device_type)
