@@ -31,6 +31,7 @@ from kronlaplace.batches import Inputs, device_of, tensors_of
 from kronlaplace.example_axes import ExampleAxes, Layout, UnknownAxisError
 from kronlaplace.layers import Call, Calls, Layer, UnusableLayersError, written_out
 from kronlaplace.memory_layout import with_contiguous_gradient
+from kronlaplace.precision import autocast_dtype
 from kronlaplace.replica import Replica
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
@@ -386,7 +387,7 @@ class Recorder:
             )
         calls = self._calls[layer.name]
         index = len(calls)
-        calls.append(Call(self._kept(x).movedim(axis, 0), fold))
+        calls.append(Call(self._kept(x).movedim(axis, 0), fold, autocast_dtype(x.device)))
         if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
             self._outputs[layer.name] = weakref.ref(output), output._version
         else:

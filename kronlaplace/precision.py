@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["callers_autocast", "callers_dtype", "wide", "wide_dtype", "without_autocast"]
+__all__ = ["autocast_dtype", "callers_autocast", "wide", "wide_dtype", "without_autocast"]
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -65,6 +65,6 @@ def callers_autocast() -> Iterator[None]:
         yield
 
 
-def callers_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that the caller's autocast gives to products on a kind of device; None without autocast."""
-    return _suspended.get().get(device_type)
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to products on a device here and now; None without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

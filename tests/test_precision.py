@@ -268,7 +268,7 @@ class InAutocast(nn.Module):
 
 def everything(model, inputs, targets, estimator):
     posterior = fitted(model, inputs, targets, estimator=estimator)
-    results = [tensor for block in posterior.fisher.values() for tensor in block.to_tensors().values()]
+    results = [t for block in posterior.fisher.values() for t in block.to_tensors().values() if t.is_floating_point()]
     results += [posterior.predict(inputs, link=link) for link in LINKS]
     results += [posterior.functional_variance(inputs, diagonal=d, joint=j) for d, j in ((0, 0), (0, 1), (1, 0))]
     results += posterior.sample(2).values()
