@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "callers_autocast", "wide", "wide_dtype", "without_autocast"]
+__all__ = ["alike", "autocast_dtype", "callers_autocast", "wide", "wide_dtype", "without_autocast"]
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -68,3 +68,18 @@ def callers_autocast() -> Iterator[None]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast gives to products on a device here and now; None without autocast."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def alike(found: Tensor, expected: Tensor, *, rtol: float, atol: float = 1e-8) -> bool:
+    """Whether the network gave the same twice, up to rounding; where that is half precision's it counts as a share of the
+    largest number, since torch chooses its kernels by the size of the batch.
+    """
+    if found.shape != expected.shape:
+        return False
+    dtype = found.dtype
+    if dtype == torch.float32:
+        dtype = _suspended.get().get(found.device.type, dtype)
+    if dtype in (torch.float16, torch.bfloat16) and expected.numel():
+        rounding = 8 * torch.finfo(dtype).eps
+        rtol, atol = max(rtol, rounding), max(atol, rounding * float(expected.nan_to_num(0, 0, 0).abs().max()))
+    return torch.allclose(found, expected, rtol=rtol, atol=atol, equal_nan=True)

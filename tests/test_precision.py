@@ -2,6 +2,7 @@
 are the oracle."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Sampling
-from kronlaplace.precision import callers_autocast, without_autocast
+from kronlaplace.precision import alike, callers_autocast, without_autocast
 from tests.architectures import ARCHITECTURES, Cells, Recurrent, select
 from tests.networks import Pooled
 
@@ -360,6 +361,43 @@ def test_autocast_is_the_callers_again_whatever_happens():
         assert states() == before
     with callers_autocast():
         assert not torch.is_autocast_enabled("cpu")
+
+
+class RoundedByBatch(nn.Module):
+    """Two inputs, and a rounding that depends on the number of examples, as that of kernels on accelerators does."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x, scale):
+        f = self.network(x * scale)
+        return f + (len(x) % 2) * torch.finfo(f.dtype).eps * f.detach().abs().max()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounding_is_not_taken_for_examples_that_mix(dtype):
+    torch.manual_seed(0)
+    model, x, scale = RoundedByBatch().to(dtype), torch.randn(6, 4).to(dtype), torch.randn(6, 1).to(dtype)
+    targets = torch.randint(3, (6,))
+    kl.estimate_fisher(model, [((x, scale), targets)], "classification")
+    with torch.autocast("cpu", dtype=dtype):
+        kl.estimate_fisher(model.float(), [((x.float(), scale.float()), targets)], "classification")
+
+
+def test_rounding_that_is_alike_is_that_of_the_dtype():
+    x = torch.tensor([1.0, 1e-3, math.nan])
+    close, far = x + torch.tensor([0.0, 0.01, 0.0]), x + torch.tensor([0.0, 0.1, 0.0])
+    assert not alike(close, x, rtol=1e-3)
+    assert alike(close.bfloat16(), x.bfloat16(), rtol=1e-3)
+    assert not alike(far.bfloat16(), x.bfloat16(), rtol=1e-3)
+    assert not alike(close.half(), x.half(), rtol=1e-3)
+    assert not alike(x[:2], x, rtol=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast():
+        assert alike(close, x, rtol=1e-3)
+    index = torch.arange(3)
+    assert alike(index, index, rtol=1e-3)
+    assert not alike(index + 1, index, rtol=1e-3)
 
 
 # -- the architectures ---------------------------------------------------------------------------------------
