@@ -551,7 +551,7 @@ class KronLaplace(LaplaceTorchNames):
         Returns:
             Shape ``(N, C, C)``; ``(N, C)`` with ``diagonal=True``; ``(N·C, N·C)`` with ``joint=True``, examples in front.
             Outputs with more axes, ``(N, ...)``, count as one axis ``C`` (row-major), and keep their shape with
-            ``diagonal=True``.
+            ``diagonal=True``. In at least float32, also where the network runs in half precision.
 
         Raises:
             ValueError: As `predict`.
@@ -606,7 +606,8 @@ class KronLaplace(LaplaceTorchNames):
 
         Returns:
             Classification: probabilities, of the shape of the network's outputs (``Bernoulli``: of a one). Regression: a
-            `Prediction`; its ``variance`` is of the function, without the noise.
+            `Prediction`; its ``variance`` is of the function, without the noise. All in at least float32: half precision has
+            two or three digits, too few for probabilities and errors. Under `torch.autocast` only the network is rounded.
 
         Raises:
             ValueError: For an unknown method or link, for options that have no effect together, or inputs that are empty
@@ -660,7 +661,7 @@ class KronLaplace(LaplaceTorchNames):
 
         Returns:
             ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
-            takes them one by one.
+            takes them one by one; drawn in at least float32 and rounded to the parameters' dtypes.
         """
         n = positive_integer(n, "n")
         if antithetic and n % 2:
