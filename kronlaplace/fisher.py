@@ -35,12 +35,12 @@ from kronlaplace.layer_checks import check_layers
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersError, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number, warn
-from kronlaplace.precision import without_autocast
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
 
-@without_autocast()
+@in_full_precision
 def estimate_fisher(
     model: nn.Module,
     data: Iterable[Any],
@@ -172,7 +172,7 @@ class PassResult:
     left_out: dict[str, str]
 
 
-@without_autocast()
+@in_full_precision
 def accumulate(
     model: nn.Module,
     data: Iterable[Any],

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronlaplace.precision import without_autocast
+from kronlaplace.precision import in_full_precision
 
 __all__ = [
     "Link",
@@ -86,7 +86,7 @@ def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
     return probit_scaled(mean - mean.mean(-1, keepdim=True), covariance)
 
 
-@without_autocast()
+@in_full_precision
 def mean_over_samples(
     inverse_link: Callable[..., Tensor],
     mean: Tensor,
@@ -111,7 +111,7 @@ def mean_over_samples(
     return total / n_samples
 
 
-@without_autocast()
+@in_full_precision
 def symmetric_root(covariance: Tensor) -> Tensor:
     """The symmetric root of positive semidefinite matrices ``(..., C, C)``, which may be singular; differentiable."""
     root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
@@ -134,7 +134,7 @@ class _SymmetricRoot(torch.autograd.Function):
         return (vectors * roots.unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
-    @without_autocast()
+    @in_full_precision
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         roots, vectors = ctx.saved_tensors
         sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)

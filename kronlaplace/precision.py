@@ -8,14 +8,19 @@ the caller's setting is in force again, in `callers_autocast`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["alike", "autocast_dtype", "callers_autocast", "wide", "wide_dtype", "without_autocast"]
+__all__ = ["alike", "autocast_dtype", "callers_autocast", "in_full_precision", "wide", "wide_dtype", "without_autocast"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -37,7 +42,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch `torch.autocast` off, and remember how it was; as a context or a decorator."""
+    """Switch `torch.autocast` off, and remember how it was."""
     active = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
     if not active:
         yield
@@ -50,6 +55,17 @@ def without_autocast() -> Iterator[None]:
             yield
     finally:
         _suspended.reset(token)
+
+
+def in_full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function that runs `without_autocast`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with without_autocast():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager

@@ -52,7 +52,7 @@ from kronlaplace.layers import Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
-from kronlaplace.precision import without_autocast
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -183,7 +183,7 @@ class KronLaplace(LaplaceTorchNames):
         self._temperature = positive_number(value, "temperature")
         self._covariance = None
 
-    @without_autocast()
+    @in_full_precision
     def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
         """Move the posterior **and its network** to another device or dtype, as `torch.nn.Module.to` does.
 
@@ -213,7 +213,7 @@ class KronLaplace(LaplaceTorchNames):
             self._adopt(fisher)
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def fit(
         self,
         data: Iterable[Any] | None = None,
@@ -308,7 +308,7 @@ class KronLaplace(LaplaceTorchNames):
             raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
         return self._fisher
 
-    @without_autocast()
+    @in_full_precision
     def covariance(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
@@ -349,7 +349,7 @@ class KronLaplace(LaplaceTorchNames):
         return self._covariance
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def log_marginal_likelihood(
         self,
         prior_precision: Precision | None = None,
@@ -380,7 +380,7 @@ class KronLaplace(LaplaceTorchNames):
         )
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def tune(
         self,
         method: TuningMethod | str = TuningMethod.EVIDENCE,
@@ -527,7 +527,7 @@ class KronLaplace(LaplaceTorchNames):
         return self.likelihood
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def functional_variance(
         self,
         x: Any,
@@ -570,7 +570,7 @@ class KronLaplace(LaplaceTorchNames):
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def predict(
         self,
         x: Any,
@@ -627,7 +627,7 @@ class KronLaplace(LaplaceTorchNames):
             return joined([self.predict_batch(part, predictive, differentiable) for part in self._batches(x, progress)])
         return self.predict_batch(x, predictive, differentiable)
 
-    @without_autocast()
+    @in_full_precision
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
         """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
         if predictive.samples:
@@ -650,7 +650,7 @@ class KronLaplace(LaplaceTorchNames):
         return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
 
     @told_of
-    @without_autocast()
+    @in_full_precision
     def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 

@@ -13,7 +13,7 @@ from kronlaplace.laplace.terms import Between
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.links import Link, symmetric_root
 from kronlaplace.options import Choice, choice, positive_integer, seed_number
-from kronlaplace.precision import wide, without_autocast
+from kronlaplace.precision import in_full_precision, wide
 
 __all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
 
@@ -156,7 +156,7 @@ class JointPrediction(Prediction):
         noise = self.noise_variance.expand(self.mean.shape).flatten()
         return self.covariance + torch.diag(noise)
 
-    @without_autocast()
+    @in_full_precision
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw the function's values at all inputs together, without noise: shape ``(n, N, C)``.
 
