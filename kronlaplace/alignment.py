@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronlaplace.likelihoods import Categorical, Likelihood
+from kronlaplace.precision import callers_autocast
 
 __all__ = ["Alignment"]
 
@@ -114,7 +115,7 @@ def _loss_skips_first(model: nn.Module, inputs: Any, labels: Tensor) -> bool | N
     first = torch.full_like(labels, _IGNORED_BY_THE_MODEL)
     first[:, 0] = 0  # any class will do
     try:
-        with _evaluating(model):
+        with _evaluating(model), callers_autocast():
             outputs = model(*args, **keywords, labels=first)
     except Exception:  # the model's, whatever it is: without labels it is called in a moment, and may say it again
         return None

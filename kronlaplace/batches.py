@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from kronlaplace.alignment import Alignment
 from kronlaplace.options import warn
+from kronlaplace.precision import callers_autocast
 
 __all__ = [
     "Batch",
@@ -71,7 +72,8 @@ class Inputs:
             TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
         """
         args, kwargs = self.arguments(model)
-        outputs = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
+        with callers_autocast():
+            outputs = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
         if isinstance(outputs, Mapping) and "logits" in outputs:
             outputs = outputs["logits"]
         outputs = getattr(outputs, "logits", outputs)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, trace
+from kronlaplace.precision import in_full_precision
 
 __all__ = [
     "Block",
@@ -163,6 +164,7 @@ class RotatedBlock(Block):
         gradient, activation = self.bases()
         return _two_sided(gradient.square(), weights, activation.square().mT)
 
+    @in_full_precision
     def squared_rows(self, weights: Tensor) -> Tensor:
         """``(Q_G ∘ Q_G) W`` for ``W`` of shape ``(q, p)``; same shape."""
         gradient, _ = self.bases()
@@ -366,6 +368,7 @@ class EigenBlock(_Values, RotatedBlock):
     def matmul(self, matrices: Tensor) -> Tensor:
         return self.from_eigenbasis(self.values * self.to_eigenbasis(matrices))
 
+    @in_full_precision
     def to_dense(self) -> Tensor:
         parts = zip(
             self.gradient_basis, self.activation_basis, self.values.chunk(len(self.gradient_basis)), strict=True
@@ -462,6 +465,7 @@ class DenseBlock(Block):
     def device(self) -> torch.device:
         return self.matrix.device
 
+    @in_full_precision
     def matmul(self, matrices: Tensor) -> Tensor:
         return self.scale * (matrices.flatten(-2) @ self.matrix).unflatten(-1, self._shape)
 
@@ -501,12 +505,15 @@ class DenseBlock(Block):
     def eigenvalues(self) -> Tensor:
         return (self.scale.double() * self.eigen().values.double()).unflatten(0, self._shape)
 
+    @in_full_precision
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         return (matrices.flatten(-2) @ self.eigen().vectors).unflatten(-1, self._shape)
 
+    @in_full_precision
     def from_eigenbasis(self, matrices: Tensor) -> Tensor:
         return (matrices.flatten(-2) @ self.eigen().vectors.T).unflatten(-1, self._shape)
 
+    @in_full_precision
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return (self.eigen().vectors.square() @ weights.flatten()).unflatten(0, self._shape)
 
@@ -534,6 +541,7 @@ def _from_parts(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
     return DenseBlock(tensors["matrix"], (q, p), tensors["scale"], name)
 
 
+@in_full_precision
 def _two_sided(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
     """``L M R`` by groups of rows: ``(K, r, r)``, ``(..., K·r, p)``, ``(K, p, p)``."""
     if len(left) == 1:

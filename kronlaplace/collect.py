@@ -32,6 +32,7 @@ from kronlaplace.example_axes import ExampleAxes, Layout, UnknownAxisError
 from kronlaplace.last_layer import LOG_SOFTMAX, can_be_last, maker_of
 from kronlaplace.layers import Call, Calls, Layer, UnusableLayersError, written_out
 from kronlaplace.memory_layout import with_contiguous_gradient
+from kronlaplace.precision import alike, autocast_dtype
 from kronlaplace.replica import Replica
 
 __all__ = ["Receiver", "Recorder", "check_mode", "check_model", "recording"]
@@ -219,9 +220,7 @@ class Recorder:
                 found = self.run_plainly(half)
             except (RuntimeError, ValueError, IndexError):
                 return False
-            return found.shape == expected.shape and torch.allclose(
-                found, expected, rtol=1e-2, atol=1e-4, equal_nan=True
-            )
+            return alike(found, expected, rtol=1e-2, atol=1e-4)
 
         behind = by_example[1:]
         for shared in ((), *((path,) for path in behind), tuple(behind)):
@@ -397,7 +396,7 @@ class Recorder:
             )
         calls = self._calls[layer.name]
         index = len(calls)
-        calls.append(Call(self._kept(x).movedim(axis, 0), fold))
+        calls.append(Call(self._kept(x).movedim(axis, 0), fold, autocast_dtype(x.device)))
         if index == 0 and axis == 0 and fold == 1 and isinstance(layer.module, nn.Linear) and layer.factors:
             self._outputs[layer.name] = weakref.ref(output), output._version
         else:

@@ -20,6 +20,7 @@ from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.layers import Calls, Layer, find_layers
 from kronlaplace.likelihoods import Categorical, Likelihood, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["ErrorMethod", "RelativeError", "relative_error"]
 
@@ -64,6 +65,7 @@ class RelativeError(float):
         return float(self), self.standard_error, self.method
 
 
+@in_full_precision
 def relative_error(
     fisher: KroneckerFisher,
     model: nn.Module,

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-import torch
 from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs, tensors_of, with_one_more
 from kronlaplace.layers import Layer, UnusableLayersError
+from kronlaplace.precision import alike
 
 __all__ = ["ExampleAxes", "Gradients", "Layout", "Place", "UnknownAxisError"]
 
@@ -204,7 +204,7 @@ class ExampleAxes:
             elif len(grown) == 1:
                 fold = x.shape[grown[0]] // n
                 first = y.narrow(grown[0], 0, x.shape[grown[0]])
-                if fold == 1 or (grown[0] == 0 and torch.allclose(first, x, rtol=1e-3, equal_nan=True)):
+                if fold == 1 or (grown[0] == 0 and alike(first, x, rtol=1e-3)):
                     places[name, index] = grown[0], fold
         if constant:
             reordered = inputs.map_by_path(lambda t, path: t if path in shared else _reversed(t, input_axis, n))
@@ -213,7 +213,7 @@ class ExampleAxes:
             for call, position in constant:
                 x = before[position][1]
                 y = again[position][1] if same_calls else x.new_zeros(0)
-                if x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, equal_nan=True):
+                if alike(x, y, rtol=1e-3):
                     places[call] = None
                 else:
                     self._partial.add(call[0])
@@ -243,7 +243,7 @@ class ExampleAxes:
                 outputs = attempt()
             except (RuntimeError, ValueError, IndexError):
                 continue  # the network does not allow for copies there
-            same = outputs.shape == plain.shape and torch.allclose(outputs, plain, rtol=1e-3, atol=1e-5, equal_nan=True)
+            same = alike(outputs, plain, rtol=1e-3, atol=1e-5)
             if same and self._are_their_own(gradients(outputs[0].sum(), self._copies)):
                 return outputs
         raise UnusableLayersError(

@@ -38,10 +38,12 @@ from kronlaplace.layers import Layer, LayerSearch, Unsupported, UnusableLayersEr
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number, warn
 from kronlaplace.output_activation import check_outputs_are_logits
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["accumulate", "check_batch", "check_belongs", "estimate_fisher"]
 
 
+@in_full_precision
 def estimate_fisher(
     model: nn.Module,
     data: Iterable[Any],
@@ -194,6 +196,7 @@ class PassResult:
     last_layer: str | None
 
 
+@in_full_precision
 def accumulate(
     model: nn.Module,
     data: Iterable[Any],

@@ -21,6 +21,7 @@ __all__ = ["explained_errors"]
 _PACKAGE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 _OF_SHAPES = re.compile(r"shape|size|channels|dimension|expected|normalized_shape", re.IGNORECASE)
+_NO_KERNEL = re.compile(r"not implemented for '(Half|BFloat16)'|could not create a primitive")
 _OF_DTYPES = re.compile(r"dtype|scalar type|input type", re.IGNORECASE)
 
 
@@ -38,12 +39,14 @@ def explained_errors(model: nn.Module, inputs: Any, batch: int | None = None) ->
     Raises:
         ValueError: If a layer cannot take the inputs' shapes or dtypes.
         TypeError: If the model takes another number of inputs.
+        NotImplementedError: If torch has no kernel for what the model does in half precision.
         RuntimeError: For other errors of torch.
     """
     try:
         yield
     except (RuntimeError, TypeError, IndexError) as error:
-        better = _explained(error, model, inputs) if type(error) in (RuntimeError, TypeError, IndexError) else None
+        known = type(error) in (RuntimeError, TypeError, IndexError) or _NO_KERNEL.search(str(error))
+        better = _explained(error, model, inputs) if known else None
         if better is None:
             raise
         raise type(better)(f"batch {batch}: {better}" if batch is not None else str(better)) from error
@@ -71,6 +74,12 @@ def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | N
             )
         return None
     dtype = next((p.dtype for p in modules[-1].parameters()), next(p.dtype for p in model.parameters()))
+    if _NO_KERNEL.search(str(error)):
+        return NotImplementedError(
+            f"torch has no kernel for what module {names[id(modules[-1])]!r} ({type(modules[-1]).__name__}) does in half "
+            f"precision on this device: {error}. Use float32 there: model.float() before the fit, "
+            "posterior.to(torch.float32) after it, or with torch.autocast(..., enabled=False) around that module."
+        )
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
     if dtypes and dtype not in dtypes and _OF_DTYPES.search(str(error)):
         return ValueError(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronlaplace.precision import in_full_precision
+
 __all__ = [
     "Link",
     "centered_probit_scaled",
@@ -84,6 +86,7 @@ def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
     return probit_scaled(mean - mean.mean(-1, keepdim=True), covariance)
 
 
+@in_full_precision
 def mean_over_samples(
     inverse_link: Callable[..., Tensor],
     mean: Tensor,
@@ -108,6 +111,7 @@ def mean_over_samples(
     return total / n_samples
 
 
+@in_full_precision
 def symmetric_root(covariance: Tensor) -> Tensor:
     """The symmetric root of positive semidefinite matrices ``(..., C, C)``, which may be singular; differentiable."""
     root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
@@ -130,6 +134,7 @@ class _SymmetricRoot(torch.autograd.Function):
         return (vectors * roots.unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
+    @in_full_precision
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         roots, vectors = ctx.saved_tensors
         sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)

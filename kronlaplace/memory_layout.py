@@ -60,5 +60,5 @@ def _settle_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> N
     result.register_hook(_contiguous)
 
 
-def _contiguous(gradient: Tensor) -> Tensor:
-    return gradient.contiguous()
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()  # in second derivatives there may be none

@@ -35,6 +35,7 @@ from kronlaplace.fisher import accumulate
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Sampling
 from kronlaplace.options import choice, positive_integer, seed_number
+from kronlaplace.precision import without_autocast
 
 try:
     from laplace.curvature import GGNInterface
@@ -152,7 +153,8 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
             description="",
             check_network=running.n_batches == 0,
         )
-        difference = running.advance(len(y))
+        with without_autocast():
+            difference = running.advance(len(y))
         if running.n_examples < N:
             self._pass = running
         with torch.no_grad():

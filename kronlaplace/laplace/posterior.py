@@ -57,6 +57,7 @@ from kronlaplace.layers import Layer, Unsupported, entries_of, find_layers, sear
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Prediction, Sampling, resolve_likelihood
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -224,6 +225,7 @@ class KronLaplace(LaplaceTorchNames):
     def temperature(self, value: float) -> None:
         self._change(temperature=positive_number(value, "temperature"))
 
+    @in_full_precision
     def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
         """Move the posterior **and its network** to another device or dtype, as `torch.nn.Module.to` does.
 
@@ -260,6 +262,7 @@ class KronLaplace(LaplaceTorchNames):
         return replace(moved, fit=self._fit_of(fisher, layers))
 
     @told_of
+    @in_full_precision
     def fit(
         self,
         data: Iterable[Any] | None = None,
@@ -385,6 +388,7 @@ class KronLaplace(LaplaceTorchNames):
         """
         return self._state.fitted.fisher
 
+    @in_full_precision
     def covariance(self) -> dict[str, DampedInverse]:
         """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
@@ -399,6 +403,7 @@ class KronLaplace(LaplaceTorchNames):
         return self._at_its_weights().inverses
 
     @told_of
+    @in_full_precision
     def log_marginal_likelihood(
         self,
         prior_precision: Precision | None = None,
@@ -435,6 +440,7 @@ class KronLaplace(LaplaceTorchNames):
         return state.evidence(precision, noise_std, temperature)
 
     @told_of
+    @in_full_precision
     def tune(
         self,
         method: TuningMethod | str = TuningMethod.EVIDENCE,
@@ -572,6 +578,7 @@ class KronLaplace(LaplaceTorchNames):
         self._change(**changes)
 
     @told_of
+    @in_full_precision
     def functional_variance(
         self,
         x: Any,
@@ -595,7 +602,7 @@ class KronLaplace(LaplaceTorchNames):
         Returns:
             Shape ``(N, C, C)``; ``(N, C)`` with ``diagonal=True``; ``(N·C, N·C)`` with ``joint=True``, examples in front.
             Outputs with more axes, ``(N, ...)``, count as one axis ``C`` (row-major), and keep their shape with
-            ``diagonal=True``.
+            ``diagonal=True``. In at least float32, also where the network runs in half precision.
 
         Raises:
             ValueError: As `predict`.
@@ -614,6 +621,7 @@ class KronLaplace(LaplaceTorchNames):
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
     @told_of
+    @in_full_precision
     def predict(
         self,
         x: Any,
@@ -649,7 +657,8 @@ class KronLaplace(LaplaceTorchNames):
 
         Returns:
             Classification: probabilities, of the shape of the network's outputs (``Bernoulli``: of a one). Regression: a
-            `Prediction`; its ``variance`` is of the function, without the noise.
+            `Prediction`; its ``variance`` is of the function, without the noise. All in at least float32: half precision has
+            two or three digits, too few for probabilities and errors. Under `torch.autocast` only the network is rounded.
 
         Raises:
             ValueError: For an unknown method or link, for options that have no effect together, or inputs that are empty
@@ -669,6 +678,7 @@ class KronLaplace(LaplaceTorchNames):
             return joined([self._predict(state, x_, predictive, differentiable) for x_ in self._batches(x, progress)])
         return self._predict(state, x, predictive, differentiable)
 
+    @in_full_precision
     def predict_batch(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
         """`predict` for one batch of inputs, with its options as an object, and no look at whether the weights changed."""
         return self._predict(self._state, x, predictive, differentiable)
@@ -694,6 +704,7 @@ class KronLaplace(LaplaceTorchNames):
         return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
 
     @told_of
+    @in_full_precision
     def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
         """Draw parameters from the posterior.
 
@@ -704,7 +715,7 @@ class KronLaplace(LaplaceTorchNames):
 
         Returns:
             ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
-            takes them one by one.
+            takes them one by one; drawn in at least float32 and rounded to the parameters' dtypes.
         """
         n = positive_integer(n, "n")
         if antithetic and n % 2:

@@ -13,6 +13,7 @@ from kronlaplace.laplace.terms import Between
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.links import Link, symmetric_root
 from kronlaplace.options import Choice, choice, positive_integer, seed_number
+from kronlaplace.precision import in_full_precision, wide
 
 __all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
 
@@ -115,6 +116,7 @@ class Predictive:
             likelihood: The likelihood.
         """
         axis = likelihood.class_axis_of(outputs)
+        outputs = wide(outputs)
         mean = outputs.unsqueeze(1) if outputs.ndim == 1 else outputs if axis is None else outputs.movedim(axis, -1)
         if covariance.ndim == outputs.ndim:
             covariance = covariance.unsqueeze(1) if outputs.ndim == 1 else covariance
@@ -154,6 +156,7 @@ class JointPrediction(Prediction):
         noise = self.noise_variance.expand(self.mean.shape).flatten()
         return self.covariance + torch.diag(noise)
 
+    @in_full_precision
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw the function's values at all inputs together, without noise: shape ``(n, N, C)``.
 

@@ -102,7 +102,7 @@ def by_layer(joined: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
-    """The prior mean as each layer's matrix, ``(q, p)``, in the layer's dtype.
+    """The prior mean as each layer's matrix, ``(q, p)``, in the layer's dtype, at least float32.
 
     Args:
         value: One number for all weights; one per weight, as the row-major flattened matrices of all blocks joined, shape
@@ -132,7 +132,7 @@ def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
         )
     if not all(torch.isfinite(mean).all() for mean in means):
         raise ValueError("prior_mean has NaN or infinite values.")
-    return [mean.detach().to(layer.device, layer.matrix().dtype) for mean, layer in zip(means, layers, strict=True)]
+    return [mean.detach().to(layer.device, layer.dtype) for mean, layer in zip(means, layers, strict=True)]
 
 
 def _from_parameters(values: Mapping[str, Tensor], layers: Sequence[Layer], what: str) -> list[Tensor]:

@@ -56,7 +56,8 @@ class WeightSampler:
             deviations = inverse.sqrt_solve(noise)
             if self._step == 2:
                 deviations = torch.stack([deviations, -deviations], dim=1).flatten(0, 1)
-            draws |= layer.split((mean + deviations).to(mean.dtype))
+            parts = layer.split(mean + deviations)
+            draws |= {name: part.to(layer.parameters[name].dtype) for name, part in parts.items()}
         return draws
 
     def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:

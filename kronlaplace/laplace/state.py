@@ -145,4 +145,5 @@ class State:
         """The Laplace evidence as a function of the hyperparameters."""
         fit = self.fitted
         with torch.inference_mode(False), torch.no_grad():
-            return Evidence(fit.fisher, [fit.mean[name] - self.prior_mean[name] for name in fit.fisher])
+            deviations = [fit.mean[name].double() - self.prior_mean[name].double() for name in fit.fisher]
+            return Evidence(fit.fisher, deviations)

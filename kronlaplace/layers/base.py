@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronlaplace.precision import wide_dtype
+
 __all__ = ["Layer", "LinearLayer", "Report", "Sums"]
 
 Sums = dict[str, Tensor]
@@ -102,7 +104,7 @@ class Layer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that sums accumulate in: that of the parameters, at least float32."""
-        return torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
+        return wide_dtype(next(iter(self.parameters.values())).dtype)
 
     def sum_of(self, sums: Sums, key: str) -> Tensor:
         """The sum ``"activation"``, shape ``(K, p, p)``, or ``"gradient"``, ``(K, q/K, q/K)``, to be added to in place.
@@ -119,7 +121,10 @@ class Layer(ABC):
         """The matrix ``(q, p)`` that is made of values of the parameters, such as their gradients, as ``W̄`` is of them."""
 
     def matrix(self, *, detach: bool = True) -> Tensor:
-        """A copy of ``W̄``, shape ``(q, p)``, detached from the parameters or not."""
+        """A copy of ``W̄``, shape ``(q, p)``, detached from the parameters or not, in their dtype.
+
+        A column that is a sum of parameters needs more than half precision: then it is in `dtype`.
+        """
         return self.assemble({name: p.detach() if detach else p for name, p in self.parameters.items()})
 
     @abstractmethod
@@ -156,6 +161,10 @@ class Layer(ABC):
         (q, p), groups = self.shape, self.groups
         rows = grad.numel() // max(q // groups, 1)  # N·T·K
         return (rows * p if self.factors else 0) + len(x) * q * p
+
+    def input_norm(self, x: Tensor) -> Tensor | float:
+        """Frobenius norm of what the gradients are multiplied with in ``Σ_n X_n``, which bounds its rounding error."""
+        return torch.linalg.vector_norm(x.to(self.dtype))
 
     def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """``Σ_n X_n`` of one call, shape ``(q, p)``."""
@@ -255,6 +264,7 @@ class LinearLayer(Layer):
         if self._constant is None:
             return result
         constant = self._constant.detach() if detach else self._constant
+        result = result.to(self.dtype)
         return torch.cat([result[:, :-1], (result[:, -1] + constant).unsqueeze(1)], dim=1)
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:

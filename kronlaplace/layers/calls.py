@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ class Call:
     Attributes:
         x: Its input, examples first.
         fold: How many rows of the first axis belong to one example (1, unless the network folds positions into it).
+        autocast: The dtype that products of float32 were made in, or None if there was no autocast.
     """
 
     x: Tensor
     fold: int = 1
+    autocast: torch.dtype | None = None
 
 
 class Calls:
@@ -85,9 +87,8 @@ class Calls:
         for part, part_grads in self.parts(grads):
             for call, grad in zip(part.calls, part_grads, strict=True):
                 total += self.layer.total_weight_gradient(call.x, grad)
-                size = torch.linalg.vector_norm(call.x.to(total)) if call.x.is_floating_point() else 1.0
-                bound += size * torch.linalg.vector_norm(grad.to(total))
-        return total, 100 * max(_rounding(call.x), _rounding(grad)) * bound
+                bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(total))
+        return total, 100 * max(_rounding(call.x, call.autocast), _rounding(grad, call.autocast)) * bound
 
     def add_activation_moment(self, sums: Sums) -> None:
         """Add ``Σ_n Σ_t a aᵀ`` to ``sums``; `Layer.activation_moment` gets it out again."""
@@ -127,7 +128,7 @@ class Calls:
             return
         for start in range(0, n, count):
             rows_of = [slice(start * call.fold, (start + count) * call.fold) for call in self.calls]
-            part = [Call(call.x[rows], call.fold) for call, rows in zip(self.calls, rows_of, strict=True)]
+            part = [replace(call, x=call.x[rows]) for call, rows in zip(self.calls, rows_of, strict=True)]
             yield Calls(layer, part), [grad[rows] for grad, rows in zip(grads, rows_of, strict=True)]
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -139,10 +140,15 @@ class Calls:
         return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded, dim=2)
 
 
-def _rounding(tensor: Tensor) -> float:
-    """Relative rounding error of products with a tensor, 0 for indices; torch may multiply float32 in TF32 on CUDA."""
+def _rounding(tensor: Tensor, autocast: torch.dtype | None) -> float:
+    """Relative rounding error of products with a tensor, 0 for indices.
+
+    The network may multiply float32 in less: under autocast, or in TF32 on CUDA.
+    """
     if not tensor.is_floating_point():
         return 0.0
+    if autocast is not None and tensor.dtype == torch.float32:
+        return torch.finfo(autocast).eps
     coarse = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     if tensor.is_cuda and tensor.dtype == torch.float32 and coarse:
         return 2.0**-11

@@ -97,11 +97,13 @@ class ConvolutionLayer(Layer):
         return grad.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).to(self.dtype)
 
     def project(self, x: Tensor, basis: Tensor) -> Tensor:
-        kernels = basis.mT.to(x.dtype)  # (K, k, p)
+        kernels = basis.mT.to(self.dtype)  # (K, k, p)
         weight = kernels[..., : self.shape[1] - self.bias].flatten(0, 1).unflatten(-1, self.module.weight.shape[1:])
         offset = kernels[..., -1].flatten() if self.bias else None
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self._n_dims - 1]
-        out = convolve(self.padded(x), weight, offset, self.module.stride, 0, self.module.dilation, self.groups)
+        out = convolve(
+            self.padded(x).to(self.dtype), weight, offset, self.module.stride, 0, self.module.dilation, self.groups
+        )
         return out.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
 
     @property

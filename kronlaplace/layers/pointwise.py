@@ -61,10 +61,14 @@ class NormalizationLayer(Layer):
 
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
         g = self._by_feature(grad)
-        columns = [(g * self._by_feature(self._normalised(x.to(grad.dtype)))).sum(1)]
+        columns = [(g * self._by_feature(self._normalised(x.to(self.dtype)))).sum(1)]
         if self._bias:
             columns.append(g.sum(1))
         return torch.stack(columns, dim=-1).unsqueeze(0)
+
+    def input_norm(self, x: Tensor) -> Tensor | float:
+        x = x.to(self.dtype)  # which may be zero where the normalised input is not
+        return torch.linalg.vector_norm(x) + torch.linalg.vector_norm(self._normalised(x))
 
     def _by_feature(self, values: Tensor) -> Tensor:
         """As ``(N, T, features)``."""
@@ -76,6 +80,10 @@ class NormalizationLayer(Layer):
     def _normalised(self, x: Tensor) -> Tensor:
         """The input as it is before scale and shift."""
         module = self.module
+        mean, var = (
+            None if statistic is None else statistic.to(x.dtype)
+            for statistic in (getattr(module, name, None) for name in ("running_mean", "running_var"))
+        )
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, eps=module.eps)
         if isinstance(module, nn.RMSNorm):
@@ -84,13 +92,9 @@ class NormalizationLayer(Layer):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             use_input = not module.track_running_stats
-            normalised = F.instance_norm(
-                x.contiguous(), module.running_mean, module.running_var, None, None, use_input, 0.0, module.eps
-            )
+            normalised = F.instance_norm(x.contiguous(), mean, var, None, None, use_input, 0.0, module.eps)
             return with_contiguous_gradient(normalised)
-        normalised = F.batch_norm(
-            x.contiguous(), module.running_mean, module.running_var, None, None, False, 0.0, module.eps
-        )
+        normalised = F.batch_norm(x.contiguous(), mean, var, None, None, False, 0.0, module.eps)
         return with_contiguous_gradient(normalised)
 
 
@@ -128,6 +132,9 @@ class EmbeddingLayer(Layer):
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         return {self.parameter_names[0]: matrices}
+
+    def input_norm(self, x: Tensor) -> Tensor | float:
+        return super().input_norm(x) if x.is_floating_point() else 1.0
 
     def example_axes(self, x: Tensor) -> tuple[int, ...]:
         return tuple(range(x.ndim - x.is_floating_point()))

@@ -31,7 +31,6 @@ __all__ = [
     "register_likelihood",
     "standard_normal",
     "sum_and_count",
-    "wide",
     "without",
 ]
 
@@ -51,7 +50,7 @@ class Sampling(str, Enum):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A regression prediction: a Gaussian for every output of every example.
+    """A regression prediction: a Gaussian for every output of every example, in at least float32.
 
     Attributes:
         mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that).
@@ -204,7 +203,7 @@ class Likelihood(ABC):
             generator: Source of those draws.
 
         Returns:
-            Probabilities, or a `Prediction`, of the shape of ``mean``.
+            Probabilities, or a `Prediction`, of the shape of ``mean``, in at least float32.
 
         Raises:
             ValueError: If the covariance has another shape.
@@ -232,7 +231,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        """Mean of the targets given outputs: probabilities in classification, the predicted means in regression."""
+        """Mean of the targets given outputs: probabilities in classification, the predicted means in regression.
+
+        In at least float32, as all that predictions are made of.
+        """
 
     def noise_variance(self, outputs: Tensor) -> Tensor | None:
         """Variance of the observation noise given outputs, in regression; None where predictions are probabilities.
@@ -335,11 +337,6 @@ def register_likelihood(likelihood: _Class) -> _Class:
         )
     BY_NAME[likelihood.__name__] = likelihood
     return likelihood
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: half-precision probabilities and errors are too coarse."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def without(shape: torch.Size, axis: int) -> torch.Size:

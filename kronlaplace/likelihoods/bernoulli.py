@@ -17,9 +17,9 @@ from kronlaplace.likelihoods.base import (
     log_at_least_tiny,
     probabilities,
     sum_and_count,
-    wide,
 )
 from kronlaplace.links import Link, mean_over_samples, probit_scaled
+from kronlaplace.precision import wide
 
 __all__ = ["Bernoulli"]
 
@@ -58,12 +58,13 @@ class Bernoulli(Likelihood):
         return (probability - targets.to(probability.dtype)).to(outputs.dtype)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        return torch.sigmoid(outputs)
+        return torch.sigmoid(wide(outputs))
 
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Probabilities of a one, of the shape of ``mean``, by ``link``."""
+        """Probabilities of a one, of the shape of ``mean``, by ``link``; in at least float32."""
+        mean, covariance = wide(mean), wide(covariance)
         if link is Link.PROBIT:
             return torch.sigmoid(probit_scaled(mean, covariance))
         return mean_over_samples(lambda f, dim: torch.sigmoid(f), mean, covariance, n_samples, generator)

@@ -16,10 +16,10 @@ from kronlaplace.likelihoods.base import (
     log_at_least_tiny,
     positions,
     probabilities,
-    wide,
     without,
 )
 from kronlaplace.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
+from kronlaplace.precision import wide
 
 __all__ = ["Categorical"]
 
@@ -215,12 +215,13 @@ class Categorical(Likelihood):
         return (Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        return F.softmax(outputs, dim=self._axis(outputs))
+        return F.softmax(wide(outputs), dim=self._axis(outputs))
 
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Class probabilities, of the shape of ``mean``, by ``link``."""
+        """Class probabilities, of the shape of ``mean``, by ``link``; in at least float32."""
+        mean, covariance = wide(mean), wide(covariance)
         if link is Link.PROBIT:
             return F.softmax(probit_scaled(mean, covariance), dim=-1)
         if link is Link.CENTERED_PROBIT:

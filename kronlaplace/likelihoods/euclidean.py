@@ -17,9 +17,9 @@ from kronlaplace.likelihoods.base import (
     finite,
     standard_normal,
     sum_and_count,
-    wide,
 )
 from kronlaplace.links import Link
+from kronlaplace.precision import wide
 
 __all__ = ["Euclidean"]
 
@@ -56,14 +56,14 @@ class Euclidean(Likelihood):
         return standard_normal(wide(outputs), generator).to(outputs.dtype)
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs - targets.to(outputs.dtype)
+        return (wide(outputs) - wide(targets)).to(outputs.dtype)
 
     @property
     def links(self) -> tuple[Link, ...]:
         return ()
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        return outputs
+        return wide(outputs)
 
     def noise_variance(self, outputs: Tensor) -> NoReturn:
         raise NotImplementedError(_NO_NOISE)

@@ -18,9 +18,9 @@ from kronlaplace.likelihoods.base import (
     gaussian_nll,
     standard_normal,
     sum_and_count,
-    wide,
 )
 from kronlaplace.links import Link, variance_of
+from kronlaplace.precision import wide
 
 __all__ = ["Gaussian"]
 
@@ -68,22 +68,24 @@ class Gaussian(Likelihood):
         return (standard_normal(wide(outputs), generator) / self.noise_std).to(outputs.dtype)
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets.to(outputs.dtype)) / self.noise_std**2
+        error = wide(outputs) - wide(targets)
+        return (error / self.noise_std**2).to(outputs.dtype)
 
     @property
     def links(self) -> tuple[Link, ...]:
         return ()
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        return outputs
+        return wide(outputs)
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
-        return outputs.new_tensor(self.noise_std**2)
+        return wide(outputs).new_tensor(self.noise_std**2)
 
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Prediction:
-        """Mean, function variance and noise; closed form."""
+        """Mean, function variance and noise; closed form, in at least float32."""
+        mean, covariance = wide(mean), wide(covariance)
         return Prediction(mean, variance_of(mean, covariance), mean.new_tensor(self.noise_std**2))
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from kronlaplace.likelihoods.base import (
     gaussian_nll,
     standard_normal,
     sum_and_count,
-    wide,
 )
 from kronlaplace.links import Link, variance_of
+from kronlaplace.precision import wide
 
 __all__ = ["HeteroscedasticGaussian"]
 
@@ -78,18 +78,19 @@ class HeteroscedasticGaussian(Likelihood):
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
         """The predicted means, shape ``(N, C)``."""
-        return outputs.chunk(2, dim=1)[0]
+        return wide(outputs).chunk(2, dim=1)[0]
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
-        return outputs.chunk(2, dim=1)[1].exp()
+        return wide(outputs).chunk(2, dim=1)[1].exp()
 
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Prediction:
         """Means, their variances, and the expected noise variance ``E[eˢ] = e^{s + var(s)/2}``, each ``(N, C)``.
 
-        Mean and covariance are of all outputs, ``(N, 2C)`` and ``(N, 2C, 2C)`` or its diagonal.
+        Mean and covariance are of all outputs, ``(N, 2C)`` and ``(N, 2C, 2C)`` or its diagonal. In at least float32.
         """
+        mean, covariance = wide(mean), wide(covariance)
         mu, log_variance = mean.chunk(2, dim=1)
         variance_mu, variance_log_variance = variance_of(mean, covariance).chunk(2, dim=1)
         return Prediction(mu, variance_mu, torch.exp(log_variance + 0.5 * variance_log_variance))
