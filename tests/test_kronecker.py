@@ -66,7 +66,7 @@ def test_equal_shapes_are_decomposed_in_one_call(monkeypatch):
     matrices = [random_block(n, n, i).gradient_factor for i, n in enumerate([3, 4, 3, 3])]
     result = eigendecompose([(str(i), matrix) for i, matrix in enumerate(matrices)])
     assert sorted(calls) == [(1, 4, 4), (3, 3, 3)]
-    for matrix, (values, vectors) in zip(matrices, result, strict=True):
+    for matrix, (values, vectors, _) in zip(matrices, result, strict=True):
         torch.testing.assert_close(vectors * values @ vectors.T, matrix)
 
 
@@ -74,7 +74,7 @@ def test_rounding_is_taken_out_before_and_after_a_decomposition():
     """The symmetric part is decomposed, not one triangle; eigenvalues below zero by rounding are zero."""
     matrix = random_block(4, 4).gradient_factor
     skew = torch.triu(torch.full((4, 4), 1e-3).double(), 1)
-    values, vectors = eigendecompose([("m", matrix + skew)])[0]
+    values, vectors, _ = eigendecompose([("m", matrix + skew)])[0]
     torch.testing.assert_close(vectors * values @ vectors.T, matrix + (skew + skew.T) / 2)
     rank_one = torch.outer(*2 * [torch.randn(40).double()])
     assert torch.linalg.eigvalsh(rank_one).min() < 0

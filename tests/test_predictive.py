@@ -309,7 +309,8 @@ def test_the_output_layer_needs_no_gradients(network, estimator, structure):
 @pytest.mark.parametrize("network", ["linear", "mlp", "tokens"])
 def test_the_output_layer_alone_takes_no_backward_pass(network, monkeypatch):
     made = problem(network)
-    posterior, other = made.fitted(layers="last"), hidden(made).fitted(layers="last")
+    posterior = made.fitted(layers="last")
+    other = hidden(made).fitted(layers=[f"inner.{name}".rstrip(".") for name in posterior.layers])
 
     def refuse(*args, **kwargs):
         raise AssertionError("a backward pass")
