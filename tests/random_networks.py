@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tests.architectures import case
+from tests.oracles import norms_written_out
 
 SMOOTH = [nn.Tanh, nn.GELU, nn.Softplus, nn.Sigmoid, nn.SiLU]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -230,5 +231,14 @@ def _half_relu(h):
 
 
 def draw(seed):
-    """A network with data."""
-    return Drawing(seed).network()
+    """A network with data, the first from this seed on that autograd can differentiate: in-place steps may prevent that."""
+    while True:
+        made = Drawing(seed).network()
+        with norms_written_out(made.model):
+            outputs = made.model(made.inputs.clone())
+        try:
+            torch.autograd.grad(outputs.sum(), list(made.model.parameters()), allow_unused=True)
+        except RuntimeError:
+            seed += 10**7
+        else:
+            return made

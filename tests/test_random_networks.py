@@ -29,6 +29,13 @@ def estimator_of(drawing):
     return make(), lambda d: oracles.block_dense(rule, d), 1e-9
 
 
+def has_close_eigenvalues(data):
+    """Whether a factor's eigenbasis, which EKFAC uses, is not unique, but for directions that nothing has a part in."""
+    factors = [f for d in data.values() for g in d.groups for f in oracles.kfac_expand(g)[1:]]
+    values = [torch.linalg.eigvalsh(factor) for factor in factors if len(factor) > 1]
+    return any(bool(((v.diff() < 1e-5 * v[-1]) & (v[1:] > 1e-12 * v[-1])).any()) for v in values)
+
+
 def jacobians(model, inputs, names, create_graph=False):
     """``(N, M, P)``, one example at a time."""
     blocks = oracles.blocks(model)
@@ -76,7 +83,7 @@ def check(seed):
     if isinstance(estimator, kl.ExactBlock):
         for name, d in data.items():
             assert_close(posterior.fisher[name].to_dense(), oracles.exact_block(d.X))
-    elif rule is not None:
+    elif rule is not None and not (isinstance(estimator, kl.EKFAC) and has_close_eigenvalues(data)):
         assert_blocks_are(posterior.fisher, data, rule, tolerance)
 
     names = list(posterior.fisher)

@@ -1,5 +1,6 @@
 """Hyperparameters by the evidence and by validation, against optimisers and loops of their own."""
 
+import copy
 import functools
 import itertools
 import math
@@ -314,7 +315,9 @@ def test_validation_with_a_known_noise(name, structure):
 
 def test_training_with_a_known_noise():
     made = problem("mlp", "regression")
-    trained = kl.train_by_evidence(made.model, made.data(), kl.Gaussian(0.6), noise="fixed", epochs=4, every=2)
+    trained = kl.train_by_evidence(
+        copy.deepcopy(made.model), made.data(), kl.Gaussian(0.6), noise="fixed", epochs=4, every=2
+    )
     assert [record.likelihood for record in trained.history] == [kl.Gaussian(0.6)] * 2
     assert trained.posterior.likelihood == kl.Gaussian(0.6)
     assert len({float(record.prior_precision.sum()) for record in trained.history}) == 2
