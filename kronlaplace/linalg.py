@@ -126,8 +126,10 @@ def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Ten
     uneven = [i for i, flag in zip(coarse, _asked([_is_uneven(matrices[i][1]) for i in coarse]), strict=True) if flag]
     roots, evened = [], []
     for name, matrix in (matrices[i] for i in uneven):
+        # Smaller ones, as of units that are nearly dead, may have underflowed, and are nothing beside the largest.
+        least = torch.finfo(matrix.dtype).eps ** 2
         matrix = _double(matrix)
-        root = torch.where(matrix.diagonal() > 0, matrix.diagonal(), 1.0).sqrt()
+        root = matrix.diagonal().clamp_min(least * matrix.diagonal().amax()).sqrt()
         roots.append(root)
         evened.append((name, matrix / root / root.unsqueeze(1)))
     freed = {}

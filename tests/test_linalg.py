@@ -332,6 +332,18 @@ def test_the_sum_of_small_eigenvalues_is_kept(rank, uneven):
         assert values[:-1].sum() <= 64 * EPS * values[-1] and part.unresolved == 0
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-17, 1e-20, 1e-22, 1e-38])
+def test_units_that_are_nearly_dead_do_not_blur_the_others(size):
+    """Their moments underflow in float32, and a correlation of what is left means nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 30, generator=generator)
+    x[:, ::2] *= size * torch.rand(15, generator=generator)
+    (part,) = eigendecompose_moments([("m", x.T @ x / 300)])
+    exact = torch.linalg.eigvalsh(x.double().T @ x.double() / 300)
+    torch.testing.assert_close(part.values[15:].double(), exact[15:], rtol=1e-5, atol=0)
+    assert part.values[14] < 1e-6 * part.values[15]
+
+
 # -- matrices that torch.linalg.eigh fails on -----------------------------------------------------------------
 
 

@@ -116,7 +116,6 @@ class State:
             for (name, block), precision in zip(fisher.items(), precisions, strict=True)
         }
 
-    @torch.no_grad()
     def warn_of_rounding(self, precisions: Sequence[Tensor], scale: Tensor | float) -> None:
         """Warn, once for each layer, where float32 does not resolve curvature that is more than the prior's precision.
 
