@@ -45,6 +45,16 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.token(x)).mean(1))
 
 
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
 def mlp(likelihood="classification", outputs=3, bias=True):
     model = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, outputs, bias=bias))
     return _case(model, torch.randn(7, 4), likelihood, outputs, ["0", "2"])

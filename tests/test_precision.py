@@ -35,16 +35,6 @@ ESTIMATORS = {
 LINKS = ("probit", "centered-probit", "mc", "bridge")
 
 
-class Attended(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-
 class Convolved(nn.Module):
     """A convolution, a norm behind it, an activation, the mean over pixels, a head."""
 
@@ -81,7 +71,7 @@ KINDS = {
     "gru": (lambda: Recurrent(nn.GRU(2, 3, bidirectional=True), 3), (4, 2)),
     "lstm": (lambda: Recurrent(nn.LSTM(2, 3), 3), (4, 2)),
     "cells": (lambda: Cells(3), (3, 2)),
-    "attention": (Attended, (3, 4)),
+    "attention": (Attentive, (3, 4)),
 }
 
 

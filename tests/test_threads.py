@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests.networks import cnn, mlp, residual
+from tests.networks import Attentive, cnn, mlp, residual
 from tests.test_leaves_no_trace import assert_unchanged, everything
 
 
@@ -23,16 +23,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.head(self.lstm(x)[0][:, -1])
-
-
-class Attentive(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
 def recurrent():
@@ -201,6 +191,18 @@ def test_a_refit_while_others_predict():
 
     together(refit, predict)
     assert posterior.estimator is sampled
+
+
+def test_a_prior_that_is_set_during_a_fit_stays():
+    case = mlp()
+    posterior = kl.KronLaplace(case.model, "classification")
+
+    class Setting(list):
+        def __iter__(self):
+            posterior.prior_precision = 7.0
+            return super().__iter__()
+
+    assert posterior.fit(Setting(case.batches())).prior_precision == 7.0
 
 
 def test_saves_to_one_path_at_the_same_time(tmp_path):

@@ -361,7 +361,7 @@ class KronLaplace(LaplaceTorchNames):
     def _adopt(self, fisher: KroneckerFisher, remaining: Remaining | None = None) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
         changes: dict[str, Any] = {}
-        if remaining is not None:
+        if remaining is not None and remaining.layers is not self._layers:  # else the prior may have been set meanwhile
             changes = {
                 "layers": remaining.layers,
                 "prior_precision": remaining.precision,
