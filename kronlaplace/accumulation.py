@@ -40,7 +40,6 @@ class Accumulation:
 
     def start(self, layers: Sequence[Layer]) -> None:
         """Be for these layers, before any data have been seen."""
-        self.layers = list(layers)
         self._layers = {layer.name: layer for layer in layers}
         self.estimators = {
             layer.name: self._estimator if layer.factors or self._estimator.for_any_layer else Diagonal()
@@ -49,6 +48,11 @@ class Accumulation:
         self._states: dict[str, State] = {
             name: self.estimators[name].start(layer) for name, layer in self._layers.items()
         }
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers."""
+        return list(self._layers.values())
 
     def begin_batch(self, calls: Mapping[str, Calls]) -> None:
         """Take the inputs of all layers, after the forward pass."""
@@ -92,7 +96,6 @@ class Accumulation:
 
     def leave_out(self, names: Collection[str]) -> None:
         """Forget some of the layers."""
-        self.layers = [layer for layer in self.layers if layer.name not in names]
         for name in names:
             for by_name in (self._layers, self.estimators, self._states, self._final_weights):
                 by_name.pop(name, None)

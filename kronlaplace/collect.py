@@ -94,11 +94,10 @@ class Recorder:
         self._axes = ExampleAxes(Layout() if layout is None else layout)
         self._muted = False
         self._running = False
-        self._attach(layers)
-        self.clear()
+        self.observe(layers)
 
-    def _attach(self, layers: Sequence[Layer]) -> None:
-        """Make a replica of the network in which these layers report."""
+    def observe(self, layers: Sequence[Layer]) -> None:
+        """Let these layers report from now on, in a new replica of the network; the last pass is forgotten."""
         self._layers = list(layers)
         self._extension = OutputGradients({type(m) for layer in layers for m in layer.modules})
         wanted = [p for layer in layers for m in layer.modules for p in m.parameters(recurse=False)]
@@ -120,6 +119,7 @@ class Recorder:
                     replica.forward = partial(self._run_written_out, names, partial(forward, replica, report))
             elif mine:
                 replica.register_forward_hook(partial(self._observe, mine[0]), with_kwargs=True)
+        self.clear()
 
     @property
     def layout(self) -> Layout:
@@ -134,12 +134,6 @@ class Recorder:
     def leave_out(self, names: Collection[str]) -> None:
         """Go on without some of the layers; the last pass is forgotten."""
         self.observe([layer for layer in self._layers if layer.name not in names])
-
-    def observe(self, layers: Sequence[Layer]) -> None:
-        """Let other layers report from now on; the last pass is forgotten."""
-        self.clear()
-        self._attach(layers)
-        self.clear()
 
     @property
     def calls(self) -> dict[str, Calls]:

@@ -25,7 +25,6 @@ __all__ = [
     "eigendecompose",
     "eigendecompose_moments",
     "eigendecompose_symmetric",
-    "rounding",
     "trace",
 ]
 
@@ -73,7 +72,7 @@ def eigendecompose(matrices: Sequence[Named]) -> list[Eigen]:
 def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
     """Eigendecompositions of named second moments ``Σ x xᵀ``, added up in their dtype.
 
-    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but `rounding` are replaced by their mean, or by zero
+    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but rounding are replaced by their mean, or by zero
     where the mean may be rounding, too. (Rounding has no preferred sign: what it adds to one of them it takes from another,
     and their sum is known better than each.) Where the diagonal entries differ much in size, as with features of several
     units, that alone would take small eigenvalues for rounding that are well determined, since entries are rounded relative
@@ -87,8 +86,9 @@ def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
         if i in freed:
             values, unresolved = torch.where(part.values > floor, part.values, 0.0), freed[i][1]
         else:
-            floor = floor + torch.maximum(rounding(matrix), -_MARGIN * part.values[0])
-            values, unresolved = _smoothed(part.values, floor, _rounding_of_trace(matrix, part.values))
+            largest, eps = matrix.diagonal().amax().to(part.values), torch.finfo(matrix.dtype).eps
+            floor = floor + _rounding(part.values, largest, eps)
+            values, unresolved = _smoothed(part.values, floor, _rounding_of_sum(part.values, largest, eps))
         results.append(Eigen(values.to(matrix), part.vectors.to(matrix), unresolved.double()))
     return results
 
@@ -103,21 +103,24 @@ def _smoothed(values: Tensor, floor: Tensor, rounding_of_sum: Tensor) -> tuple[T
     return torch.where(small, mean, values), mean
 
 
-def _rounding_of_trace(matrix: Tensor, values: Tensor) -> Tensor:
-    """How far rounding may take a sum of many eigenvalues."""
-    largest = matrix.diagonal().amax().to(values)
-    return torch.finfo(matrix.dtype).eps * (math.sqrt(len(matrix)) * largest + values[-1])
+def _rounding_of_sum(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
+    """How far rounding may take a sum of many eigenvalues; arguments as of `_rounding`."""
+    return eps * (math.sqrt(len(values)) * largest + values[-1])
 
 
-def rounding(matrix: Tensor) -> Tensor:
+def _rounding(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
     """Largest eigenvalue that rounding of a sum ``M = Σ x xᵀ`` may leave where there is none, ``(10 + √n) ε max M_ii``.
 
     Entries have errors of a few ``ε √(M_ii M_jj)`` that are as good as random. In sums over up to 100 batches the
     eigenvalues that they made were below this, for ``n ≥ 30`` below a third of it. Over more batches they are larger, and
     half of them negative: by the most negative one is then seen how large.
+
+    Args:
+        values: All eigenvalues, ascending.
+        largest: ``max M_ii``.
+        eps: ``ε`` of the dtype that the sum was made in.
     """
-    largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return (10 + math.sqrt(matrix.shape[-1])) * torch.finfo(matrix.dtype).eps * largest
+    return (-_MARGIN * values[0]).clamp_min((10 + math.sqrt(len(values))) * eps * largest)
 
 
 def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -135,8 +138,8 @@ def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Ten
     freed = {}
     for i, root, part in zip(uneven, roots, eigendecompose_symmetric(evened), strict=True):
         eps = torch.finfo(matrices[i][1].dtype).eps
-        floor = (-_MARGIN * part.values[0]).clamp_min((10 + math.sqrt(len(root))) * eps)
-        values, mean = _smoothed(part.values, floor, eps * (math.sqrt(len(root)) + part.values[-1]))
+        floor = _rounding(part.values, 1.0, eps)
+        values, mean = _smoothed(part.values, floor, _rounding_of_sum(part.values, 1.0, eps))
         half = root.unsqueeze(1) * part.vectors
         small = part.values <= floor
         unresolved = mean * (half.square().sum(0) * small).sum() / small.sum().clamp_min(1)
