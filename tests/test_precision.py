@@ -12,7 +12,7 @@ import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Sampling
 from kronlaplace.precision import alike, callers_autocast, without_autocast
 from tests.architectures import ARCHITECTURES, Cells, Recurrent, select
-from tests.networks import Pooled
+from tests.networks import Attentive, Pooled
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDINGS = 12
