@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from kronlaplace.fingerprint import digest
@@ -85,15 +85,17 @@ def load_tensors(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
+    # Read at once: `safe_open` opens the path twice, for the header and for the tensors, and a save may come between.
+    contents = path.read_bytes()
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors = load(contents)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}). It was truncated or damaged, or is something "
             "else, such as a torch.save file; save the object again."
         ) from None
+    metadata = _metadata(contents)
+    del contents
     if "kronlaplace" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but kronlaplace did not write it.")
     if metadata.get("checksum") != _checksum(metadata["kronlaplace"], tensors):
@@ -110,6 +112,13 @@ def load_tensors(
     if header["kind"] != kind:
         raise ValueError(f"{path} holds a {header['kind']}, not a {kind}.")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, header["values"]
+
+
+def _metadata(contents: bytes) -> dict[str, str]:
+    """Return the metadata in the header of a whole safetensors file: eight bytes for its length, then JSON."""
+    length = int.from_bytes(contents[:8], "little")
+    metadata: dict[str, str] = json.loads(contents[8 : 8 + length]).get("__metadata__", {})
+    return metadata
 
 
 def _checksum(contents: str, tensors: Mapping[str, Tensor]) -> str:

@@ -43,7 +43,7 @@ def test_threads_that_save_to_one_path(path):
     def work(index):
         try:
             barrier.wait()
-            for _ in range(10):
+            for _ in range(50):
                 save_tensors(path, "fisher", {"t": torch.full((300, 100), float(index))}, {"index": index})
                 tensors, values = load_tensors(path, "fisher", "cpu")
                 assert (tensors["t"] == values["index"]).all()
