@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, cast
-
-from torch import Tensor
 
 from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
@@ -15,7 +13,7 @@ from kronlaplace.estimators.ekfac import EKFAC
 from kronlaplace.estimators.kfac import KFAC, SUA, WeightSharing
 from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialisation, UnitFactor
 from kronlaplace.estimators.tkfac import TKFAC, SpatialCorrelation
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.options import resolve
 
 __all__ = [
@@ -89,7 +87,7 @@ class _Unknown(Estimator):
             "again with it. Make a new posterior: KronLaplace(model, likelihood, estimator)."
         )
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         raise AssertionError("never started")
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:

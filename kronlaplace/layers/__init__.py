@@ -1,7 +1,6 @@
 """How each layer type turns its input and its output gradient into ``a`` and ``g``; which modules get a block."""
 
 from kronlaplace.layers.base import Layer, LinearLayer, Sums
-from kronlaplace.layers.calls import Call, Calls
 from kronlaplace.layers.convolution import ConvolutionLayer
 from kronlaplace.layers.find import (
     SUPPORTED_LAYERS,
@@ -12,16 +11,18 @@ from kronlaplace.layers.find import (
     search_layers,
     written_out,
 )
+from kronlaplace.layers.layer_batch import LayerBatch, LayerCall, LayerGradients
 from kronlaplace.layers.names import NOT_WANTED, entries_of
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
     "NOT_WANTED",
     "SUPPORTED_LAYERS",
-    "Call",
-    "Calls",
     "ConvolutionLayer",
     "Layer",
+    "LayerBatch",
+    "LayerCall",
+    "LayerGradients",
     "LayerSearch",
     "LeftOut",
     "LinearLayer",
