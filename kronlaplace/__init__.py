@@ -14,7 +14,7 @@ from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.error import RelativeError, relative_error
-from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
+from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
@@ -53,6 +53,7 @@ __all__ = [
     "EKFAC",
     "Diagonal",
     "ExactBlock",
+    "register_estimator",
     "SUPPORTED_LAYERS",
     "Categorical",
     "Bernoulli",

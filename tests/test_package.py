@@ -53,6 +53,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
     """The data flows one way: no room imports one above it."""
     order = [
         "options",
+        "registry",
         "precision",
         "memory_layout",
         "fingerprint",
