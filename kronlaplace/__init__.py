@@ -18,7 +18,7 @@ from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Esti
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
-from kronlaplace.layers import SUPPORTED_LAYERS
+from kronlaplace.layers import SUPPORTED_LAYERS, Layer, register_layer
 from kronlaplace.likelihoods import (
     Bernoulli,
     Categorical,
@@ -55,6 +55,8 @@ __all__ = [
     "ExactBlock",
     "register_estimator",
     "SUPPORTED_LAYERS",
+    "Layer",
+    "register_layer",
     "Categorical",
     "Bernoulli",
     "Gaussian",
