@@ -122,9 +122,10 @@ class ClassRegistry(Registry[str, type[_Object]]):
         with self._lock:
             known: type = self.get(name, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                article = "an" if self.what[0] in "aeiou" else "a"
                 raise ValueError(
-                    f"there is a {self.what} {name!r} already, {known.__module__}.{known.__qualname__}. Give yours another "
-                    "name."
+                    f"there is {article} {self.what} {name!r} already, {known.__module__}.{known.__qualname__}. Give yours "
+                    "another name."
                 )
             self.add(name, found)
 

@@ -82,6 +82,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "accumulation",
         "fisher",
         "error",
+        "testing",
         "laplace",
         "integrations",
         "metrics",
