@@ -15,12 +15,12 @@ from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, Kro
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.curvature_pass import accumulate_batch
 from kronlaplace.error import RelativeError, relative_error
-from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
+from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.forward import find_layout
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
-from kronlaplace.layers import SUPPORTED_LAYERS, find_layers
+from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
 from kronlaplace.likelihoods import (
     Bernoulli,
     Categorical,
@@ -62,7 +62,10 @@ __all__ = [
     "EKFAC",
     "Diagonal",
     "ExactBlock",
+    "register_estimator",
     "SUPPORTED_LAYERS",
+    "Layer",
+    "register_layer",
     "Categorical",
     "Bernoulli",
     "Gaussian",

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.likelihoods import Categorical, Likelihood
+from kronlaplace.likelihoods import Likelihood
 from kronlaplace.precision import callers_autocast
 
 __all__ = ["Alignment"]
@@ -40,12 +40,12 @@ class Alignment:
 
     Args:
         model: The network.
-        likelihood: The likelihood; only targets of a `Categorical` can be labels of tokens.
+        likelihood: The likelihood; only targets some of which may be ignored can be labels of tokens.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood) -> None:
         self._model = model
-        self._ignore_index = likelihood.ignore_index if isinstance(likelihood, Categorical) else None
+        self._ignore_index = likelihood.ignored_target
         self._shift: dict[bool, bool] = {}  # by whether targets come in pairs
 
     def __call__(self, inputs: Any, targets: Tensor, *, in_pair: bool, batch: int) -> Tensor:

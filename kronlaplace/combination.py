@@ -94,7 +94,7 @@ def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
     """What must be the same in two Fishers with the same layers, by a name for errors."""
     metadata = fisher.metadata
     yield "the likelihood", metadata.likelihood
-    yield "the estimator", metadata.settings
+    yield "the estimator", estimator_from_metadata(metadata.settings)
     yield "the sampling", metadata.sampling.value
     yield "mc_samples", metadata.mc_samples
     yield "the axis of the inputs that counts the examples", metadata.input_axis

@@ -12,6 +12,14 @@ and a change of damping costs only new eigenvalues. With the factors of a block 
 | `TraceRestrictedAuto` | ``(√δ̃ d_G / tr G + δ̃ / q) (√δ̃ d_A / tr A + δ̃ / p)``, ``δ̃ = max(ν, δ)`` | TKFAC Eq. 5.16–5.17 |
 
 Kronecker blocks with groups of rows are damped group by group.
+
+A strategy of your own is a class derived from `Damping` with one method, `Damping.eigenvalues`; this one adds a share of the
+mean eigenvalue:
+
+    >>> class Relative(Damping):
+    ...     def eigenvalues(self, block):
+    ...         values = block.eigenvalues()
+    ...         return values + 0.01 * values.mean()
 """
 
 from __future__ import annotations
@@ -39,7 +47,24 @@ __all__ = [
 
 
 class Damping(ABC):
-    """A rule that makes a block invertible."""
+    """A rule that makes a block invertible: new eigenvalues in the block's eigenbasis.
+
+    A rule of your own defines `eigenvalues`. `kronlaplace.testing.check_damping` tells whether it keeps the laws of one.
+    """
+
+    @abstractmethod
+    def eigenvalues(self, block: Block) -> Tensor:
+        """Return the eigenvalues of the damped block, shape ``(q, p)``, float64, positive and finite.
+
+        Args:
+            block: One layer's block. `Block.eigenvalues` has its own eigenvalues; a `KroneckerBlock` has those of its
+                factors in `KroneckerBlock.eigen`. It is not changed.
+        """
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is added, so that a block that is singular up to rounding must be refused."""
+        return False
 
     def invert(self, block: Block) -> DampedInverse:
         """The damped inverse of one layer's block.
@@ -49,15 +74,30 @@ class Damping(ABC):
             ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
                 naming the layer. Eigenvalues count as zero where they are no larger than rounding.
         """
-        if not isinstance(block, Block):
-            raise TypeError(
-                f"invert takes one block, such as fisher[layer_name]; got {type(block).__name__}. For all blocks of a "
-                "Fisher use invert_all(fisher)."
+        _check_block(block)
+        values = self.eigenvalues(block)
+        if values.shape != block.shape or values.dtype != torch.float64:
+            raise ValueError(
+                f"{self!r}.eigenvalues must return a float64 tensor of the block's shape {tuple(block.shape)}; for layer "
+                f"{block.name!r} it returned {values.dtype} of shape {tuple(values.shape)}."
             )
-        return self._invert(block)
+        return self._checked(block, values)
 
-    @abstractmethod
-    def _invert(self, block: Block) -> DampedInverse: ...
+    def _checked(self, block: Block, eigenvalues: Tensor) -> DampedInverse:
+        """The damped inverse; its eigenvalues must be finite and positive, without damping beyond rounding."""
+        if not torch.isfinite(eigenvalues).all():
+            raise ValueError(
+                f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look "
+                "at its scale and at the size of its entries."
+            )
+        if self.is_zero:
+            _refuse_singular(block, eigenvalues, _rounding(block, eigenvalues))
+        elif not (eigenvalues > 0).all():
+            raise ValueError(
+                f"the block of layer {block.name!r}, damped by {self!r}, has an eigenvalue of "
+                f"{float(eigenvalues.detach().min()):.3g}; all must be larger than 0. Give a larger damping."
+            )
+        return DampedInverse(block, eigenvalues, self)
 
     def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
         """The damped inverses of all blocks, such as those of a `KroneckerFisher`; equal sizes are decomposed together.
@@ -74,7 +114,7 @@ class Damping(ABC):
         return {name: self.invert(block) for name, block in blocks.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tikhonov(Damping):
     """Exact Tikhonov damping: ``γ`` is added to the block itself, ``F + γ I`` (KFC Eq. 39–44).
 
@@ -96,35 +136,47 @@ class Tikhonov(Damping):
             return
         _number(self.damping, "damping")
 
-    def _invert(self, block: Block) -> DampedInverse:
-        if isinstance(self.damping, Tensor) and self.damping.ndim == 2:
-            if self.damping.shape != block.shape:
-                raise ValueError(
-                    f"the damping of layer {block.name!r} must be one number or of shape {block.shape}, one for every "
-                    f"weight; got shape {tuple(self.damping.shape)}."
-                )
-            inverse = PlusDiagonal(block).damped(self.damping)
-            smallest = float(self.damping.detach().min())
-            if smallest == 0 and isinstance(block, EigenBlock) and inverse.block is not block:
-                _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
-            return _checked(inverse.block, inverse.eigenvalues, smallest)
-        damping = torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
-        return _checked(block, block.eigenvalues() + damping, float(damping.detach()))
+    def __repr__(self) -> str:
+        return f"Tikhonov({_shown(self.damping)})"
+
+    @property
+    def is_zero(self) -> bool:
+        return float(self.damping.detach().min() if isinstance(self.damping, Tensor) else self.damping) == 0
+
+    def eigenvalues(self, block: Block) -> Tensor:
+        return self.invert(block).eigenvalues if self._by_weight else self._added(block)
+
+    def invert(self, block: Block) -> DampedInverse:
+        if not self._by_weight:
+            return super().invert(block)
+        _check_block(block)
+        assert isinstance(self.damping, Tensor)
+        if self.damping.shape != block.shape:
+            raise ValueError(
+                f"the damping of layer {block.name!r} must be one number or of shape {block.shape}, one for every "
+                f"weight; got shape {tuple(self.damping.shape)}."
+            )
+        inverse = PlusDiagonal(block).damped(self.damping)
+        if self.is_zero and isinstance(block, EigenBlock) and inverse.block is not block:
+            _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
+        return self._checked(inverse.block, inverse.eigenvalues)
+
+    @property
+    def _by_weight(self) -> bool:
+        return isinstance(self.damping, Tensor) and self.damping.ndim == 2
+
+    def _added(self, block: Block) -> Tensor:
+        return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
 
 
 class _ByFactor(Damping):
-    """Damps both factors of a Kronecker block; all other blocks by what that amounts to."""
+    """Damps both factors of a Kronecker block; other blocks get the equivalent change of eigenvalues."""
 
-    def _invert(self, block: Block) -> DampedInverse:
+    def eigenvalues(self, block: Block) -> Tensor:
         if isinstance(block, KroneckerBlock):
             gradient, activation = self._damped(_Factors(block))
-            return _checked(block, (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1), self._smallest)
-        return _checked(block, self._damped_values(block), self._smallest)
-
-    @property
-    @abstractmethod
-    def _smallest(self) -> float:
-        """Zero if a singular block can stay singular."""
+            return (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1)
+        return self._damped_values(block)
 
     @abstractmethod
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
@@ -162,7 +214,7 @@ def _unit(values: Tensor) -> Tensor:
     return values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _ByNumber(_ByFactor):
     """What dampings by one number have in common."""
 
@@ -172,8 +224,11 @@ class _ByNumber(_ByFactor):
         _number(self.damping, "damping")
 
     @property
-    def _smallest(self) -> float:
-        return _number(self.damping, "damping")
+    def is_zero(self) -> bool:
+        return _number(self.damping, "damping") == 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_shown(self.damping)})"
 
     def _damped_values(self, block: Block) -> Tensor:
         return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
@@ -183,7 +238,7 @@ class _ByNumber(_ByFactor):
         return torch.as_tensor(self.damping, dtype=torch.float64, device=device).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactoredTikhonov(_ByNumber):
     """Factored Tikhonov damping ``(G + √γ/π I) ⊗ (A + π √γ I)`` with ``π`` from the trace norm (K-FAC appendix, KFC Eq. 28).
 
@@ -206,7 +261,7 @@ class FactoredTikhonov(_ByNumber):
         return gradient + root / pi, factors.activation + pi * root
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TraceRestricted(_ByNumber):
     """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of the factors with unit traces (TKFAC Eq. 5.15).
 
@@ -250,10 +305,6 @@ class TraceRestrictedAuto(_ByFactor):
     def __post_init__(self) -> None:
         positive_number(self.minimum, "minimum")
 
-    @property
-    def _smallest(self) -> float:
-        return self.minimum
-
     def _restricted(self, trace: Tensor, block: Block) -> Tensor:
         """``δ̃``."""
         if (least := block.least_trace) is not None:
@@ -287,16 +338,24 @@ def _number(damping: float | Tensor, name: str) -> float:
     return value
 
 
-def _checked(block: Block, eigenvalues: Tensor, smallest: float) -> DampedInverse:
-    """The damped inverse; its eigenvalues must be finite, and if the damping is zero the block itself must be regular."""
-    if not torch.isfinite(eigenvalues).all():
-        raise ValueError(
-            f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look at "
-            "its scale and at the size of its entries."
+def _check_block(block: object) -> None:
+    """Check that something is a block.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(block, Block):
+        raise TypeError(
+            f"invert takes one block, such as fisher[layer_name]; got {type(block).__name__}. For all blocks of a "
+            "Fisher use invert_all(fisher)."
         )
-    if smallest == 0:
-        _refuse_singular(block, eigenvalues, _rounding(block, eigenvalues))
-    return DampedInverse(block, eigenvalues)
+
+
+def _shown(damping: float | Tensor) -> str:
+    """A damping in a repr: the number, whatever it is stored in."""
+    if isinstance(damping, Tensor) and damping.ndim:
+        return f"{'x'.join(map(str, damping.shape))} numbers"
+    return f"{float(damping):.6g}"
 
 
 def _refuse_singular(block: Block, eigenvalues: Tensor, rounding: Tensor) -> None:

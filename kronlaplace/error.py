@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +17,16 @@ from kronlaplace.estimators import Estimator, State
 from kronlaplace.fisher import check_belongs
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.layers import Layer, LayerGradients, find_layers
-from kronlaplace.likelihoods import Categorical, Likelihood, resolve_likelihood
+from kronlaplace.likelihoods import Likelihood, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.options import choice, positive_integer, seed_number
+from kronlaplace.options import Choice, choice, positive_integer, seed_number
 from kronlaplace.precision import in_full_precision
 from kronlaplace.preconditions import check_model
 
 __all__ = ["ErrorMethod", "RelativeError", "relative_error"]
 
 
-class ErrorMethod(str, Enum):
+class ErrorMethod(Choice):
     """How the error is computed.
 
     ``DENSE`` forms the layer's exact block. ``PROBING`` multiplies the blocks with random vectors ``z``: for standard
@@ -111,8 +110,7 @@ def relative_error(
         raise ValueError("n_probes must be at least 2, or there is no standard error.")
     metadata = fisher.metadata
     likelihood = metadata.likelihood if likelihood is None else resolve_likelihood(likelihood)
-    if isinstance(likelihood, Categorical) and likelihood.class_axis is None:  # the Fisher may know it
-        likelihood = replace(likelihood, class_axis=getattr(metadata.likelihood, "class_axis", None))
+    likelihood = likelihood.completed_from(metadata.likelihood)
     if likelihood != metadata.likelihood:
         raise ValueError(
             f"the fisher was estimated with {metadata.likelihood}; its error cannot be told by {likelihood}."

@@ -30,11 +30,18 @@ class DampedInverse:
     Args:
         block: A block with the eigenbasis of the damped block.
         eigenvalues: Eigenvalues of the damped block, shape ``(q, p)``, float64; they may carry a gradient.
+        damping: What damped it, to be shown; None if that was not a strategy.
     """
 
-    def __init__(self, block: Block, eigenvalues: Tensor) -> None:
+    def __init__(self, block: Block, eigenvalues: Tensor, damping: object = None) -> None:
         self.block = block
         self._eigenvalues = eigenvalues
+        self._damping = damping
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.block.shape))
+        by = "" if self._damping is None else f", {self._damping!r}"
+        return f"DampedInverse({self.block.name!r}, {size}, {self.block.kind}{by})"
 
     @property
     def eigenvalues(self) -> Tensor:

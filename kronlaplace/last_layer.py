@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs
-from kronlaplace.layers import Layer, Unsupported, entries_of, find_layers
+from kronlaplace.layers import Layer, Unsupported, entries_of, family_of, find_layers, written_out
 from kronlaplace.replica import Replica
 
 __all__ = [
@@ -92,8 +92,8 @@ def maker_of(tensor: Tensor, also: Collection[str] = ()) -> Any:
 
 
 def can_be_last(layer: Layer) -> bool:
-    """Whether a layer can be the last: linear or a convolution, with a weight of its own."""
-    return isinstance(layer.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.factors and not layer.also
+    """Whether a layer can be the last: its output is that of its module, as a product with a weight of its own."""
+    return layer.factors and not layer.also and written_out(layer.module) is None
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def find_last_layer(model: nn.Module, inputs: Inputs) -> str:
         reason = f"its outputs are those of {origin.module!r} ({type(module).__name__})"
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             reason += ", whose parameters are frozen"
-        elif isinstance(module, nn.Linear):
+        elif (found := family_of(module)) is not None and found[1].factors:
             reason += ", which shares its weight, or cannot have a block"
     ran = [name for name in origin.called if name in candidates]
     raise ValueError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronlaplace.options import Choice
 from kronlaplace.precision import in_full_precision
 
 __all__ = [
@@ -33,7 +33,7 @@ _BUDGET = 2**22
 """Numbers that the draws of the outputs may take at a time, unless one draw of all examples is more."""
 
 
-class Link(str, Enum):
+class Link(Choice):
     """How a Gaussian over the outputs becomes class probabilities.
 
     ``PROBIT`` is MacKay's closed form, ``CENTERED_PROBIT`` the same for each logit less the mean of all (the softmax does

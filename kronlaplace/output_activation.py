@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs
 from kronlaplace.last_layer import LOG_SOFTMAX, maker_of, module_of_outputs, operation
-from kronlaplace.likelihoods import Bernoulli, Categorical, Likelihood
+from kronlaplace.likelihoods import Likelihood
 
 __all__ = ["check_outputs_are_logits"]
 
@@ -39,11 +39,11 @@ def check_outputs_are_logits(model: nn.Module, inputs: Inputs, outputs: Tensor, 
     Raises:
         ValueError: Naming the module, with what to do.
     """
-    if not isinstance(likelihood, (Bernoulli, Categorical)):
+    if not likelihood.accepts_logits:
         return
     maker = maker_of(outputs)
     kind = None if maker is None else operation(maker)
-    if kind not in _ACTIVATIONS or (kind == LOG_SOFTMAX and isinstance(likelihood, Categorical)):
+    if kind not in _ACTIVATIONS or (kind == LOG_SOFTMAX and likelihood.accepts_log_softmax):
         return
     name, types = _ACTIVATIONS[kind]
     modules = {n: module for n, module in model.named_modules() if isinstance(module, types)}

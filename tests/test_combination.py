@@ -357,7 +357,7 @@ PARTICULARS = {
         {"settings": {"name": "kfac", "weight_sharing": "reduce"}},
         r"the estimator is .*'expand'.* and .*'reduce'",
     ),
-    "estimator": ({"settings": {"name": "sua"}}, r"the estimator is .*'kfac'.* and .*'sua'"),
+    "estimator": ({"settings": {"name": "sua"}}, r"the estimator is KFAC\(.*\) in the first and SUA\(\)"),
     "sampling": ({"sampling": kl.Sampling.MC}, "the sampling is exact in the first and mc in the second"),
     "mc_samples": ({"mc_samples": 4}, "mc_samples is 1 in the first and 4 in the second"),
     "input_axis": ({"input_axis": 1}, "the axis of the inputs that counts the examples is 0 in the first and 1"),

@@ -53,6 +53,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
     """The data flows one way: no room imports one above it."""
     order = [
         "options",
+        "registry",
         "precision",
         "memory_layout",
         "fingerprint",
@@ -64,8 +65,8 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "alignment",
         "batches",
         "memory_layout",
-        "layers",
         "replica",
+        "layers",
         "example_axes",
         "last_layer",
         "output_activation",
@@ -84,6 +85,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "curvature_pass",
         "fisher",
         "error",
+        "testing",
         "laplace",
         "integrations",
         "metrics",

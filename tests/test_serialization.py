@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
-from kronlaplace.likelihoods.base import BY_NAME
+from kronlaplace.likelihoods.base import LIKELIHOODS
 from kronlaplace.serialization import load_tensors, save_tensors
 from tests.networks import mlp
 
@@ -138,8 +138,9 @@ def test_a_folder_is_no_file(path):
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    monkeypatch.setattr("kronlaplace.likelihoods.base.BY_NAME", dict(BY_NAME))
+def registry():
+    with LIKELIHOODS.temporary():
+        yield
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,19 @@
 
 from kronlaplace.layers.base import Layer, LinearLayer, Sums
 from kronlaplace.layers.convolution import ConvolutionLayer
-from kronlaplace.layers.find import (
-    SUPPORTED_LAYERS,
-    LayerSearch,
-    LeftOut,
-    Unsupported,
-    find_layers,
-    search_layers,
-    written_out,
-)
+from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
+from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
 from kronlaplace.layers.layer_batch import LayerBatch, LayerCall, LayerGradients
 from kronlaplace.layers.names import NOT_WANTED, entries_of
+from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
+    "LAYERS",
     "NOT_WANTED",
     "SUPPORTED_LAYERS",
     "ConvolutionLayer",
+    "EmbeddingLayer",
     "Layer",
     "LayerBatch",
     "LayerCall",
@@ -26,11 +22,14 @@ __all__ = [
     "LayerSearch",
     "LeftOut",
     "LinearLayer",
+    "NormalizationLayer",
     "Sums",
     "Unsupported",
     "UnusableLayersError",
     "entries_of",
+    "family_of",
     "find_layers",
+    "register_layer",
     "search_layers",
     "written_out",
 ]

@@ -32,14 +32,18 @@ class NormalizationLayer(Layer):
         self._bias = bool(bias)
 
     @property
+    def _weight(self) -> nn.Parameter:
+        return next(iter(self.parameters.values()))
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return self.module.weight.numel(), 1 + self._bias
+        return self._weight.numel(), 1 + self._bias
 
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([values[name].flatten() for name in self.parameters], dim=1)
 
     def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
-        shape = self.module.weight.shape
+        shape = self._weight.shape
         return {name: matrices[..., i].unflatten(-1, shape) for i, name in enumerate(self.parameters)}
 
     @property
@@ -62,7 +66,7 @@ class NormalizationLayer(Layer):
         return tuple(range(x.ndim - self._trailing)) if self._trailing else (0,)
 
     def input_shape(self) -> str:
-        return f"(examples, ..., {', '.join(map(str, self.module.weight.shape))})"
+        return f"(examples, ..., {', '.join(map(str, self._weight.shape))})"
 
     def is_input(self, x: Tensor) -> bool:
         return x.ndim > max(1, self._trailing)
@@ -126,8 +130,7 @@ class EmbeddingLayer(Layer):
 
     @property
     def _padding_index(self) -> int | None:
-        embedding: Any = next(m for m in self.modules if isinstance(m, nn.Embedding))
-        return embedding.padding_idx
+        return next((m.padding_idx for m in self.modules if getattr(m, "padding_idx", None) is not None), None)  # type: ignore[return-value]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -194,8 +197,8 @@ class EmbeddingLayer(Layer):
 
 def embedding_refusal(module: Any) -> str | None:
     """Why this module cannot have a block, or None."""
-    if module.max_norm is not None:
+    if getattr(module, "max_norm", None) is not None:
         return "max_norm changes the weights in every forward pass"
-    if module.scale_grad_by_freq:
+    if getattr(module, "scale_grad_by_freq", False):
         return "scale_grad_by_freq scales gradients by what else is in the batch"
     return None

@@ -25,8 +25,6 @@ waits for an accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kronlaplace.likelihoods.base import Likelihood, Prediction, Sampling, register_likelihood
 from kronlaplace.likelihoods.bernoulli import Bernoulli
 from kronlaplace.likelihoods.categorical import Categorical
@@ -51,7 +49,7 @@ __all__ = [
 for _likelihood in (Categorical, Bernoulli, Gaussian, Euclidean, HeteroscedasticGaussian):
     register_likelihood(_likelihood)
 
-_SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
+_SHORTHANDS = {
     "classification": Categorical,
     "binary": Bernoulli,
     "regression": Gaussian,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from enum import Enum
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from kronlaplace.links import Link
+from kronlaplace.options import Choice
+from kronlaplace.registry import ClassRegistry
 
 __all__ = [
-    "BY_NAME",
+    "LIKELIHOODS",
     "Likelihood",
     "Prediction",
     "Sampling",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-class Sampling(str, Enum):
+class Sampling(Choice):
     """How the directions of one output metric are chosen.
 
     ``EXACT`` takes a complete square root of the metric (Fisher type 2, equal to the generalized Gauss-Newton
@@ -68,10 +68,26 @@ class Prediction:
         """Variance of a new observation: function variance plus noise, same shape as ``mean``."""
         return self.variance + self.noise_variance
 
+    def __repr__(self) -> str:
+        noise = self.noise_variance
+        noise_text = f"{noise.item():.4g}" if noise.ndim == 0 else f"of shape {tuple(noise.shape)}"
+        return f"Prediction(mean and variance of shape {tuple(self.mean.shape)}, noise_variance {noise_text})"
+
 
 @dataclass(frozen=True)
 class Likelihood(ABC):
     """Base class; see the package's docstring for the five questions."""
+
+    accepts_logits: ClassVar[bool] = False
+    """Whether the outputs are logits, so that a network that ends with a softmax or sigmoid is refused."""
+
+    accepts_log_softmax: ClassVar[bool] = False
+    """Whether outputs that come out of a log-softmax are as good as logits."""
+
+    @property
+    def ignored_target(self) -> int | None:
+        """The integer that targets have where they are ignored, as labels of padded tokens are; None if there is none."""
+        return None
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Check the shape of the network's outputs, ``(N, ...)``.
@@ -296,45 +312,35 @@ class Likelihood(ABC):
     @abstractmethod
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
-    def to_metadata(self) -> dict[str, Any]:
-        """Name and parameters, as JSON-compatible values.
+    def completed_from(self, other: Likelihood) -> Likelihood:
+        """Return this likelihood with what it leaves open taken from another, such as one that `informed_by` returned.
+
+        That is the ``class_axis`` of a `Categorical`; all else stays as it is.
+        """
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its name and parameters as JSON-compatible values; see `kronlaplace.registry.ClassRegistry.to_json`.
 
         Raises:
-            TypeError: If a parameter is something else.
+            TypeError: If a parameter is something that JSON cannot hold.
         """
-        parameters = asdict(self)
-        try:
-            json.dumps(parameters)
-        except TypeError as error:
-            raise TypeError(
-                f"{self!r} cannot be saved: {error}. Let its fields be numbers, strings, None, or lists and dicts of these."
-            ) from None
-        return {"name": type(self).__name__, **parameters}
+        return LIKELIHOODS.to_json(self)
 
     @staticmethod
-    def from_metadata(metadata: dict[str, Any]) -> Likelihood:
-        """Inverse of `to_metadata`.
+    def from_json(values: Mapping[str, Any]) -> Likelihood:
+        """Inverse of `to_json`.
 
         Raises:
-            ValueError: If the name is unknown, or the class has other parameters.
+            ValueError: If the likelihood is not registered, or has other parameters.
         """
-        parameters = dict(metadata)
-        name = parameters.pop("name")
-        if name not in BY_NAME:
-            raise ValueError(
-                f"the likelihood {name!r} is not known here; known are {list(BY_NAME)}. If it is your own, import the "
-                f"module that defines it and call kl.register_likelihood({name}) before loading."
-            )
-        try:
-            return BY_NAME[name](**parameters)
-        except TypeError as error:
-            raise ValueError(
-                f"the likelihood {name!r} was saved with {parameters}, which it does not take: {error}"
-            ) from None
+        return LIKELIHOODS.from_json(values)
+
+    to_metadata, from_metadata = to_json, from_json
 
 
-BY_NAME: dict[str, type[Likelihood]] = {}
-"""The likelihoods that `Likelihood.from_metadata` knows, by the name of their class."""
+LIKELIHOODS: ClassRegistry[Likelihood] = ClassRegistry(Likelihood, "likelihood", lambda cls: cls.__name__)  # type: ignore[type-abstract]
+"""The likelihoods that files can name, by the name of their class."""
 
 _Class = TypeVar("_Class", bound=type[Likelihood])
 
@@ -342,8 +348,8 @@ _Class = TypeVar("_Class", bound=type[Likelihood])
 def register_likelihood(likelihood: _Class) -> _Class:
     """Make a likelihood of your own known by its name, so that what was saved with it can be loaded.
 
-    May be used as a decorator, above that of the dataclass. A class that is defined once more, as in a notebook, replaces
-    the one before.
+    May be used as a decorator, above that of the dataclass. A class that is defined again, as in a notebook, replaces the
+    one before. `kronlaplace.testing.check_likelihood` tells whether it keeps the laws of a likelihood.
 
     Args:
         likelihood: The class, a frozen dataclass derived from `Likelihood`, with fields that JSON can hold.
@@ -352,22 +358,10 @@ def register_likelihood(likelihood: _Class) -> _Class:
         The class.
 
     Raises:
-        TypeError: If it is no such class.
-        ValueError: If another likelihood has that name.
+        TypeError: If it is not such a class.
+        ValueError: If another likelihood has that name, or a field is called ``name`` or ``defined_in``.
     """
-    if not (isinstance(likelihood, type) and issubclass(likelihood, Likelihood)):
-        raise TypeError(f"register_likelihood takes a class derived from kl.Likelihood, got {likelihood!r}.")
-    if "__init__" in vars(likelihood) and "__dataclass_fields__" not in vars(likelihood):
-        raise TypeError(
-            f"{likelihood.__name__} must be a dataclass, or its parameters would not be saved: declare them as fields and "
-            "put @dataclass(frozen=True) above the class."
-        )
-    known = BY_NAME.get(likelihood.__name__, likelihood)
-    if (known.__module__, known.__qualname__) != (likelihood.__module__, likelihood.__qualname__):
-        raise ValueError(
-            f"there is a likelihood {likelihood.__name__!r} already, {known.__module__}.{known.__qualname__}."
-        )
-    BY_NAME[likelihood.__name__] = likelihood
+    LIKELIHOODS.register(likelihood)
     return likelihood
 
 

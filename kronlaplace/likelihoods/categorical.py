@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class Categorical(Likelihood):
         ValueError, TypeError: For another axis, or an index that is not an integer.
     """
 
+    accepts_logits: ClassVar[bool] = True
+    accepts_log_softmax: ClassVar[bool] = True
     ignore_index: int = -100
     class_axis: int | None = None
 
@@ -58,6 +61,10 @@ class Categorical(Likelihood):
     def __repr__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"Categorical({', '.join(given)})"
+
+    @property
+    def ignored_target(self) -> int:
+        return self.ignore_index
 
     def check_outputs(self, outputs: Tensor) -> None:
         if outputs.ndim < 2:
@@ -203,6 +210,11 @@ class Categorical(Likelihood):
         if self.class_axis is not None or outputs.ndim <= 2 or (targets is None and outputs.ndim == 3):
             return self
         return replace(self, class_axis=1 if self._axis(outputs, targets) == 1 else -1)
+
+    def completed_from(self, other: Likelihood) -> Categorical:
+        if self.class_axis is not None or not isinstance(other, Categorical):
+            return self
+        return replace(self, class_axis=other.class_axis)
 
     def _too_few_classes(self, outputs: Tensor) -> ValueError:
         given = "" if self.class_axis is None else f" with class_axis={self.class_axis}"
