@@ -17,7 +17,18 @@ from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
+from kronlaplace.laplace import (
+    DiagonalPrior,
+    EvidenceTraining,
+    Hyperparameters,
+    IsotropicPrior,
+    JointPrediction,
+    KronLaplace,
+    LayerwisePrior,
+    Predictive,
+    Prior,
+    train_by_evidence,
+)
 from kronlaplace.layers import SUPPORTED_LAYERS
 from kronlaplace.likelihoods import (
     Bernoulli,
@@ -63,6 +74,11 @@ __all__ = [
     "register_likelihood",
     "Sampling",
     "KronLaplace",
+    "Prior",
+    "IsotropicPrior",
+    "LayerwisePrior",
+    "DiagonalPrior",
+    "Hyperparameters",
     "train_by_evidence",
     "EvidenceTraining",
     "Predictive",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from kronlaplace.estimators import Estimator, State
 from kronlaplace.fisher import accumulate, check_belongs
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.layers import Calls, Layer, find_layers
-from kronlaplace.likelihoods import Categorical, Likelihood, resolve_likelihood
+from kronlaplace.likelihoods import Likelihood, resolve_likelihood
 from kronlaplace.options import choice, positive_integer, seed_number
 from kronlaplace.precision import in_full_precision
 
@@ -109,8 +109,7 @@ def relative_error(
         raise ValueError("n_probes must be at least 2, or there is no standard error.")
     metadata = fisher.metadata
     likelihood = metadata.likelihood if likelihood is None else resolve_likelihood(likelihood)
-    if isinstance(likelihood, Categorical) and likelihood.class_axis is None:  # the Fisher may know it
-        likelihood = replace(likelihood, class_axis=getattr(metadata.likelihood, "class_axis", None))
+    likelihood = likelihood.completed_by(metadata.likelihood)
     if likelihood != metadata.likelihood:
         raise ValueError(
             f"the fisher was estimated with {metadata.likelihood}; its error cannot be told by {likelihood}."

@@ -210,6 +210,11 @@ class Categorical(Likelihood):
             f"{_advice(outputs, targets, axes)}"
         )
 
+    def completed_by(self, other: Likelihood) -> Likelihood:
+        if self.class_axis is not None or not isinstance(other, Categorical):
+            return self
+        return replace(self, class_axis=other.class_axis)
+
     @property
     def links(self) -> tuple[Link, ...]:
         return (Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
