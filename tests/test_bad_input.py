@@ -554,7 +554,7 @@ def test_a_gradient_without_the_bias():
 def test_noise_of_a_classifier():
     posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
     with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood"):
-        posterior.set_hyperparameters(1.0, noise_std=1.0)
+        posterior.hyperparameters = kl.Hyperparameters(kl.IsotropicPrior(1.0), noise_std=1.0)
 
 
 @pytest.mark.parametrize("call", ["tune", "log_marginal_likelihood", "covariance", "predict"])

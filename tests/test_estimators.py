@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.estimators import estimator_from_metadata
+from kronlaplace.estimators import estimator_from_json
 from tests import oracles
 from tests.architectures import ARCHITECTURES, case, select
 from tests.networks import CASES
@@ -458,7 +458,7 @@ def test_the_unit_factor_comes_back_from_a_file(unit_factor, tmp_path):
     estimate(made, estimator).save(tmp_path / "fisher.safetensors")
     settings = kl.KroneckerFisher.load(tmp_path / "fisher.safetensors").metadata.settings
     assert settings["unit_factor"] == unit_factor
-    assert estimator_from_metadata(settings) == estimator
+    assert estimator_from_json(settings) == estimator
 
 
 @pytest.mark.parametrize("aggregation", ["approx", "running", "full"])

@@ -169,8 +169,8 @@ def test_joint_does_not_depend_on_chunks(monkeypatch):
     made = problem("sequence", "regression")
     posterior = made.fitted()
     expected = posterior.functional_variance(made.inputs, joint=True)
-    monkeypatch.setattr("kronlaplace.laplace.terms.BUDGET", 1)
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 1)
+    monkeypatch.setattr("kronlaplace.laplace.layer_covariance.BUDGET", 1)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 1)
     assert_close(posterior.functional_variance(made.inputs, joint=True), expected, 1e-12)
 
 
@@ -390,7 +390,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("network", DIFFERENTIABLE)
 def test_derivatives_by_the_inputs(network, question, monkeypatch):
     """In two chunks; the values are those of the plain mode."""
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 1)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 1)
     made = problem(network)
     posterior = made.fitted(prior_precision=0.5)
     x = made.inputs[:2].clone().requires_grad_()
