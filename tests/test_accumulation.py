@@ -14,9 +14,11 @@ from kronlaplace.collect import recording
 from kronlaplace.fisher import accumulate
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
-from tests import oracles
-from tests.architectures import case
-from tests.test_estimators import CONVERGED, CONVERGED_FULL, assert_close, batches, estimate, problem, several
+from tests.support import oracles
+from tests.support.assertions import assert_close
+from tests.support.cases import case
+from tests.support.estimators import CONVERGED, CONVERGED_FULL, White
+from tests.support.problems import batches, estimate, problem, several
 
 NETWORKS = ["mlp", "cnn", "depthwise", "transformer", "lstm", "norms", "reused", "language_model"]
 ONE_PASS = {
@@ -487,24 +489,6 @@ def estimate_from(made, data, estimator):
 
 
 # -- an estimator of one's own -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class White(kl.Estimator):
-    """``δ · I`` with the trace of the Fisher's block."""
-
-    name: ClassVar[str] = "white"
-    for_any_layer: ClassVar[bool] = True
-
-    def start(self, layer):
-        return {"trace": torch.zeros((), dtype=layer.dtype)}
-
-    def add_gradients(self, state, calls, grads):
-        state["trace"] += calls.weight_gradients(grads).square().sum()
-
-    def finish(self, state, layer, weight):
-        q, p = layer.shape
-        return kl.DiagonalBlock((state["trace"] / (weight * q * p)).expand(q, p).contiguous(), layer.name)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
-from tests.networks import cnn, mlp
+from tests.support.networks import cnn, mlp
 
 NAN = float("nan")
 

@@ -7,15 +7,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 import kronlaplace as kl
-from tests import oracles
-from tests.architectures import case
-from tests.test_estimators import assert_blocks_are, assert_close
+from tests.support import oracles
+from tests.support.assertions import assert_blocks_are, assert_close
+from tests.support.cases import case
+from tests.support.inputs import Joined, OneArgument, OneTensor, Options, Positional, WithLogits, fisher_of
 
 ESTIMATORS = {"kfac": oracles.kfac_expand, "tkfac": oracles.tkfac_exact}
-
-
-def fisher_of(model, data, estimator="tkfac", likelihood="classification", **options):
-    return kl.estimate_fisher(model, data, likelihood, estimator, sampling="exact", **options)
 
 
 def assert_same(actual, expected, rtol=1e-12):
@@ -29,37 +26,6 @@ def assert_same(actual, expected, rtol=1e-12):
 
 
 # -- forms of inputs -----------------------------------------------------------------------------------------
-
-
-class Joined(nn.Module):
-    """Two inputs side by side."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.head = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
-
-    def run(self, a, b):
-        return self.head(torch.tanh(self.first(torch.cat([a, b], dim=1))))
-
-
-class Positional(Joined):
-    def forward(self, a, b):
-        return self.run(a, b)
-
-
-class Options(Joined):
-    def forward(self, *, a, b, scale=1.0):
-        return scale * self.run(a, b)
-
-
-class OneArgument(Joined):
-    def forward(self, batch):
-        return self.run(batch["a"], batch["b"])
-
-
-class OneTensor(Joined):
-    def forward(self, x):
-        return self.run(x[:, :2], x[:, 2:])
 
 
 def joined(kind):
@@ -161,15 +127,6 @@ def test_loaders_of_streams(stream, progress):
     posterior.tune("validation", data=loader, grid=[1.0], progress=progress)
     torch.testing.assert_close(posterior.predict(loader, progress=progress), posterior.predict(x))
     kl.train_by_evidence(model, loader, "classification", epochs=1, progress=progress)
-
-
-class WithLogits(nn.Module):
-    def __init__(self, make):
-        super().__init__()
-        self.inner, self.make = OneTensor(), make
-
-    def forward(self, x):
-        return self.make(self.inner(x))
 
 
 class Output:

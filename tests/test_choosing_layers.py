@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests.architectures import ARCHITECTURES
+from tests.support.architectures import ARCHITECTURES
 
 
 class Encoder(nn.Module):

@@ -11,8 +11,9 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.combination import combined
-from tests.test_accumulation import White
-from tests.test_estimators import assert_close, batches, problem
+from tests.support.assertions import assert_close
+from tests.support.estimators import White
+from tests.support.problems import batches, problem
 
 NETWORKS = [
     "mlp",

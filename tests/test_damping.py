@@ -16,8 +16,8 @@ import kronlaplace as kl
 from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, block_from_tensors
 from kronlaplace.damping import FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto
 from kronlaplace.inversion import PlusDiagonal
-from tests.architectures import case
-from tests.networks import cnn
+from tests.support.cases import case
+from tests.support.networks import cnn
 
 STRATEGIES = [Tikhonov, FactoredTikhonov, TraceRestricted, TraceRestrictedAuto]
 BY_NUMBER = STRATEGIES[:3]

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from kronlaplace.demo import CorruptDataError, DemoError, MissingDataError, UnknownDatasetError
 from kronlaplace.demo.datasets import DATASETS, UCI, load, sine_function
-from tests.demo_files import made_up_digits, made_up_table, write_mnist, write_uci
+from tests.support.demo_files import made_up_digits, made_up_table, write_mnist, write_uci
 
 REAL_DATA = os.environ.get("KRONLAPLACE_DATA")
 needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="set KRONLAPLACE_DATA to a folder with mnist/ and uci/")

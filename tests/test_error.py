@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests import oracles
-from tests.networks import mlp
-from tests.test_estimators import batches, estimate, problem
-from tests.test_leaves_no_trace import assert_unchanged, everything
+from tests.support import oracles
+from tests.support.networks import mlp
+from tests.support.problems import batches, estimate, problem
+from tests.support.unchanged import assert_unchanged, everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling=.empirical.")
 

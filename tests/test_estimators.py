@@ -11,108 +11,14 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.estimators import estimator_from_metadata
-from tests import oracles
-from tests.architectures import ARCHITECTURES, case, select
-from tests.networks import CASES
+from tests.support import oracles
+from tests.support.architectures import ARCHITECTURES
+from tests.support.assertions import assert_blocks_are, assert_close, assert_no_worse, errors
+from tests.support.cases import case
+from tests.support.estimators import ADDITIVE, BASES, CONVERGED, CONVERGED_FULL, EVERYTHING, KRONECKER, TOLERANCE, TRACE
+from tests.support.problems import NETWORKS, estimate, problem, several
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling=.empirical.")
-
-NETWORKS = {**CASES, **ARCHITECTURES}
-CONVERGED = {"max_iter": 1000, "tol": 1e-12}
-CONVERGED_FULL = {"max_iter": 1000, "tol": 1e-6}  # squared in "full"
-
-# Constructors are called in the tests; each stands beside the rule that one group of its block must obey.
-KRONECKER = {
-    "kfac": (lambda: kl.KFAC(), oracles.kfac_expand),
-    "kfac-reduce": (lambda: kl.KFAC(weight_sharing="reduce"), oracles.kfac_reduce),
-    "tkfac": (lambda: kl.TKFAC(), oracles.tkfac_exact),
-    "tkfac-uncorrelated": (lambda: kl.TKFAC(spatial="uncorrelated"), oracles.tkfac_uncorrelated),
-    "kfoc-one-sweep": (lambda: kl.KFOC(aggregation="sweeps", sweeps=1), oracles.tkfac_exact),
-    "kfoc-full": (lambda: kl.KFOC(aggregation="full", **CONVERGED_FULL), oracles.kfoc_full),
-}
-BASES = ("kfac", "tkfac", "tkfac-uncorrelated")
-TOLERANCE = {"kfoc-full": 1e-8}
-# Those whose trace is that of the Fisher, whatever the layer.
-TRACE = {
-    "tkfac": lambda: kl.TKFAC(),
-    "kfoc-one-sweep": lambda: kl.KFOC(aggregation="sweeps", sweeps=1),
-    "ekfac": lambda: kl.EKFAC(basis=kl.KFAC()),
-    "ekfac-kfoc": lambda: kl.EKFAC(basis=kl.KFOC(aggregation="sweeps")),
-    "diagonal": lambda: kl.Diagonal(),
-    "exact": lambda: kl.ExactBlock(),
-}
-# Those that no order or size of batches may change.
-ADDITIVE = {
-    **{name: make for name, (make, _) in KRONECKER.items()},
-    "sua": lambda: kl.SUA(),
-    "kfoc-sweeps": lambda: kl.KFOC(aggregation="sweeps", sweeps=2),
-    **TRACE,
-}
-# All there is.
-EVERYTHING = {
-    **ADDITIVE,
-    **{
-        f"kfoc-{aggregation}-{init}": functools.partial(
-            lambda aggregation, init: kl.KFOC(aggregation=aggregation, init=init), aggregation, init
-        )
-        for aggregation in ("approx", "running", "full")
-        for init in ("identity", "normal")
-    },
-    "kfoc-running-rank-4": lambda: kl.KFOC(aggregation="running", rank=4),
-    "kfoc-approx-other-side": lambda: kl.KFOC(aggregation="approx", unit_factor="activation"),
-}
-
-
-@functools.cache
-def problem(network, likelihood="classification", empirical=False):
-    """A network with data, and what all estimators are defined by."""
-    torch.manual_seed(0)
-    made = NETWORKS[network](likelihood)
-    data = oracles.gradients(made.model, made.inputs, likelihood, made.targets if empirical else None)
-    return made, data
-
-
-def batches(made, size=2, order=None):
-    order = torch.arange(len(made.targets)) if order is None else order
-    return [(select(made.inputs, part), made.targets[part]) for part in order.split(size)]
-
-
-def estimate(made, estimator, size=2, order=None, sampling="exact", **options):
-    data = batches(made, size, order)
-    return kl.estimate_fisher(made.model, data, made.likelihood, estimator, sampling=sampling, **options)
-
-
-def assert_close(actual, expected, rtol, where=""):
-    assert actual.shape == expected.shape, where
-    difference = float(torch.linalg.norm(actual - expected))
-    assert difference <= rtol * max(float(torch.linalg.norm(expected)), 1e-12), (where, difference)
-
-
-def assert_blocks_are(fisher, data, rule, rtol=1e-10):
-    """``rule`` makes the matrix of a Kronecker block's data; all others are diagonal."""
-    assert list(fisher) == list(data)
-    for name, block in fisher.items():
-        expected = oracles.diagonal(data[name].X) if data[name].block.diagonal else rule(data[name])
-        assert tuple(block.shape) == data[name].X.shape[2:]
-        assert_close(block.to_dense(), expected, rtol, name)
-        torch.testing.assert_close(block.trace(), expected.trace(), rtol=max(rtol, 1e-10), atol=1e-13)
-
-
-def errors(fisher, data):
-    """Relative Frobenius error of every Kronecker block."""
-    found = {}
-    for name, d in data.items():
-        F = oracles.exact_block(d.X)
-        if not d.block.diagonal and torch.linalg.norm(F) > 1e-12:
-            found[name] = oracles.error(fisher[name].to_dense(), F)
-    return found
-
-
-def assert_no_worse(actual, *others, factor=1.0):
-    """Errors, block by block, are at most ``factor`` times the smallest of the others' (and rounding)."""
-    for name, value in actual.items():
-        best = min(other[name] for other in others)
-        assert value <= factor * best * (1 + 1e-6) + 1e-7, (name, value, best)
 
 
 # -- definitions ---------------------------------------------------------------------------------------------
@@ -295,15 +201,6 @@ def test_running_forgets_nothing_if_its_rank_holds_every_example():
     n = len(made.targets)
     fisher = estimate(made, kl.KFOC(aggregation="running", rank=n, **CONVERGED), 1)
     assert_blocks_are(fisher, data, functools.partial(oracles.block_dense, oracles.kfoc_full), 1e-8)
-
-
-def several(sizes=(1, 3, 8, 20, 2, 2, 8, 9, 1, 5), outputs=3, **options):
-    """A small network with examples enough that a running sum of rank two is cut several times, and its batches."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
-    made = case(model, torch.randn(sum(sizes), 4), outputs, **options)
-    rows = list(torch.arange(sum(sizes)).split(list(sizes)))
-    return made, rows, [(made.inputs[part], made.targets[part]) for part in rows]
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 40, (10,) * 4, (1, 3, 8, 20, 2, 2, 8, 9, 1, 5)])

@@ -11,7 +11,7 @@ from torch import nn
 import kronlaplace as kl
 from kronlaplace import fingerprint as module
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
-from tests.networks import mlp
+from tests.support.networks import mlp
 
 DTYPES = [
     torch.float32,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests.test_batches import WithLogits
+from tests.support.inputs import WithLogits
 
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

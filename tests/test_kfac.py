@@ -9,8 +9,8 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.layers import ConvolutionLayer
-from tests import oracles
-from tests.networks import CASES, cnn, mlp
+from tests.support import oracles
+from tests.support.networks import CASES, cnn, mlp
 
 RTOL = 1e-10
 

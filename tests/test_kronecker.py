@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import kronlaplace as kl
 from kronlaplace.linalg import eigendecompose
-from tests.networks import CASES, cnn, mlp
+from tests.support.networks import CASES, cnn, mlp
 
 
 def random_block(q, p, seed=0, scale=0.7, rank=None):

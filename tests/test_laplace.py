@@ -8,8 +8,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronlaplace as kl
-from tests import oracles
-from tests.networks import CASES, cnn, mlp
+from tests.support import oracles
+from tests.support.networks import CASES, cnn, mlp
 
 RTOL = 1e-9
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests.architectures import ARCHITECTURES
-from tests.networks import CASES as NETWORKS
+from tests.support.architectures import ARCHITECTURES
+from tests.support.networks import CASES as NETWORKS
 
 
 class Network(nn.Module):

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from tests import oracles
-from tests.architectures import ARCHITECTURES, case
-from tests.networks import CASES
-from tests.test_estimators import assert_blocks_are, assert_close, estimate, problem
+from tests.support import oracles
+from tests.support.architectures import ARCHITECTURES
+from tests.support.assertions import assert_blocks_are, assert_close
+from tests.support.cases import case
+from tests.support.networks import CASES
+from tests.support.problems import estimate, problem
 
 ALL = {**CASES, **ARCHITECTURES}
 

@@ -9,11 +9,12 @@ from torch import nn
 from torch.func import functional_call
 
 import kronlaplace as kl
-from tests import oracles
-from tests.architectures import case
-from tests.networks import mlp
-from tests.test_estimators import NETWORKS as ALL_NETWORKS
-from tests.test_estimators import assert_close, batches, estimate, problem
+from tests.support import oracles
+from tests.support.assertions import assert_close
+from tests.support.cases import case
+from tests.support.networks import mlp
+from tests.support.problems import NETWORKS as ALL_NETWORKS
+from tests.support.problems import batches, estimate, problem
 
 NETWORKS = ["cnn", "depthwise", "transformer", "lstm", "norms"]
 ESTIMATORS = {

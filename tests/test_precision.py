@@ -11,8 +11,9 @@ from torch import nn
 import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Sampling
 from kronlaplace.precision import alike, callers_autocast, without_autocast
-from tests.architectures import ARCHITECTURES, Cells, Recurrent, select
-from tests.networks import Attentive, Pooled
+from tests.support.architectures import ARCHITECTURES, Cells, Recurrent
+from tests.support.cases import select
+from tests.support.networks import Attentive, Pooled
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDINGS = 12

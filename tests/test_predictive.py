@@ -1,8 +1,6 @@
 """Predictions of every kind against dense algebra and loops in float64: joint, by position, differentiable, streamed."""
 
-import copy
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -13,96 +11,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import kronlaplace as kl
 from kronlaplace.collect import Recorder
 from kronlaplace.links import Link
-from tests import oracles
-from tests.architectures import case
-from tests.networks import Residual
-from tests.test_leaves_no_trace import assert_unchanged, everything
-from tests.test_priors import Problem, dense_precision, some_prior
-from tests.test_priors import problem as problem_of
+from tests.support import oracles
+from tests.support.cases import case
+from tests.support.networks import Residual
+from tests.support.output_shapes import hidden, made_of, outputs_and_covariance, problem, within
+from tests.support.posteriors import Problem, some_prior
+from tests.support.unchanged import assert_unchanged, everything
 
 RTOL = 1e-8
 GLM_LINKS = [Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE]
-
-
-class Tokens(nn.Module):
-    """The last layer is the output, at four positions, (N, T, C)."""
-
-    def __init__(self, outputs):
-        super().__init__()
-        self.token = nn.Linear(3, 5)
-        self.head = nn.Linear(5, outputs)
-
-    def forward(self, x):
-        h = torch.tanh(self.token(x))
-        return self.head(h + h.mean(1, keepdim=True))
-
-
-class Squeezed(nn.Module):
-    """Without the last axis."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x).squeeze(-1)
-
-
-class Hidden(nn.Module):
-    """The same function, with an operation behind the network that hides its last layer."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x) + 0
-
-
-def made_of(model, inputs, targets, likelihood):
-    model.double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.6)
-    return Problem(model, inputs.double(), targets, likelihood, oracles.blocks(model))
-
-
-OWN = {
-    "linear": lambda: (nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4), (5, 3)),
-    "tokens": lambda: (Tokens(3), torch.randn(5, 4, 3), (5, 4, 3)),
-    "single-tokens": lambda: (Squeezed(Tokens(1)), torch.randn(5, 4, 3), (5, 4)),
-    "flat": lambda: (Squeezed(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))), torch.randn(5, 4), (5,)),
-}
-
-
-@functools.cache
-def problem(network, likelihood="classification"):
-    """As in `tests.test_priors`, and more networks."""
-    if network not in OWN:
-        return problem_of(network, likelihood)
-    torch.manual_seed(0)
-    model, inputs, shape = OWN[network]()
-    targets = {
-        "classification": lambda: torch.randint(3, shape[:-1]),
-        "binary": lambda: torch.randint(2, shape).double(),
-        "regression": lambda: torch.randn(shape, dtype=torch.float64),
-    }[likelihood]()
-    return made_of(model, inputs, targets, likelihood)
-
-
-def outputs_and_covariance(made, posterior, D=None):
-    """Dense: the outputs of all examples flattened, (N, M), and their covariance over the batch, (N, M, N, M)."""
-    D = torch.full((len(posterior.fisher.to_dense()),), float(posterior.prior_precision)).double() if D is None else D
-    rows = [oracles.weight_gradients(made.model, oracles.example(made.inputs, n)) for n in range(len(made.targets))]
-    layers = list(posterior.fisher)
-    J = torch.stack([torch.cat([row[name].flatten(1) for name in layers], dim=1) for row in rows])
-    covariance = torch.einsum("ncp,pq,mdq->ncmd", J, torch.linalg.inv(dense_precision(posterior, D)), J)
-    outputs = made.model(made.inputs).detach()
-    return outputs.reshape(len(outputs), -1), covariance
-
-
-def within(covariance):
-    """The examples' own blocks, (N, M, M)."""
-    return torch.stack([covariance[n, :, n] for n in range(len(covariance))])
 
 
 def assert_close(actual, expected, rtol=RTOL):
@@ -271,12 +188,6 @@ def test_the_fit_tells_where_the_classes_are(network, method, tmp_path):
 
 
 # -- where the last layer's output is the network's ----------------------------------------------------------
-
-
-def hidden(made):
-    """The same network with its last layer hidden."""
-    model = Hidden(copy.deepcopy(made.model))
-    return Problem(model, made.inputs, made.targets, made.name, oracles.blocks(model))
 
 
 ENDS_WITH_LAYER = ["linear", "mlp", "cnn", "sequence", "residual", "transformer", "lstm", "norms", "tokens", "gru"]
@@ -745,7 +656,7 @@ def test_links_of_other_likelihoods_are_refused(likelihood, link, message):
 
 
 def test_in_place_activations_right_behind_a_layer():
-    """Residual with random running statistics, as in `tests.networks`, of all outputs at once."""
+    """Residual with random running statistics, as in `tests.support.networks`, of all outputs at once."""
     torch.manual_seed(1)
     made = case(Residual(), torch.randn(4, 2, 4, 5), 4)
     problem = Problem(made.model, made.inputs, made.targets, "classification", oracles.blocks(made.model))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
-from tests.test_estimators import assert_close
+from tests.support.assertions import assert_close
 
 N = 5
 

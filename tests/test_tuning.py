@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
 from kronlaplace.laplace import tuning
-from tests.test_predictive import problem
-from tests.test_priors import ESTIMATORS, STRUCTURES, some_prior
+from tests.support.output_shapes import problem
+from tests.support.posteriors import ESTIMATORS, STRUCTURES, some_prior
 
 at_the_edge = pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")
 EVERY_LIKELIHOOD = ["classification", "binary", "regression", "heteroscedastic"]

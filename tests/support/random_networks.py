@@ -1,12 +1,12 @@
-"""Networks drawn at random, small and in float64: `draw` of a seed makes one with data, as in `tests.architectures`."""
+"""Networks drawn at random, small and in float64: `draw` of a seed makes one with data, as in `architectures`."""
 
 import random
 
 import torch
 from torch import nn
 
-from tests.architectures import case
-from tests.oracles import norms_written_out
+from tests.support.cases import case
+from tests.support.oracles.blocks import norms_written_out
 
 SMOOTH = [nn.Tanh, nn.GELU, nn.Softplus, nn.Sigmoid, nn.SiLU]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

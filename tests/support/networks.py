@@ -1,21 +1,9 @@
 """Small float64 networks with data, for tests: cases as data."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass
-class Case:
-    model: nn.Module
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    likelihood: str
-    layers: list
-
-    def batches(self, size=3):
-        return list(zip(self.inputs.split(size), self.targets.split(size), strict=True))
+from tests.support.cases import Case
 
 
 class Residual(nn.Module):
@@ -96,4 +84,4 @@ def _case(model, inputs, likelihood, outputs, layers):
         "binary": lambda: torch.randint(2, (n, outputs)).double(),
         "regression": lambda: torch.randn(n, outputs).double(),
     }[likelihood]()
-    return Case(model, inputs, targets, likelihood, layers)
+    return Case(model, inputs, targets, likelihood, layers, batch_size=3)
