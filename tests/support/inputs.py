@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
+from tests.support import oracles
+from tests.support.assertions import assert_close
 
 
 def fisher_of(model, data, estimator="tkfac", likelihood="classification", **options):
@@ -48,3 +50,16 @@ class WithLogits(nn.Module):
 
     def forward(self, x):
         return self.make(self.inner(x))
+
+
+ESTIMATORS = {"kfac": oracles.kfac_expand, "tkfac": oracles.tkfac_exact}
+
+
+def assert_same(actual, expected, rtol=1e-12):
+    assert list(actual) == list(expected)
+    assert actual.n_examples == expected.n_examples
+    for name, block in actual.items():
+        assert_close(block.to_dense(), expected[name].to_dense(), rtol, name)
+    assert (actual.statistics is None) == (expected.statistics is None)
+    if actual.statistics is not None:
+        torch.testing.assert_close(actual.statistics, expected.statistics)

@@ -6,9 +6,13 @@ import functools
 import torch
 from torch import nn
 
+from kronlaplace.links import Link
 from tests.support import oracles
 from tests.support.posteriors import Problem, dense_precision
 from tests.support.posteriors import problem as problem_of
+
+RTOL = 1e-8
+GLM_LINKS = [Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE]
 
 
 class Tokens(nn.Module):
@@ -96,3 +100,7 @@ def hidden(made):
     """The same network with its last layer hidden."""
     model = Hidden(copy.deepcopy(made.model))
     return Problem(model, made.inputs, made.targets, made.name, oracles.blocks(model))
+
+
+def assert_close(actual, expected, rtol=RTOL):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))

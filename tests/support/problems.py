@@ -39,3 +39,9 @@ def several(sizes=(1, 3, 8, 20, 2, 2, 8, 9, 1, 5), outputs=3, **options):
     made = case(model, torch.randn(sum(sizes), 4), outputs, **options)
     rows = list(torch.arange(sum(sizes)).split(list(sizes)))
     return made, rows, [(made.inputs[part], made.targets[part]) for part in rows]
+
+
+def regression_network(activation=nn.ReLU, n=120, likelihood="classification", outputs=3):
+    return case(
+        nn.Sequential(nn.Linear(5, 12), activation(), nn.Linear(12, outputs)), torch.randn(n, 5), outputs, likelihood
+    )
