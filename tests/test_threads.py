@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from tests.networks import Attentive, cnn, mlp, residual
-from tests.test_leaves_no_trace import assert_unchanged, everything
+from tests.support.networks import Attentive, cnn, mlp, residual
+from tests.support.unchanged import assert_unchanged, everything
 
 
 class Recurrent(nn.Module):
