@@ -5,8 +5,8 @@ from __future__ import annotations
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.baselines import Diagonal, ExactBlock
 from kronlaplace.estimators.ekfac import EKFAC
-from kronlaplace.estimators.kfac import KFAC, SUA, WeightSharing
-from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialisation, UnitFactor
+from kronlaplace.estimators.kfac import KFAC, WeightSharing
+from kronlaplace.estimators.kfoc import KFOC, Aggregation, Initialization, UnitFactor
 from kronlaplace.estimators.registry import (
     SHORTHANDS,
     UnknownEstimator,
@@ -15,6 +15,7 @@ from kronlaplace.estimators.registry import (
     register_estimator,
     resolve_estimator,
 )
+from kronlaplace.estimators.sua import SUA
 from kronlaplace.estimators.tkfac import TKFAC, SpatialCorrelation
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "Diagonal",
     "Estimator",
     "ExactBlock",
-    "Initialisation",
+    "Initialization",
     "SpatialCorrelation",
     "State",
     "UnitFactor",

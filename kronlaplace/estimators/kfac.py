@@ -1,19 +1,17 @@
-"""K-FAC, KFC on convolutions, and SUA."""
+"""K-FAC, and KFC on convolutions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of
 from kronlaplace.estimators.moments import factors_by_group, mean_factors, squeezed
-from kronlaplace.layers import ConvolutionLayer, Layer, LayerBatch, LayerGradients
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 from kronlaplace.options import Choice, choice
 
-__all__ = ["KFAC", "SUA", "WeightSharing"]
+__all__ = ["KFAC", "WeightSharing"]
 
 
 class WeightSharing(Choice):
@@ -80,54 +78,3 @@ class KFAC(Estimator):
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         gradient, activation = mean_factors(first, second, weights, scaled_activation=False)
         return KroneckerBlock(squeezed(gradient), squeezed(activation), name=first.name)
-
-
-@dataclass(frozen=True)
-class SUA(Estimator):
-    """Spatially uncorrelated activations and white derivatives, the limit of PRONG (KFC §4.2 and Theorem 4).
-
-    Activations are correlated within a pixel only, with the same moments everywhere:
-    ``A[(j,δ), (j',δ')] = β(δ,δ') · (Σ(j,j') 1[δ=δ'] + M(j) M(j'))`` with the channels' covariance ``Σ`` and mean ``M`` and
-    the number ``β`` of output positions at which both taps of the kernel are on the image. Derivatives are white:
-    ``G = I``, and ``scale`` is their mean square. On layers that are no convolutions ``A`` is K-FAC's.
-    """
-
-    name: ClassVar[str] = "sua"
-    constants: ClassVar[frozenset[str]] = frozenset({"uses"})
-    not_combinable: ClassVar[str] = (
-        "on a convolution the activation factor holds products of the channels' means, which do not tell the means (not "
-        "even their signs), and the products of the means of all data are needed"
-    )
-
-    def start(self, layer: Layer) -> State:
-        return {}
-
-    def add_inputs(self, state: State, batch: LayerBatch) -> None:
-        layer = batch.layer
-        if not isinstance(layer, ConvolutionLayer):
-            batch.add_activation_moment(state)
-            return
-        for call in batch.calls:
-            layer.add_pixel_moments(call.x, state, 1 / (call.fold * len(batch.calls)))
-
-    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
-        layer = gradients.layer
-        groups, positions = layer.groups, gradients.positions
-        square = torch.zeros(groups, 1, 1, dtype=layer.dtype, device=layer.device)
-        for grad in gradients.tensors:
-            square += layer.gradients(grad).square().sum((1, 2, 3)).view(groups, 1, 1)
-        square /= positions
-        state["square"] = square if "square" not in state else state["square"] + square
-        if isinstance(layer, ConvolutionLayer) and "uses" not in state:
-            state["uses"] = square.new_tensor(float(sum(call.fold for call in gradients.batch.calls)))
-
-    def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        rows = layer.shape[0] // layer.groups
-        uses = state.pop("uses", None)
-        if isinstance(layer, ConvolutionLayer):
-            activation = layer.uncorrelated_moment(state, weight) * uses
-        else:
-            activation = layer.activation_moment(state).div_(weight)
-        scale = squeezed(state["square"][:, 0, 0] / (rows * weight))
-        identity = torch.eye(rows, dtype=layer.dtype, device=layer.device).expand(layer.groups, rows, rows)
-        return KroneckerBlock(squeezed(identity), squeezed(activation), scale, layer.name)

@@ -24,6 +24,7 @@ __all__ = [
     "batched_eigen",
     "by_group",
     "concatenated",
+    "factors_of",
     "leading_eigenvector",
     "truncated",
     "unit",
@@ -235,3 +236,8 @@ def batched_eigen(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and not negative, and eigenvectors of positive semidefinite matrices ``(K, m, m)``."""
     parts = eigendecompose(by_group(matrices, name))
     return torch.stack([part.values for part in parts]), torch.stack([part.vectors for part in parts])
+
+
+def factors_of(name: str) -> str:
+    """Return what errors call the factors of a layer."""
+    return f"the factors of layer {name!r}"
