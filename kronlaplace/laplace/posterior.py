@@ -467,7 +467,7 @@ class KronLaplace(LaplaceTorchNames):
             tuned = by_validation(
                 self.model,
                 self._at_its_weights(),
-                lambda trial: self.with_hyperparameters(trial)._predictor(),
+                lambda trial: Predictor(self.model, self.with_hyperparameters(trial)._state),
                 data,
                 structure,
                 noise,

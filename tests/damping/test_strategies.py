@@ -81,14 +81,6 @@ def test_logdet_is_differentiable_in_damping_and_scale(strategy, rank, kind):
 # -- decompositions ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def decomposed(monkeypatch):
-    """Shapes that were decomposed so far, one for each call."""
-    calls, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(tuple(m.shape)) or eigh(m))
-    return calls
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_of_damping_makes_no_new_decomposition(kind, decomposed):
     block = make(kind, 0, k=2)
