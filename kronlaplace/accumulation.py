@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
-
 from kronlaplace.blocks import Block
 from kronlaplace.estimators import Diagonal, Estimator, State
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Accumulation"]
 
@@ -34,6 +32,7 @@ class Accumulation:
         self.start(layers)
         self._ema_decay = ema_decay
         self._pass = 1
+        self._received: set[str] = set()
         self._final_weights: dict[str, float] = {}  # of layers that needed fewer passes
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
@@ -54,27 +53,29 @@ class Accumulation:
         """The layers."""
         return list(self._layers.values())
 
-    def begin_batch(self, calls: Mapping[str, Calls]) -> None:
+    def begin_batch(self, batches: Mapping[str, LayerBatch]) -> None:
         """Take the inputs of all layers, after the forward pass."""
+        self._received.clear()
         if self._ema_decay is not None:
             self.weight *= self._ema_decay
         for name, state in self._states.items():
             if self._wants_data(name):
                 if self._ema_decay is not None:
                     self.estimators[name].decay(state, self._ema_decay)
-                self.estimators[name].add_inputs(state, calls[name])
+                self.estimators[name].add_inputs(state, batches[name])
 
-    def add_gradients(self, calls: Calls, grads: list[Tensor]) -> None:
+    def add_gradients(self, gradients: LayerGradients) -> None:
         """Take the gradients of one layer along one direction."""
-        name = calls.layer.name
+        name = gradients.layer.name
+        self._received.add(name)
         if self._wants_data(name):
-            self.estimators[name].add_gradients(self._states[name], calls, grads)
+            self.estimators[name].add_gradients(self._states[name], gradients)
 
-    def end_batch(self, calls: Mapping[str, Calls], n_examples: int) -> None:
-        """All directions of a batch have come."""
+    def end_batch(self, batches: Mapping[str, LayerBatch], n_examples: int) -> None:
+        """Finish a batch after its last direction. Layers that received no gradient in it are left as they are."""
         for name, state in self._states.items():
-            if self._wants_data(name):
-                self.estimators[name].end_batch(state, calls[name])
+            if self._wants_data(name) and name in self._received:
+                self.estimators[name].end_batch(state, batches[name])
         self.weight += n_examples
 
     def merge(self, other: Accumulation) -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block
-from kronlaplace.collect import check_model
+from kronlaplace.curvature_pass import accumulate
 from kronlaplace.estimators import Estimator, State
-from kronlaplace.fisher import accumulate, check_belongs
+from kronlaplace.fisher import check_belongs
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.layers import Calls, Layer, find_layers
+from kronlaplace.layers import Layer, LayerGradients, find_layers
 from kronlaplace.likelihoods import Likelihood, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.options import Choice, choice, positive_integer, seed_number
 from kronlaplace.precision import in_full_precision
+from kronlaplace.preconditions import check_model
 
 __all__ = ["ErrorMethod", "RelativeError", "relative_error"]
 
@@ -123,9 +125,7 @@ def relative_error(
         data,
         likelihood,
         accumulation,
-        sampling=metadata.sampling,
-        mc_samples=metadata.mc_samples,
-        seed=metadata.seed,
+        DirectionSampling(metadata.sampling, metadata.mc_samples, metadata.seed),
         progress=progress,
         description="relative error",
     )
@@ -161,9 +161,9 @@ class _GroundTruth(Estimator):
             "products": torch.zeros(self.n_probes, size, **options),
         }
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        for part, part_grads in calls.parts(grads):
-            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1)
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        for part in gradients.parts():
+            x = part.vectors()
             if "matrix" in state:
                 state["matrix"].addmm_(x.T, x)
             else:

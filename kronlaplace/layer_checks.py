@@ -8,13 +8,11 @@ same factor: else they are not its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kronlaplace.collect import Recorder
-from kronlaplace.layers import Calls, UnusableLayersError
+from kronlaplace.forward import NetworkForward
+from kronlaplace.layers import LayerGradients, UnusableLayersError
 
 __all__ = ["check_layers"]
 
@@ -25,14 +23,14 @@ _SCALES = 8
 """How many powers of two there are."""
 
 
-def check_layers(recorder: Recorder, outputs: Tensor, generator: torch.Generator) -> None:
-    """Check the layers of a recorded pass; the graph is kept. Waits for the device, once.
+def check_layers(forward: NetworkForward, outputs: Tensor, generator: torch.Generator) -> None:
+    """Check the layers of an observed pass; the graph is kept. Waits for the device, once.
 
     Raises:
         UnusableLayersError: If a layer's parameters are also used in another way than by its calls, if its rows do not
             belong to examples, or if the outputs do not depend on it.
     """
-    bypassed = recorder.bypassed(outputs)
+    bypassed = forward.bypassed(outputs)
     if bypassed:
         raise UnusableLayersError(
             f"the network reaches these layers through references that a copy of it cannot follow: {bypassed}. Keep "
@@ -47,19 +45,20 @@ def check_layers(recorder: Recorder, outputs: Tensor, generator: torch.Generator
     norms: dict[str, Tensor] = {}
     scaled_norms: dict[str, Tensor] = {}
 
-    def first(calls: Calls, grads: list[Tensor]) -> None:
-        total, bound = calls.total_weight_gradient(grads)
-        products[calls.layer.name] = total @ _probe(total), bound
-        norms[calls.layer.name] = _row_norms(grads, n)
+    def first(gradients: LayerGradients) -> None:
+        total, bound = gradients.total_weight_gradient()
+        products[gradients.layer.name] = total @ _probe(total), bound
+        norms[gradients.layer.name] = _row_norms(gradients, n)
 
-    recorder.backward(outputs, direction, retain_graph=True, receive=first)
+    def second(gradients: LayerGradients) -> None:
+        scaled_norms[gradients.layer.name] = _row_norms(gradients, n)
+
+    forward.observer.backward(outputs, direction, first, retain_graph=True)
     if n > 1:
-        second = _keep_norms(scaled_norms, n)
-        recorder.backward(
-            outputs, direction * scales.view(-1, *[1] * (outputs.ndim - 1)), retain_graph=True, receive=second
-        )
+        scaled = direction * scales.view(-1, *[1] * (outputs.ndim - 1))
+        forward.observer.backward(outputs, scaled, second, retain_graph=True)
     unexplained = {}
-    for name, gradient in recorder.parameter_gradients(outputs, direction):
+    for name, gradient in forward.parameter_gradients(outputs, direction):
         product, bound = products[name]
         expected = gradient.to(product) @ _probe(product.new_empty(gradient.shape))
         difference = torch.linalg.vector_norm(product - expected)
@@ -94,16 +93,9 @@ def _refuse(unexplained: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
         )
 
 
-def _keep_norms(norms: dict[str, Tensor], n: int) -> Callable[[Calls, list[Tensor]], None]:
-    def receive(calls: Calls, grads: list[Tensor]) -> None:
-        norms[calls.layer.name] = _row_norms(grads, n)
-
-    return receive
-
-
-def _row_norms(grads: list[Tensor], n: int) -> Tensor:
+def _row_norms(gradients: LayerGradients, n: int) -> Tensor:
     """Norms of each example's part of the gradients, shape ``(calls, n)``, in at least float32."""
-    rows = [grad.reshape(n, -1) for grad in grads]
+    rows = [grad.reshape(n, -1) for grad in gradients.tensors]
     return torch.stack(
         [torch.linalg.vector_norm(r.to(torch.promote_types(r.dtype, torch.float32)), dim=1) for r in rows]
     )

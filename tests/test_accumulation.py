@@ -10,10 +10,11 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.batches import Inputs
-from kronlaplace.collect import recording
-from kronlaplace.fisher import accumulate
+from kronlaplace.curvature_pass import accumulate, accumulate_batch
+from kronlaplace.forward import NetworkForward
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
 from tests import oracles
 from tests.architectures import case
 from tests.test_estimators import CONVERGED, CONVERGED_FULL, assert_close, batches, estimate, problem, several
@@ -53,9 +54,7 @@ def accumulated(made, estimator, data):
         data,
         resolve_likelihood(made.likelihood),
         accumulation,
-        sampling=Sampling.EXACT,
-        mc_samples=1,
-        seed=0,
+        DirectionSampling(Sampling.EXACT),
         progress=False,
         description="",
     )
@@ -65,14 +64,12 @@ def accumulated(made, estimator, data):
 def one_pass(accumulation, made, data):
     """The same, one pass only, written out."""
     likelihood = resolve_likelihood(made.likelihood)
-    with recording(made.model, accumulation.layers, accumulation.add_gradients) as recorder:
+    with NetworkForward(made.model, accumulation.layers) as forward:
         for x, y in data:
-            f = recorder.forward(Inputs(x))
-            calls = recorder.calls
-            accumulation.begin_batch(calls)
-            for direction in list(likelihood.directions(f.detach(), Sampling.EXACT, mc_samples=1, targets=y)):
-                recorder.backward(f, direction, retain_graph=True)
-            accumulation.end_batch(calls, len(f))
+            f = forward(Inputs(x))
+            accumulate_batch(
+                forward.observer, f, likelihood, DirectionSampling(Sampling.EXACT), accumulation, targets=y
+            )
 
 
 def assert_same(blocks, expected, rtol=1e-10):
@@ -499,8 +496,8 @@ class White(kl.Estimator):
     def start(self, layer):
         return {"trace": torch.zeros((), dtype=layer.dtype)}
 
-    def add_gradients(self, state, calls, grads):
-        state["trace"] += calls.weight_gradients(grads).square().sum()
+    def add_gradients(self, state, gradients):
+        state["trace"] += gradients.weight_gradients().square().sum()
 
     def finish(self, state, layer, weight):
         q, p = layer.shape

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
-from kronlaplace.collect import Recorder
 from kronlaplace.links import Link
+from kronlaplace.observer import NetworkObserver
 from tests import oracles
 from tests.architectures import case
 from tests.networks import Residual
@@ -315,7 +315,7 @@ def test_the_output_layer_alone_takes_no_backward_pass(network, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a backward pass")
 
-    monkeypatch.setattr(Recorder, "backward", refuse)
+    monkeypatch.setattr(NetworkObserver, "backward", refuse)
     posterior.functional_variance(made.inputs, diagonal=True)
     for link in GLM_LINKS:
         posterior.predict(made.inputs, link=link)

@@ -86,8 +86,8 @@ class Shrunk(kl.Estimator):
     def start(self, layer):
         return {"values": torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)}
 
-    def add_gradients(self, state, calls, grads):
-        calls.add_squared_weight_gradients(grads, state["values"])
+    def add_gradients(self, state, gradients):
+        gradients.add_squared_weight_gradients(state["values"])
 
     def finish(self, state, layer, weight):
         values = state["values"] / weight
@@ -164,7 +164,7 @@ class GainLayer(kl.Layer):
     def assemble(self, values):
         return values[self.parameter_names[0]].unsqueeze(1)
 
-    def split(self, matrices):
+    def split_directions(self, matrices):
         return {self.parameter_names[0]: matrices.squeeze(-1)}
 
     def input_shape(self):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from kronlaplace.blocks import Block
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Estimator", "State", "weighted_mean"]
 
@@ -46,21 +45,21 @@ class Estimator(ABC):
     def start(self, layer: Layer) -> State:
         """The state before any data."""
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
         """Take a layer's inputs of one batch."""
         return
 
     @abstractmethod
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         """Take the gradients at a layer's outputs along one direction ``d_v``.
 
         Args:
             state: The layer's state, changed in place.
-            calls: The layer's calls in this batch, with their inputs.
-            grads: Gradient of each example's own negative log-likelihood at the output of every call.
+            gradients: The layer's inputs in this batch, with the gradient of each example's own negative log-likelihood at
+                the output of every call.
         """
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         """All directions of a batch have come."""
         return
 

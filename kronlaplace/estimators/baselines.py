@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
 from kronlaplace.estimators.base import Estimator, State, weighted_mean
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.options import positive_integer
 
 __all__ = ["Diagonal", "ExactBlock"]
@@ -27,8 +25,8 @@ class Diagonal(Estimator):
     def start(self, layer: Layer) -> State:
         return {"values": torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        calls.add_squared_weight_gradients(grads, state["values"])
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        gradients.add_squared_weight_gradients(state["values"])
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return DiagonalBlock(state["values"].div_(weight), layer.name)
@@ -68,9 +66,9 @@ class ExactBlock(Estimator):
             )
         return {"matrix": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        for part, part_grads in calls.parts(grads):
-            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1)  # (N, K·q/K·p)
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        for part in gradients.parts():
+            x = part.vectors()
             state["matrix"].addmm_(x.T, x)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:

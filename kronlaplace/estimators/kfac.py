@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.moments import mean_factors, squeezed
-from kronlaplace.layers import Calls, ConvolutionLayer, Layer
+from kronlaplace.layers import ConvolutionLayer, Layer, LayerBatch, LayerGradients
 from kronlaplace.options import Choice, choice
 
 __all__ = ["KFAC", "SUA", "WeightSharing"]
@@ -45,29 +43,29 @@ class KFAC(Estimator):
         object.__setattr__(self, "weight_sharing", choice(WeightSharing, self.weight_sharing, "weight_sharing"))
 
     def _reduces(self, layer: Layer) -> bool:
-        return self.weight_sharing is WeightSharing.REDUCE and not isinstance(layer, ConvolutionLayer)
+        return self.weight_sharing is WeightSharing.REDUCE and not layer.shares_weights_over_space
 
     def start(self, layer: Layer) -> State:
         return {}
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
-        if not self._reduces(calls.layer):
-            calls.add_activation_moment(state)
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
+        if not self._reduces(batch.layer):
+            batch.add_activation_moment(state)
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        out = calls.layer.sum_of(state, "gradient")
-        if not self._reduces(calls.layer):
-            calls.add_gradient_moment(grads, out)
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        out = gradients.layer.sum_of(state, "gradient")
+        if not self._reduces(gradients.layer):
+            gradients.add_gradient_moment(out)
             return
-        state.setdefault("positions", calls.positions(grads))
-        g = calls.gradients(grads).sum(2)
+        state.setdefault("positions", gradients.positions)
+        g = gradients.gradients().sum(2)
         out.baddbmm_(g.mT, g)
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         positions = state.pop("positions", None)
         if positions is not None:
-            a = calls.activations().sum(2) / positions
-            calls.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
+            a = batch.activations().sum(2) / positions
+            batch.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         # In place: the factors of a wide layer are larger than all else in a pass.
@@ -99,24 +97,24 @@ class SUA(Estimator):
     def start(self, layer: Layer) -> State:
         return {}
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
-        layer = calls.layer
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
+        layer = batch.layer
         if not isinstance(layer, ConvolutionLayer):
-            calls.add_activation_moment(state)
+            batch.add_activation_moment(state)
             return
-        for call in calls.calls:
-            layer.add_pixel_moments(call.x, state, 1 / (call.fold * len(calls.calls)))
+        for call in batch.calls:
+            layer.add_pixel_moments(call.x, state, 1 / (call.fold * len(batch.calls)))
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        groups = calls.layer.groups
-        positions = calls.positions(grads)
-        square = torch.zeros(groups, 1, 1, dtype=calls.layer.dtype, device=calls.layer.device)
-        for grad in grads:
-            square += calls.layer.gradients(grad).square().sum((1, 2, 3)).view(groups, 1, 1)
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        layer = gradients.layer
+        groups, positions = layer.groups, gradients.positions
+        square = torch.zeros(groups, 1, 1, dtype=layer.dtype, device=layer.device)
+        for grad in gradients.tensors:
+            square += layer.gradients(grad).square().sum((1, 2, 3)).view(groups, 1, 1)
         square /= positions
         state["square"] = square if "square" not in state else state["square"] + square
-        if isinstance(calls.layer, ConvolutionLayer) and "uses" not in state:
-            state["uses"] = square.new_tensor(float(sum(call.fold for call in calls.calls)))
+        if isinstance(layer, ConvolutionLayer) and "uses" not in state:
+            state["uses"] = square.new_tensor(float(sum(call.fold for call in gradients.batch.calls)))
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         rows = layer.shape[0] // layer.groups

@@ -6,7 +6,6 @@ The Fisher, rearranged, is an operator from the space of activation factors to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, frobeniu
 from kronlaplace.estimators.power import Items, best_of_krylov, items_of, joined, leading_triple, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.estimators.truncation import Examples, Terms, concatenated, truncated
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
 
 __all__ = ["KFOC", "Aggregation", "Initialisation", "UnitFactor"]
@@ -139,22 +138,22 @@ class KFOC(Estimator):
             return {"items": []}
         return {"batch": [], "waiting": []} if self.aggregation is Aggregation.RUNNING else {"batch": []}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         if self.aggregation is Aggregation.SWEEPS:
-            add_pair_sums(state, calls, grads, state.get("previous activation"), state.get("previous gradient"))
+            add_pair_sums(state, gradients, state.get("previous activation"), state.get("previous gradient"))
         elif self.aggregation is Aggregation.FULL:
-            state["items"].append(items_of(calls, grads).copied())  # the loader may reuse the memory of its batches
+            state["items"].append(items_of(gradients).copied())  # the loader may reuse the memory of its batches
         else:
-            state["batch"].append(items_of(calls, grads))
+            state["batch"].append(items_of(gradients))
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         if self.aggregation is Aggregation.SWEEPS:
-            add_row_sums(state, calls)
+            add_row_sums(state, batch)
         if self.aggregation not in (Aggregation.RUNNING, Aggregation.APPROX):
             return
         items = joined(state["batch"], same_inputs=True)
         state["batch"] = []
-        name = _factors_of(calls.layer.name)
+        name = _factors_of(batch.layer.name)
         if self.rank > 1 and (examples := items.examples(self._most_waiting)) is not None:
             self._wait(state, examples, name)
             return

@@ -13,7 +13,6 @@ Where each example uses the weights once they are second moments of ``a`` with w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import weighted_mean
-from kronlaplace.layers import Calls
+from kronlaplace.layers import LayerBatch, LayerGradients
 
 __all__ = [
     "activation_sum",
@@ -30,22 +29,15 @@ __all__ = [
     "frobenius",
     "gradient_sum",
     "mean_factors",
-    "once_per_example",
     "squeezed",
 ]
 
 _PENDING = "pending"
 
 
-def once_per_example(calls: Calls, grads: Sequence[Tensor]) -> bool:
-    """Whether each example uses the layer's weights at one position only."""
-    return isinstance(positions := calls.positions(grads), int) and positions == 1
-
-
 def add_pair_sums(
     sums: dict[str, Any],
-    calls: Calls,
-    grads: Sequence[Tensor],
+    gradients: LayerGradients,
     activation_factor: Tensor | None = None,
     gradient_factor: Tensor | None = None,
 ) -> None:
@@ -56,35 +48,34 @@ def add_pair_sums(
 
     Args:
         sums: The state.
-        calls: The layer's calls.
-        grads: The gradients at their outputs.
+        gradients: The layer's inputs and the gradients at its outputs.
         activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
         gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
     """
-    activation_out, gradient_out = (calls.layer.sum_of(sums, key) for key in ("activation", "gradient"))
-    if once_per_example(calls, grads):
-        a, g = calls.activations()[:, :, 0], calls.gradients(grads)[:, :, 0]
+    activation_out, gradient_out = (gradients.layer.sum_of(sums, key) for key in ("activation", "gradient"))
+    if gradients.once_per_example:
+        a, g = gradients.activations()[:, :, 0], gradients.gradients()[:, :, 0]
         weight = _quadratic_form(g, gradient_factor)
         sums[_PENDING] = weight if _PENDING not in sums else sums[_PENDING] + weight
         gradient_out.baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
         return
-    for part, part_grads in calls.parts(grads):
-        g = part.gradients(part_grads)
+    for part in gradients.parts():
+        g = part.gradients()
         if g.shape[2] <= g.shape[3]:
             a = part.activations()
             activation_out += _mixed(a, g, gradient_factor)
             gradient_out += _mixed(g, a, activation_factor)
         else:
-            x = part.weight_gradients(part_grads)
+            x = part.weight_gradients()
             activation_out += activation_sum(x, gradient_factor)
             gradient_out += gradient_sum(x, activation_factor)
 
 
-def add_row_sums(sums: dict[str, Any], calls: Calls) -> None:
+def add_row_sums(sums: dict[str, Any], batch: LayerBatch) -> None:
     """After all directions of a batch: add what `add_pair_sums` has put off."""
     weight = sums.pop(_PENDING, None)
     if weight is not None:
-        a = calls.activations()[:, :, 0]
+        a = batch.activations()[:, :, 0]
         sums["activation"].baddbmm_((a * weight.unsqueeze(2)).mT, a)
 
 

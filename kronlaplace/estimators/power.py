@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum, once_per_example
+from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum
 from kronlaplace.estimators.truncation import Examples, batched_eigen, by_group, leading_eigenvector, unit
-from kronlaplace.layers import Calls
+from kronlaplace.layers import LayerGradients
 from kronlaplace.linalg import eigendecompose_symmetric, trace
 
 __all__ = ["Items", "best_of_krylov", "items_of", "joined", "leading_triple", "made_psd"]
@@ -204,13 +204,13 @@ class Matrices:
         return activation_sum(self._x, gradient)
 
 
-def items_of(calls: Calls, grads: Sequence[Tensor]) -> Items:
+def items_of(gradients: LayerGradients) -> Items:
     """All examples of one direction, in the form that takes the least memory."""
-    p = calls.layer.shape[1]
-    g = calls.gradients(grads)
-    if once_per_example(calls, grads) or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
-        return Pairs(calls.activations(), g)
-    return Matrices(torch.cat([part.weight_gradients(part_grads) for part, part_grads in calls.parts(grads)], dim=1))
+    p = gradients.layer.shape[1]
+    g = gradients.gradients()
+    if gradients.once_per_example or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
+        return Pairs(gradients.activations(), g)
+    return Matrices(torch.cat([part.weight_gradients() for part in gradients.parts()], dim=1))
 
 
 def joined(parts: Sequence[Items], *, same_inputs: bool) -> Items:

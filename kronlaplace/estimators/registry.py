@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
-
-from torch import Tensor
 
 from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.options import resolve
 from kronlaplace.registry import ClassRegistry
 
@@ -143,7 +141,7 @@ class UnknownEstimator(Estimator):
             "posterior with another estimator: KronLaplace(model, likelihood, estimator)."
         )
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         raise AssertionError("never started")
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:

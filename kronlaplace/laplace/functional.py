@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.batches import Inputs, tensors_of
-from kronlaplace.collect import Recorder, recording
 from kronlaplace.example_axes import Layout
+from kronlaplace.forward import NetworkForward
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.laplace import terms as layer_terms
 from kronlaplace.laplace.terms import Between, Term, make_term, output_layer_part
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.likelihoods import Likelihood
+from kronlaplace.observer import NetworkObserver, Receiver
 
 __all__ = ["Known", "Linearised"]
 
@@ -110,35 +111,42 @@ class Linearised:
         terms: dict[str, Term] = {}
         done: str | None = None
 
-        def receive(calls: Calls, grads: list[Tensor]) -> None:
-            name = calls.layer.name
+        def receive(gradients: LayerGradients) -> None:
+            name = gradients.layer.name
             if name == done:
                 return
             if name not in terms:
-                terms[name] = make_term(self._inverses[name], calls, between)
-            terms[name].add(calls, grads)
+                terms[name] = make_term(self._inverses[name], gradients.batch, between)
+            terms[name].add(gradients)
 
-        with recording(
-            self._model, self._layers, receive, differentiable=differentiable, layout=known.layout
-        ) as recorder:
-            f = recorder.forward(x)
+        with NetworkForward(self._model, self._layers, differentiable=differentiable, layout=known.layout) as forward:
+            f = forward(x)
+            observer = forward.observer
             class_axis = self._likelihood.class_axis_of(f) if between.by_class else None
             covariance: Tensor | None = None
-            last = recorder.output_layer
+            last = observer.output_layer(f)
             if last is not None and class_axis in (None, f.ndim - 1):
-                covariance = output_layer_part(self._inverses[last.name], recorder.calls[last.name], f, between)
+                covariance = output_layer_part(
+                    self._inverses[last.name], observer.layer_batches(len(f))[last.name], f, between
+                )
                 if covariance is not None:
                     done = last.name
             kept = 0
             if done is None or len(self._layers) > 1:
-                rest, kept = self._propagated(recorder, f, terms, between, class_axis)
+                rest, kept = self._propagated(observer, receive, f, terms, between, class_axis)
                 covariance = rest if covariance is None else covariance + rest
-            known.layout, known.kept_per_example = recorder.layout, kept
+            known.layout, known.kept_per_example = forward.layout, kept
         assert covariance is not None
         return (f if differentiable else f.detach()), (covariance if differentiable else covariance.detach())
 
     def _propagated(
-        self, recorder: Recorder, f: Tensor, terms: Mapping[str, Term], between: Between, class_axis: int | None
+        self,
+        observer: NetworkObserver,
+        receive: Receiver,
+        f: Tensor,
+        terms: Mapping[str, Term],
+        between: Between,
+        class_axis: int | None,
     ) -> tuple[Tensor, int]:
         """The parts of all layers that gradients are propagated back to, and how many numbers they kept per example."""
         n, shape = len(f), f.shape[1:]
@@ -156,7 +164,7 @@ class Linearised:
                 if between is Between.CENTERED:
                     direction[:, group] = -1 / len(group)
                 direction[:, element] += 1
-                recorder.backward(f, direction, retain_graph=passes > 0)
+                observer.backward(f, direction, receive, retain_graph=passes > 0)
             results = [term.result() for term in terms.values()]
             parts.append(sum(results[1:], results[0]))
         kept = sum(term.kept_per_example(groups.shape[1]) for term in terms.values())

@@ -23,7 +23,6 @@ from kronlaplace.batches import (
     tensors_of,
     warn_of_share,
 )
-from kronlaplace.collect import check_mode, check_model
 from kronlaplace.combination import combined
 from kronlaplace.estimators import Estimator, estimator_from_metadata, estimator_to_metadata, resolve_estimator
 from kronlaplace.example_axes import Layout
@@ -58,6 +57,7 @@ from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Predictio
 from kronlaplace.links import Link
 from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number, warn
 from kronlaplace.precision import in_full_precision
+from kronlaplace.preconditions import check_mode, check_model
 
 __all__ = ["KronLaplace", "TuningMethod"]
 

@@ -56,7 +56,7 @@ class WeightSampler:
             deviations = inverse.sqrt_solve(noise)
             if self._step == 2:
                 deviations = torch.stack([deviations, -deviations], dim=1).flatten(0, 1)
-            parts = layer.split(mean + deviations)
+            parts = layer.split_values(mean + deviations)
             draws |= {name: part.to(layer.parameters[name].dtype) for name, part in parts.items()}
         return draws
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import RotatedBlock
 from kronlaplace.inversion import DampedInverse
-from kronlaplace.layers import Calls
+from kronlaplace.layers import LayerBatch, LayerGradients
 
 __all__ = ["BUDGET", "Between", "Term", "make_term", "output_layer_part"]
 
@@ -60,7 +60,7 @@ class Between(Enum):
 class Term(Protocol):
     """What one layer adds to the covariance; `add` is called once per output, in order."""
 
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+    def add(self, gradients: LayerGradients) -> None:
         """Take the gradients of the next output."""
 
     def result(self) -> Tensor:
@@ -73,23 +73,23 @@ class Term(Protocol):
         """How many numbers are kept for each example."""
 
 
-def make_term(inverse: DampedInverse, calls: Calls, between: Between) -> Term:
+def make_term(inverse: DampedInverse, batch: LayerBatch, between: Between) -> Term:
     """The term of a layer, from its calls in the forward pass."""
     block = inverse.block
-    if not isinstance(block, RotatedBlock) or calls.layer.groups > 1:
+    if not isinstance(block, RotatedBlock) or batch.layer.groups > 1:
         return _AnyBlock(inverse, between)
     gradient_basis, activation_basis = block.bases()
-    b = calls.project(activation_basis)[0]
+    b = batch.project(activation_basis)[0]
     make = _SingleUse if b.shape[1] == 1 and between is not Between.EXAMPLES else _SharedWeights
     return make(inverse, gradient_basis[0], b, between)
 
 
-def output_layer_part(inverse: DampedInverse, calls: Calls, outputs: Tensor, between: Between) -> Tensor | None:
+def output_layer_part(inverse: DampedInverse, batch: LayerBatch, outputs: Tensor, between: Between) -> Tensor | None:
     """What a linear layer adds to the covariance of its own outputs; None where that needs the general way.
 
     Args:
         inverse: The layer's posterior covariance.
-        calls: Its one call.
+        batch: The inputs of its one call.
         outputs: Its outputs, ``(N, ..., C)``.
         between: Which covariances are wanted.
 
@@ -101,7 +101,7 @@ def output_layer_part(inverse: DampedInverse, calls: Calls, outputs: Tensor, bet
     if not isinstance(block, RotatedBlock) or between is Between.EXAMPLES or (positions and between is Between.OUTPUTS):
         return None
     gradient_basis, activation_basis = block.bases()
-    squares = calls.project(activation_basis)[0].square()  # (N, T, p)
+    squares = batch.project(activation_basis)[0].square()  # (N, T, p)
     if between.variances:
         weights = inverse.row_weights if between is Between.NONE else inverse.centered_row_weights
         return (squares @ weights.T).reshape(outputs.shape)
@@ -118,8 +118,8 @@ class _SingleUse:
         self._between = between
         self._rows: list[Tensor] = []
 
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        h = (calls.gradients(grads)[0] @ self._basis).squeeze(1)
+    def add(self, gradients: LayerGradients) -> None:
+        h = (gradients.gradients()[0] @ self._basis).squeeze(1)
         self._rows.append((h.square() * self._spread).sum(1) if self._between.variances else h)
 
     def result(self) -> Tensor:
@@ -143,8 +143,8 @@ class _SharedWeights:
         self._keep_h = not between.variances and positions < p
         self._rows: list[Tensor] = []
 
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
-        h = calls.gradients(grads)[0] @ self._basis
+    def add(self, gradients: LayerGradients) -> None:
+        h = gradients.gradients()[0] @ self._basis
         if self._keep_h:
             self._rows.append(h)
         else:
@@ -185,10 +185,10 @@ class _AnyBlock:
         self._between = between
         self._rows: list[Tensor] = []
 
-    def add(self, calls: Calls, grads: list[Tensor]) -> None:
+    def add(self, gradients: LayerGradients) -> None:
         rows = []
-        for part, part_grads in calls.parts(grads):
-            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1, 2)  # (N, q, p)
+        for part in gradients.parts():
+            x = part.weight_gradients().transpose(0, 1).flatten(1, 2)  # (N, q, p)
             r = self._block.to_eigenbasis(x) * self._root
             rows.append(r.square().sum((1, 2)) if self._between.variances else r.flatten(1))
         self._rows.append(torch.cat(rows))

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from kronlaplace.alignment import Alignment
 from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
+from kronlaplace.curvature_pass import check_batch
 from kronlaplace.estimators import Estimator
-from kronlaplace.fisher import check_batch
 from kronlaplace.forward_errors import explained_errors
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class ConvolutionLayer(Layer):
 
     ``p = C_in/groups · k_h · k_w`` (+ 1 with a bias); the groups of the convolution are the groups of rows of ``W̄``.
     """
+
+    shares_weights_over_space: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class ConvolutionLayer(Layer):
             dim=1,
         )
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         shape = self.module.weight.shape[1:]
         if not self.bias:
             return {self.parameter_names[0]: matrices.unflatten(-1, shape)}

@@ -42,9 +42,20 @@ class NormalizationLayer(Layer):
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([values[name].flatten() for name in self.parameters], dim=1)
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         shape = self._weight.shape
         return {name: matrices[..., i].unflatten(-1, shape) for i, name in enumerate(self.parameters)}
+
+    @property
+    def _of_batch(self) -> bool:
+        """Whether it normalizes with the statistics of the batch."""
+        module = self.module
+        is_batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+        return is_batch_norm and (module.training or module.running_mean is None)
+
+    @property
+    def divisible(self) -> bool:
+        return not self._of_batch
 
     @property
     def _trailing(self) -> int:
@@ -95,10 +106,12 @@ class NormalizationLayer(Layer):
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            use_input = not module.track_running_stats
+            use_input = module.training or not module.track_running_stats
             normalised = F.instance_norm(x.contiguous(), mean, var, None, None, use_input, 0.0, module.eps)
             return with_contiguous_gradient(normalised)
-        normalised = F.batch_norm(x.contiguous(), mean, var, None, None, False, 0.0, module.eps)
+        if self._of_batch:
+            mean = var = None
+        normalised = F.batch_norm(x.contiguous(), mean, var, None, None, self._of_batch, 0.0, module.eps)
         return with_contiguous_gradient(normalised)
 
 
@@ -133,7 +146,7 @@ class EmbeddingLayer(Layer):
         index, g = self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype))
         return g.new_zeros(self.shape).index_add_(0, index.flatten(), g.flatten(0, 1))
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         return {self.parameter_names[0]: matrices}
 
     def input_norm(self, x: Tensor) -> Tensor | float:

@@ -32,7 +32,7 @@ class TransposedLinearLayer(LinearLayer):
             columns.append(values[self._bias[0]].unsqueeze(1))
         return torch.cat(columns, dim=1)
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         (name,) = self._weights
         result = {name: matrices[..., : self.in_features].mT}
         if self._bias is not None:

@@ -77,7 +77,7 @@ def _check_matrix(layer: Layer) -> None:
     )
     require(q % layer.groups == 0, f"{layer!r}: the rows divide into equal groups", f"{q} rows, {layer.groups} groups")
     matrix = standard_normal(q, p, seed=2)
-    parts = layer.split(matrix)
+    parts = layer.split_directions(matrix)
     for name, parameter in layer.parameters.items():
         require(
             name in parts and parts[name].shape == parameter.shape,
@@ -85,9 +85,12 @@ def _check_matrix(layer: Layer) -> None:
             {key: tuple(part.shape) for key, part in parts.items()},
         )
     require_equal(layer.assemble(parts), matrix, f"{layer!r}: assembling what a matrix was cut into gives it back")
-    several = layer.split(torch.stack([matrix, 2 * matrix]))
+    several = layer.split_directions(torch.stack([matrix, 2 * matrix]))
     for name, part in several.items():
         require_equal(part[1], 2 * parts[name], f"{layer!r}: several matrices are cut at once")
+    own = layer.split_values(layer.matrix())
+    for name, parameter in layer.parameters.items():
+        require_equal(own[name], parameter, f"{layer!r}: split_values of matrix() are the parameters")
     require_equal(
         layer.matrix(),
         layer.assemble({n: t.detach() for n, t in layer.parameters.items()}),
