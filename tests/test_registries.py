@@ -19,7 +19,13 @@ from kronlaplace.layers import LAYERS, LinearLayer
 from kronlaplace.likelihoods.base import LIKELIHOODS, columns, gaussian_nll, sum_and_count
 from kronlaplace.links import variance_of
 from kronlaplace.registry import Registry
-from kronlaplace.testing import check_damping, check_layer, check_likelihood, temporary_registrations
+from kronlaplace.testing import (
+    check_damping,
+    check_estimator,
+    check_layer,
+    check_likelihood,
+    temporary_registrations,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -317,6 +323,10 @@ def test_a_class_of_ones_own_comes_back_in_another_process(name, folder, elsewhe
 @pytest.mark.parametrize("likelihood", [Poisson(), Poisson(exposure=2.5)], ids=str)
 def test_the_likelihood_keeps_the_laws(likelihood):
     check_likelihood(likelihood)
+
+
+def test_the_estimator_keeps_the_laws():
+    check_estimator(Shrunk())
 
 
 def test_the_damping_keeps_the_laws():
