@@ -13,12 +13,14 @@ from kronlaplace import damping, metrics
 from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
 from kronlaplace.coverage import Coverage, CoverageRow
+from kronlaplace.curvature_pass import accumulate_batch
 from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
 from kronlaplace.fisher import estimate_fisher
+from kronlaplace.forward import find_layout
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
-from kronlaplace.layers import SUPPORTED_LAYERS, Layer, register_layer
+from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
 from kronlaplace.likelihoods import (
     Bernoulli,
     Categorical,
@@ -30,7 +32,9 @@ from kronlaplace.likelihoods import (
     Sampling,
     register_likelihood,
 )
+from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.links import Link
+from kronlaplace.observer import NetworkObserver
 
 __all__ = [
     "estimate_fisher",
@@ -45,6 +49,11 @@ __all__ = [
     "Coverage",
     "CoverageRow",
     "Accumulation",
+    "NetworkObserver",
+    "DirectionSampling",
+    "accumulate_batch",
+    "find_layers",
+    "find_layout",
     "Estimator",
     "KFAC",
     "SUA",

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from kronlaplace.blocks import Block
 from kronlaplace.estimators import Diagonal, Estimator, State
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
+from kronlaplace.options import positive_number
 
 __all__ = ["Accumulation"]
 
@@ -47,6 +48,31 @@ class Accumulation:
         self._states: dict[str, State] = {
             name: self.estimators[name].start(layer) for name, layer in self._layers.items()
         }
+
+    def start_from(self, blocks: Mapping[str, Block], weight: float) -> None:
+        """Start from given blocks instead of from nothing, before any data have been seen.
+
+        With ``ema_decay=ξ``, batches of ``B`` examples and ``weight = B / (1 − ξ)``, after ``k`` batches each factor is
+        ``ξᵏ Ω₀ + (1 − ξ) Σ_j ξ^(k−j) Ω_j`` (KFC Eq. 33), where ``Ω₀`` is the given one.
+
+        Args:
+            blocks: A block for every layer, of the kind that the estimator makes, such as a `KroneckerFisher`.
+            weight: Number of examples that the blocks count for; positive.
+
+        Raises:
+            ValueError: If layers are missing, data have been seen, or the weight is not positive.
+            NotImplementedError: If the estimator's finished blocks do not determine its sums.
+            TypeError: For blocks of other kinds.
+        """
+        missing = [name for name in self._layers if name not in blocks]
+        if missing:
+            raise ValueError(f"there are no blocks to start from for the layers {missing}; given are {list(blocks)}.")
+        if self.weight > 0 or self._pass > 1:
+            raise ValueError("the accumulation has seen data; start another one from the blocks.")
+        weight = positive_number(weight, "weight")
+        for name, layer in self._layers.items():
+            self._states[name] = self.estimators[name].state_from(blocks[name], layer, weight)
+        self.weight = weight
 
     @property
     def layers(self) -> list[Layer]:
@@ -114,7 +140,10 @@ class Accumulation:
         return {name: self._finished(name, self._states.pop(name)) for name in self.estimators}
 
     def _finished(self, name: str, state: State) -> Block:
-        return self.estimators[name].finish(state, self._layers[name], self._final_weights.get(name, self.weight))
+        layer = self._layers[name]
+        block = self.estimators[name].finish(state, layer, self._final_weights.get(name, self.weight))
+        block.shares_weights_over_space = layer.shares_weights_over_space
+        return block
 
     def _wants_data(self, name: str) -> bool:
         return self._pass <= self.estimators[name].passes

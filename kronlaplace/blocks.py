@@ -42,6 +42,7 @@ class Block(ABC):
 
     Attributes:
         name: The layer's name, for errors.
+        shares_weights_over_space: Whether the layer is a convolution, which some dampings treat differently.
         least_trace: The smallest trace of a Kronecker block (or group of rows) in the layer's network, 0-dim, for
             `kronlaplace.damping.TraceRestrictedAuto`; None for convolutions, and for blocks that are of no network.
     """
@@ -51,10 +52,13 @@ class Block(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.shares_weights_over_space = False
         self.least_trace: Tensor | None = None
 
-    def _scaled_least_trace(self, factor: Tensor | float) -> Tensor | None:
-        return None if self.least_trace is None else self.least_trace * factor
+    def _take_layer_facts(self, block: Block, factor: Tensor | float) -> None:
+        """Take what a block knows of its layer, for that block times a number."""
+        self.shares_weights_over_space = block.shares_weights_over_space
+        self.least_trace = None if block.least_trace is None else block.least_trace * factor
 
     @property
     @abstractmethod
@@ -254,7 +258,7 @@ class KroneckerBlock(RotatedBlock):
 
     def scaled(self, factor: Tensor | float) -> KroneckerBlock:
         block = KroneckerBlock(self.gradient_factor, self.activation_factor, self.scale * factor, self.name)
-        block.least_trace = self._scaled_least_trace(factor)
+        block._take_layer_facts(self, factor)
         block._eigen = self._eigen
         return block
 
@@ -381,7 +385,7 @@ class EigenBlock(_Values, RotatedBlock):
 
     def scaled(self, factor: Tensor | float) -> EigenBlock:
         block = EigenBlock(self.gradient_basis, self.activation_basis, self.values * factor, self.name)
-        block.least_trace = self._scaled_least_trace(factor)
+        block._take_layer_facts(self, factor)
         return block
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -413,7 +417,7 @@ class DiagonalBlock(_Values):
 
     def scaled(self, factor: Tensor | float) -> DiagonalBlock:
         block = DiagonalBlock(self.values * factor, self.name)
-        block.least_trace = self._scaled_least_trace(factor)
+        block._take_layer_facts(self, factor)
         return block
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
@@ -480,7 +484,7 @@ class DenseBlock(Block):
 
     def scaled(self, factor: Tensor | float) -> DenseBlock:
         block = DenseBlock(self.matrix, self._shape, self.scale * factor, self.name)
-        block.least_trace = self._scaled_least_trace(factor)
+        block._take_layer_facts(self, factor)
         block._eigen = self._eigen
         return block
 

@@ -40,6 +40,8 @@ def combined(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher
     weights = first.n_examples / n_examples, second.n_examples / n_examples
     estimators = _estimators(first)
     blocks = {name: estimators[name].combine(first[name], second[name], weights) for name in first}
+    for name, block in blocks.items():
+        block.shares_weights_over_space = first[name].shares_weights_over_space
     statistics = None
     if first.statistics is not None and second.statistics is not None:
         statistics = first.statistics + second.statistics

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kronlaplace.blocks import Block
 from kronlaplace.layers import NOT_WANTED
 
 __all__ = ["Coverage", "CoverageRow"]
@@ -45,6 +47,18 @@ class Coverage(Sequence[CoverageRow]):
 
     def __init__(self, rows: Sequence[CoverageRow] = ()) -> None:
         self._rows = tuple(rows)
+
+    @classmethod
+    def of_blocks(cls, blocks: Mapping[str, Block]) -> Coverage:
+        """Return the rows of blocks of which nothing else is known."""
+        total = sum(math.prod(block.shape) for block in blocks.values())
+        rows = []
+        for name, block in blocks.items():
+            count = math.prod(block.shape)
+            rows.append(
+                CoverageRow(name, "", block.kind, "", block.shape, count, count / total, "made of blocks alone")
+            )
+        return cls(rows)
 
     def __getitem__(self, index: Any) -> Any:
         return self._rows[index]

@@ -145,14 +145,13 @@ def estimate_fisher(
         input_axis=passed.layout.input_axis,
         shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,
-        layer_types={layer.name: type(layer).__name__ for layer in search.layers},
         last_layer=passed.last_layer,
     )
     return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
 
 
 def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str) -> None:
-    """Check that a Fisher is of these layers of this network, at the network's present weights.
+    """Check that a Fisher is of these layers of this network, at the network's present weights as far as it knows.
 
     Args:
         fisher: The Fisher.
@@ -168,11 +167,14 @@ def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Mo
     if list(fisher) != names:
         raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
     for layer in layers:
-        if fisher.metadata.parameters[layer.name] != layer.parameter_names or fisher[layer.name].shape != layer.shape:
+        parameters = fisher.metadata.parameters[layer.name] if fisher.has_metadata else layer.parameter_names
+        if parameters != layer.parameter_names or fisher[layer.name].shape != layer.shape:
             raise ValueError(
-                f"{what} is of another network: layer {layer.name!r} has {fisher.metadata.parameters[layer.name]} as a "
+                f"{what} is of another network: layer {layer.name!r} has {parameters} as a "
                 f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
             )
+    if not fisher.has_metadata:
+        return
     changed = difference(fisher.metadata.weights, fingerprint(model))
     if changed is not None:
         raise ValueError(

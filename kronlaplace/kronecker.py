@@ -22,9 +22,6 @@ from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["FisherMetadata", "KroneckerFisher"]
 
-_CONVOLUTION = "ConvolutionLayer"
-"""In `FisherMetadata.layer_types`."""
-
 
 @dataclass(frozen=True)
 class FisherMetadata:
@@ -43,7 +40,6 @@ class FisherMetadata:
         input_axis: The axis of the network's inputs that counts the examples.
         shared_inputs: Input tensors that are the same for all examples, by their paths in the inputs.
         ema_decay: Decay of the moving average, None for a plain mean.
-        layer_types: Which class of `kronlaplace.layers` each layer is of, by name.
         last_layer: The layer whose output is the network's, None if it is none of these.
     """
 
@@ -59,7 +55,6 @@ class FisherMetadata:
     input_axis: int = 0
     shared_inputs: tuple[str, ...] = ()
     ema_decay: float | None = None
-    layer_types: dict[str, str] = field(default_factory=dict)
     last_layer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +72,6 @@ class FisherMetadata:
             "input_axis": self.input_axis,
             "shared_inputs": list(self.shared_inputs),
             "ema_decay": self.ema_decay,
-            "layer_types": self.layer_types,
             "last_layer": self.last_layer,
         }
 
@@ -97,7 +91,6 @@ class FisherMetadata:
             input_axis=values.get("input_axis", 0),
             shared_inputs=tuple(values.get("shared_inputs", ())),
             ema_decay=values.get("ema_decay"),
-            layer_types=values.get("layer_types", {}),
             last_layer=values.get("last_layer"),
         )
 
@@ -105,24 +98,51 @@ class FisherMetadata:
 class KroneckerFisher(Mapping[str, Block]):
     """A network's Fisher as one block per layer: a mapping from layer names to blocks.
 
-    Attributes:
+    Args:
+        blocks: A block for each layer, by its name.
         n_examples: Number of examples ``N`` that the mean was taken over.
-        metadata: How it was estimated.
-        statistics: Sufficient statistics of the log-likelihood of those examples (see
-            `Likelihood.statistics`), or None if the data came without targets.
+        metadata: How it was estimated. None for a Fisher that is made of blocks alone: then nobody can check which network
+            and which weights it belongs to, and whatever needs to know says so.
+        statistics: Sufficient statistics of the log-likelihood of those examples (see `Likelihood.statistics`), or None if
+            the data came without targets.
     """
 
     def __init__(
         self,
         blocks: Mapping[str, Block],
         n_examples: int,
-        metadata: FisherMetadata,
+        metadata: FisherMetadata | None = None,
         statistics: Tensor | None = None,
     ) -> None:
-        self._blocks = _with_least_trace(blocks, metadata.layer_types)
+        self._blocks = _with_least_trace(blocks)
         self.n_examples = n_examples
-        self.metadata = metadata
+        """Number of examples ``N`` that the mean was taken over."""
+        self._metadata = metadata
         self.statistics = statistics
+        """Sufficient statistics of the log-likelihood of those examples, or None if the data came without targets."""
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether it is known how the Fisher was estimated."""
+        return self._metadata is not None
+
+    @property
+    def metadata(self) -> FisherMetadata:
+        """How the Fisher was estimated.
+
+        Raises:
+            ValueError: If it was made of blocks alone.
+        """
+        if self._metadata is None:
+            raise ValueError(
+                "this Fisher was made of blocks alone, so that it is not known of which network, likelihood and estimator "
+                "it is. Make it with estimate_fisher, or give KroneckerFisher(blocks, n_examples, metadata)."
+            )
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: FisherMetadata | None) -> None:
+        self._metadata = metadata
 
     def __getitem__(self, name: str) -> Block:
         try:
@@ -138,7 +158,8 @@ class KroneckerFisher(Mapping[str, Block]):
 
     def __repr__(self) -> str:
         lines = "\n".join(f"  {block!r}" for block in self.values())
-        return f"KroneckerFisher({self.metadata.estimator}, n_examples={self.n_examples})\n{lines}"
+        estimator = f"{self.metadata.estimator}, " if self.has_metadata else ""
+        return f"KroneckerFisher({estimator}n_examples={self.n_examples})\n{lines}"
 
     @overload
     def matmul(self, vectors: Tensor) -> Tensor: ...
@@ -192,6 +213,8 @@ class KroneckerFisher(Mapping[str, Block]):
             KeyError: If a layer has no block.
         """
         blocks = {name: self[name] for name in layers}
+        if not self.has_metadata:
+            return KroneckerFisher(blocks, self.n_examples, None, self.statistics)
         parameters = {name: self.metadata.parameters[name] for name in layers}
         metadata = replace(
             self.metadata,
@@ -201,8 +224,11 @@ class KroneckerFisher(Mapping[str, Block]):
         return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
 
     def coverage(self) -> Coverage:
-        """Which layers have which block and how many parameters, and what has none and why; prints as a table."""
-        return self.metadata.coverage
+        """Which layers have which block and how many parameters, and what has none and why; prints as a table.
+
+        Of a Fisher that was made of blocks alone, only the blocks are known.
+        """
+        return self.metadata.coverage if self.has_metadata else Coverage.of_blocks(self)
 
     def decompose(self) -> None:
         """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
@@ -216,8 +242,9 @@ class KroneckerFisher(Mapping[str, Block]):
             tensors = block.to_tensors().items()
             moved = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in tensors}
             blocks[name] = block_from_tensors(block.kind, moved, name)
+            blocks[name].shares_weights_over_space = block.shares_weights_over_space
         statistics = None if self.statistics is None else self.statistics.to(device)
-        return KroneckerFisher(blocks, self.n_examples, self.metadata, statistics)
+        return KroneckerFisher(blocks, self.n_examples, self._metadata, statistics)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for saving."""
@@ -231,17 +258,21 @@ class KroneckerFisher(Mapping[str, Block]):
     def to_json(self) -> dict[str, Any]:
         """All that is not a tensor, as JSON-compatible values."""
         kinds = {name: block.kind for name, block in self.items()}
-        return {"n_examples": self.n_examples, "blocks": kinds, **self.metadata.to_json()}
+        spatial = [name for name, block in self.items() if block.shares_weights_over_space]
+        metadata = self.metadata.to_json() if self.has_metadata else {}
+        return {"n_examples": self.n_examples, "blocks": kinds, "shares_weights_over_space": spatial, **metadata}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> KroneckerFisher:
         """Inverse of `to_tensors` and `to_json`."""
-        metadata = FisherMetadata.from_json(values)
+        metadata = FisherMetadata.from_json(values) if "likelihood" in values else None
+        types = values.get("layer_types", {})  # in files of version 0.1.0
+        spatial = values.get("shares_weights_over_space", [k for k, v in types.items() if v == "ConvolutionLayer"])
         blocks = {}
-        kinds = values.get("blocks") or dict.fromkeys(metadata.parameters, "kronecker")  # before there were other kinds
-        for name, kind in kinds.items():
+        for name, kind in values["blocks"].items():
             parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
             blocks[name] = block_from_tensors(kind, parts, name)
+            blocks[name].shares_weights_over_space = name in spatial
         return cls(blocks, values["n_examples"], metadata, tensors.get("statistics"))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -259,7 +290,7 @@ class KroneckerFisher(Mapping[str, Block]):
         return cls.from_tensors(*load_tensors(path, "fisher", device))
 
 
-def _with_least_trace(blocks: Mapping[str, Block], layer_types: Mapping[str, str]) -> dict[str, Block]:
+def _with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
     """Blocks that know the least trace in their network; those that know it keep it, also where they are fewer now."""
     kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
     if not kronecker:
@@ -270,7 +301,7 @@ def _with_least_trace(blocks: Mapping[str, Block], layer_types: Mapping[str, str
     least = torch.where(some, traces, torch.inf).amin()
     result = {}
     for name, block in blocks.items():
-        if block.least_trace is None and layer_types.get(name) != _CONVOLUTION:
+        if block.least_trace is None and not block.shares_weights_over_space:
             block = copy.copy(block)
             block.least_trace = least.to(block.device)
         result[name] = block

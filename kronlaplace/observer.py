@@ -488,4 +488,4 @@ class _WrittenOut:
         return types.MethodType(type(module).forward, module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.MethodType, (type(self._module).forward, self._module)
+        return getattr, (self._module, "forward")

@@ -316,7 +316,7 @@ OPTIONS = {
     "samples of what is exact": (
         {"sampling": "exact", "mc_samples": 5},
         ValueError,
-        "mc_samples=5 only applies when sampling=\"mc\" (got sampling='exact')",
+        "mc_samples=5 only applies when sampling=\"mc\" \\(got sampling='exact'\\)",
     ),
     "no seed": ({"seed": None}, TypeError, "seed must be an integer, got None"),
     "negative seed": ({"seed": -1}, ValueError, "seed must be from 0"),

@@ -146,6 +146,13 @@ class Sum(Own):
         return kl.DiagonalBlock(first.values + second.values, first.name)
 
 
+class Restarted(Own):
+    name = "restarted"
+
+    def state_from(self, block, layer, weight):
+        return {"values": block.values.clone()}
+
+
 class Half(Own):
     name = "half"
 
@@ -193,6 +200,7 @@ BROKEN = {
     Transposed: r"the block's shape is \(5, 5\)|the block's shape is \(5, 2\)|estimate_fisher works",
     Nameless: r"the block has the layer's name; .*block",
     Sum: r"combine makes the block of both data sets",
+    Restarted: r"state_from makes the state that data with a known block would have left",
     Half: r"the trace is that of the exact block; .* instead of",
     Counting: r"an estimator holds settings only",
     Pair: r"JSON gives back Pair",

@@ -125,6 +125,11 @@ class NotLinear(kl.Bernoulli):
         return -statistics[0] / statistics[1]
 
 
+class OtherProduct(kl.Bernoulli):
+    def _metric_product(self, outputs, vectors, targets):
+        return 2 * super()._metric_product(outputs, vectors, targets)
+
+
 class OtherDtype(kl.Gaussian):
     def _exact_directions(self, outputs, targets):
         for d in super()._exact_directions(outputs, targets):
@@ -179,6 +184,7 @@ BROKEN_LIKELIHOODS = {
     OneStatistic: r"statistics are two float64 numbers; .*shape \(1,\)",
     NotLinear: r"log_likelihood adds up over examples",
     OtherDtype: r"directions have the outputs' shape \(6, 3\) and dtype torch.float64.*torch.float32",
+    OtherProduct: r"metric_product is the sum of d dᵀ over exact directions times a vector",
     Unnormalized: r"probabilities of the classes sum to one \(with link='probit'\)",
     OutOfRange: r"probabilities lie between 0 and 1",
     NegativeVariance: r"variances are not negative",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
-from kronlaplace.estimators.base import Estimator, State, weighted_mean
+from kronlaplace.estimators.base import Estimator, State, kind_of, weighted_mean
 from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.options import positive_integer
 
@@ -24,6 +24,9 @@ class Diagonal(Estimator):
 
     def start(self, layer: Layer) -> State:
         return {"values": torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)}
+
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return {"values": weight * kind_of(block, DiagonalBlock, layer).values.to(layer.device, layer.dtype)}
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         gradients.add_squared_weight_gradients(state["values"])
@@ -65,6 +68,9 @@ class ExactBlock(Estimator):
                 f"layers=[...], use a Kronecker estimator such as KFOC(), or give ExactBlock(max_size={size})."
             )
         return {"matrix": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)}
+
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return {"matrix": weight * kind_of(block, DenseBlock, layer).to_dense().to(layer.device, layer.dtype)}
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         for part in gradients.parts():

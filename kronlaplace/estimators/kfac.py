@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from kronlaplace.blocks import Block, KroneckerBlock
-from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import mean_factors, squeezed
+from kronlaplace.estimators.base import Estimator, State, kind_of
+from kronlaplace.estimators.moments import factors_by_group, mean_factors, squeezed
 from kronlaplace.layers import ConvolutionLayer, Layer, LayerBatch, LayerGradients
 from kronlaplace.options import Choice, choice
 
@@ -47,6 +47,11 @@ class KFAC(Estimator):
 
     def start(self, layer: Layer) -> State:
         return {}
+
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        block = kind_of(block, KroneckerBlock, layer)
+        gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
+        return {"gradient": weight * scale * gradient, "activation": weight * activation}
 
     def add_inputs(self, state: State, batch: LayerBatch) -> None:
         if not self._reduces(batch.layer):

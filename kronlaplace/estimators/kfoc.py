@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
-from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, frobenius, squeezed
+from kronlaplace.estimators.base import Estimator, State, kind_of
+from kronlaplace.estimators.moments import (
+    add_pair_sums,
+    add_row_sums,
+    factors_by_group,
+    frobenius,
+    partial_traces,
+    squeezed,
+)
 from kronlaplace.estimators.power import Items, best_of_krylov, items_of, joined, leading_triple, made_psd
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.estimators.truncation import Examples, Terms, concatenated, truncated
@@ -137,6 +144,21 @@ class KFOC(Estimator):
         if self.aggregation is Aggregation.FULL:
             return {"items": []}
         return {"batch": [], "waiting": []} if self.aggregation is Aggregation.RUNNING else {"batch": []}
+
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        if self.passes > 1 or self.aggregation in (Aggregation.APPROX, Aggregation.FULL):
+            return super().state_from(block, layer, weight)
+        block = kind_of(block, KroneckerBlock, layer)
+        if self.aggregation is Aggregation.SWEEPS:
+            return dict(partial_traces(block, layer, weight))
+        gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
+        norms = frobenius(gradient, torch.float64), frobenius(activation, torch.float64)
+        size = weight * scale.double() * norms[0] * norms[1]
+        gradient, activation = (
+            (f / norm.clamp_min(torch.finfo(f.dtype).tiny)).to(f.dtype)[:, None]
+            for f, norm in zip((gradient, activation), norms, strict=True)
+        )
+        return {**self.start(layer), "terms": Terms(size[:, :, 0], gradient, activation)}
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         if self.aggregation is Aggregation.SWEEPS:

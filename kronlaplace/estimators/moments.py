@@ -20,15 +20,18 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import weighted_mean
-from kronlaplace.layers import LayerBatch, LayerGradients
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
+from kronlaplace.linalg import trace
 
 __all__ = [
     "activation_sum",
     "add_pair_sums",
     "add_row_sums",
+    "factors_by_group",
     "frobenius",
     "gradient_sum",
     "mean_factors",
+    "partial_traces",
     "squeezed",
 ]
 
@@ -122,11 +125,26 @@ def mean_factors(
     factors = []
     for block in (first, second):
         assert isinstance(block, KroneckerBlock)
-        gradient, activation = (f if f.ndim == 3 else f[None] for f in (block.gradient_factor, block.activation_factor))
-        scale = block.scale.expand(len(gradient)).view(-1, 1, 1)
+        gradient, activation, scale = factors_by_group(block)
         factors.append((scale * gradient, scale * activation if scaled_activation else activation))
     (gradient, activation), (other_gradient, other_activation) = factors
     return weighted_mean(gradient, other_gradient, weights), weighted_mean(activation, other_activation, weights)
+
+
+def factors_by_group(block: KroneckerBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``G``, shape ``(K, q/K, q/K)``, ``A``, shape ``(K, p, p)``, and the scale, shape ``(K, 1, 1)``."""
+    gradient, activation = (f if f.ndim == 3 else f[None] for f in (block.gradient_factor, block.activation_factor))
+    return gradient, activation, block.scale.expand(len(gradient)).view(-1, 1, 1)
+
+
+def partial_traces(block: KroneckerBlock, layer: Layer, weight: float) -> dict[str, Tensor]:
+    """Return the sums ``Σ_n X Xᵀ`` and ``Σ_n Xᵀ X`` over ``weight`` examples whose mean Fisher is the block."""
+    gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
+    sizes = {"gradient": trace(activation), "activation": trace(gradient)}
+    return {
+        key: weight * scale * sizes[key].view(-1, 1, 1) * factor
+        for key, factor in (("gradient", gradient), ("activation", activation))
+    }
 
 
 def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:

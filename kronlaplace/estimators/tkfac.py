@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
-from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, mean_factors, squeezed
+from kronlaplace.estimators.base import Estimator, State, kind_of
+from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, mean_factors, partial_traces, squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 from kronlaplace.linalg import trace
 from kronlaplace.options import Choice, choice
@@ -49,6 +49,9 @@ class TKFAC(Estimator):
 
     def start(self, layer: Layer) -> State:
         return {}
+
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return dict(partial_traces(kind_of(block, KroneckerBlock, layer), layer, weight))
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         if self.spatial is SpatialCorrelation.EXACT or gradients.once_per_example:

@@ -179,6 +179,38 @@ class Likelihood(ABC):
         else:
             yield self._gradient(outputs, targets)
 
+    def metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Multiply the Fisher information of each example's outputs with vectors: ``M(f) v``, as in ``vᵀFv = (Jv)ᵀM(Jv)``.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without graph.
+            vectors: ``v``, one or several for each example, shape ``(..., N, ...)`` that ends with the outputs' shape.
+            targets: The data's targets, which only tell `Categorical` which positions are ignored and which axis holds the
+                classes.
+
+        Returns:
+            The products, of the shape of ``vectors``.
+
+        Raises:
+            ValueError: If the vectors have another shape; and as `check_outputs`.
+        """
+        self.check_outputs(outputs)
+        if vectors.shape[max(0, vectors.ndim - outputs.ndim) :] != outputs.shape:
+            raise ValueError(
+                f"vectors must have the shape of the outputs, {tuple(outputs.shape)}, with any axes in front; got "
+                f"{tuple(vectors.shape)}."
+            )
+        return self._metric_product(outputs, vectors, targets)
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        """``M(f) v`` for vectors of a shape that fits; from the exact directions unless overridden."""
+        axes = tuple(range(1 - outputs.ndim, 0))
+        total = torch.zeros_like(vectors)
+        for direction in self._exact_directions(outputs, targets):
+            product = direction * vectors
+            total += direction * (product.sum(axes, keepdim=True) if axes else product)
+        return total
+
     def class_axis_of(self, outputs: Tensor) -> int | None:
         """The axis of the outputs that holds the classes, not negative; None if the outputs are not classes.
 

@@ -51,6 +51,10 @@ class Bernoulli(Likelihood):
         root = torch.exp(0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).to(outputs.dtype)
         yield from columns(root)
 
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        logits = wide(outputs)
+        return (torch.sigmoid(logits) * torch.sigmoid(-logits) * vectors).to(vectors.dtype)
+
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         probability = torch.sigmoid(wide(outputs))
         uniform = torch.rand(outputs.shape, generator=generator, device=outputs.device, dtype=probability.dtype)

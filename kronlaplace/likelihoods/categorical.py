@@ -131,6 +131,16 @@ class Categorical(Likelihood):
                 direction.movedim(axis, -1)[position] = column.to(outputs.dtype)
                 yield direction
 
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        """``π ∘ v − π (πᵀ v)`` at every position, zero at those ignored."""
+        axis = self._axis(outputs, targets)
+        pi = F.softmax(wide(outputs), dim=axis)
+        mean = (pi * vectors).sum(axis - outputs.ndim, keepdim=True)
+        product = pi * (vectors - mean)
+        if targets is not None:
+            product = product.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
+        return product.to(vectors.dtype)
+
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         axis = self._axis(outputs, targets)
         logits = wide(outputs)

@@ -52,6 +52,9 @@ class Euclidean(Likelihood):
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         yield from columns(torch.ones_like(outputs))
 
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        return vectors.clone()
+
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return standard_normal(wide(outputs), generator).to(outputs.dtype)
 

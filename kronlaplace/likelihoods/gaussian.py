@@ -64,6 +64,9 @@ class Gaussian(Likelihood):
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         yield from columns(torch.full_like(outputs, 1 / self.noise_std))
 
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        return vectors / self.noise_std**2
+
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return (standard_normal(wide(outputs), generator) / self.noise_std).to(outputs.dtype)
 

@@ -60,6 +60,11 @@ class HeteroscedasticGaussian(Likelihood):
         root = torch.cat([torch.exp(-0.5 * log_variance), torch.full_like(log_variance, math.sqrt(0.5))], dim=1)
         yield from columns(root.to(outputs.dtype))
 
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        log_variance = wide(outputs).chunk(2, dim=1)[1]
+        diagonal = torch.cat([torch.exp(-log_variance), torch.full_like(log_variance, 0.5)], dim=1)
+        return (diagonal * vectors).to(vectors.dtype)
+
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """The gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""
         log_variance = wide(outputs).chunk(2, dim=1)[1]

@@ -44,7 +44,7 @@ def check_estimator(
     - `Accumulation.so_far` and `Accumulation.finish` agree, and the first leaves the accumulation as it was;
     - if its states are sums over examples: neither the size nor the order of batches matters, `Estimator.merge` makes the
       state of both data sets, data that `Estimator.decay` lets count less is outweighed accordingly, and
-      `Estimator.combine`, where it is defined, makes the block of both;
+      `Estimator.combine` and `Estimator.state_from`, where they are defined, make the block of both;
     - if it keeps the trace: the block's trace is that of the exact block.
 
     Args:
@@ -130,6 +130,7 @@ class _Checks:
             self.states_merge()
             self.states_decay()
             self.finished_blocks_combine()
+            self.goes_on_from_blocks()
         if keeps_trace:
             exact = self.estimate([(self.problem.x, self.problem.y)], ExactBlock())
             for name, block in self.whole.items():
@@ -243,3 +244,13 @@ class _Checks:
         with law(f"{self.estimator!r}: finished Fishers can be combined"):
             both = combined(self.estimate([first]), self.estimate([second]))
         self.compare(both, "combine makes the block of both data sets")
+
+    def goes_on_from_blocks(self) -> None:
+        if type(self.estimator).state_from is Estimator.state_from:
+            return
+        first, second = self.problem.batches(3, 5)
+        accumulation = Accumulation(self.estimator, self.layers)
+        with law(f"{self.estimator!r}: an accumulation can start from blocks"):
+            accumulation.start_from(self.estimate([first]), 3)
+        self.show(accumulation, [second])
+        self.compare(accumulation.finish(), "state_from makes the state that data with a known block would have left")

@@ -32,6 +32,7 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
     - in empirical sampling the one direction is ``∂L/∂f``, by autograd;
     - in exact sampling there are `n_directions`, and ``Σ d dᵀ`` is the Hessian ``∂²L/∂f²``, by autograd, wherever that
       does not depend on the targets (where it does, the Fisher is another matrix, and the next law stands alone);
+      `metric_product` multiplies by it;
     - in Monte Carlo sampling ``Σ d dᵀ`` is on average that of exact sampling and the mean of ``d`` zero, within
       six standard errors, and equal generators give equal draws;
     - directions have the outputs' shape and dtype;
@@ -60,6 +61,12 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
     _check_statistics(likelihood, f, y)
     exact = _check_exact(likelihood, f, y)
     _check_draws(likelihood, f, y, exact)
+    vectors = standard_normal(*f.shape, seed=11)
+    require_equal(
+        likelihood.metric_product(f, vectors, y).reshape(len(f), -1),
+        (exact @ vectors.reshape(len(f), -1, 1)).squeeze(-1),
+        "metric_product is the sum of d dᵀ over exact directions times a vector",
+    )
     _check_predictions(likelihood, f, y)
 
 
