@@ -19,7 +19,18 @@ from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Esti
 from kronlaplace.fisher import estimate_fisher
 from kronlaplace.forward import find_layout
 from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
+from kronlaplace.laplace import (
+    DiagonalPrior,
+    EvidenceTraining,
+    Hyperparameters,
+    IsotropicPrior,
+    JointPrediction,
+    KronLaplace,
+    LayerwisePrior,
+    Predictive,
+    Prior,
+    train_by_evidence,
+)
 from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
 from kronlaplace.likelihoods import (
     Bernoulli,
@@ -75,6 +86,11 @@ __all__ = [
     "register_likelihood",
     "Sampling",
     "KronLaplace",
+    "Prior",
+    "IsotropicPrior",
+    "LayerwisePrior",
+    "DiagonalPrior",
+    "Hyperparameters",
     "train_by_evidence",
     "EvidenceTraining",
     "Predictive",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kronlaplace.estimators import Diagonal, Estimator, estimator_from_metadata
+from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
 from kronlaplace.fingerprint import difference
 from kronlaplace.kronecker import KroneckerFisher
 
@@ -50,7 +50,7 @@ def combined(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher
 
 def _estimators(fisher: KroneckerFisher) -> dict[str, Estimator]:
     """What made each layer's block: the Fisher's estimator, or `Diagonal` beside it on layers without factors."""
-    estimator = estimator_from_metadata(fisher.metadata.settings)
+    estimator = estimator_from_json(fisher.metadata.settings)
     made_by = {row.layer: row.estimator for row in fisher.metadata.coverage if row.shape is not None}
     # Files from before there was a table of coverage have no diagonal blocks but those.
     return {
@@ -94,7 +94,7 @@ def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
     """What must be the same in two Fishers with the same layers, by a name for errors."""
     metadata = fisher.metadata
     yield "the likelihood", metadata.likelihood
-    yield "the estimator", estimator_from_metadata(metadata.settings)
+    yield "the estimator", estimator_from_json(metadata.settings)
     yield "the sampling", metadata.sampling.value
     yield "mc_samples", metadata.mc_samples
     yield "the axis of the inputs that counts the examples", metadata.input_axis

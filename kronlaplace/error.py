@@ -110,7 +110,7 @@ def relative_error(
         raise ValueError("n_probes must be at least 2, or there is no standard error.")
     metadata = fisher.metadata
     likelihood = metadata.likelihood if likelihood is None else resolve_likelihood(likelihood)
-    likelihood = likelihood.completed_from(metadata.likelihood)
+    likelihood = likelihood.completed_by(metadata.likelihood)
     if likelihood != metadata.likelihood:
         raise ValueError(
             f"the fisher was estimated with {metadata.likelihood}; its error cannot be told by {likelihood}."

@@ -13,7 +13,7 @@ from kronlaplace.batches import Inputs, warn_of_share
 from kronlaplace.blocks import Block
 from kronlaplace.coverage import Coverage, CoverageRow
 from kronlaplace.curvature_pass import accumulate
-from kronlaplace.estimators import Estimator, estimator_to_metadata, resolve_estimator
+from kronlaplace.estimators import Estimator, estimator_to_json, resolve_estimator
 from kronlaplace.fingerprint import difference, fingerprint
 from kronlaplace.kronecker import FisherMetadata, KroneckerFisher
 from kronlaplace.last_layer import LAST, check_last, find_last_layer
@@ -141,7 +141,7 @@ def estimate_fisher(
         parameters={layer.name: layer.parameter_names for layer in search.layers},
         weights=fingerprint(model),
         coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
-        settings=estimator_to_metadata(estimator),
+        settings=estimator_to_json(estimator),
         input_axis=passed.layout.input_axis,
         shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,

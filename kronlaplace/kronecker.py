@@ -60,7 +60,7 @@ class FisherMetadata:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-compatible values."""
         return {
-            "likelihood": self.likelihood.to_metadata(),
+            "likelihood": self.likelihood.to_json(),
             "estimator": self.estimator,
             "sampling": self.sampling.value,
             "mc_samples": self.mc_samples,
@@ -79,7 +79,7 @@ class FisherMetadata:
     def from_json(cls, values: dict[str, Any]) -> FisherMetadata:
         """Inverse of `to_json`."""
         return cls(
-            likelihood=Likelihood.from_metadata(values["likelihood"]),
+            likelihood=Likelihood.from_json(values["likelihood"]),
             estimator=values["estimator"],
             sampling=Sampling(values["sampling"]),
             mc_samples=values["mc_samples"],

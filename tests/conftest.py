@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.support")
 settings.register_profile("kronlaplace", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("kronlaplace")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import kronlaplace as kl
 from kronlaplace.cli import main
 from kronlaplace.demo import classification, regression
-from tests.demo_files import made_up_digits, made_up_table, write_mnist, write_uci
+from tests.support.demo_files import made_up_digits, made_up_table, write_mnist, write_uci
 
 REAL_DATA = os.environ.get("KRONLAPLACE_DATA")
 

@@ -1,5 +1,6 @@
 """What users of the installed package rely on."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -101,3 +102,13 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         for imported in re.findall(r"^(?:from|import) kronlaplace\.?(\w*)", path.read_text(), re.MULTILINE):
             if imported:
                 assert order.index(imported) <= order.index(room), f"{path} imports kronlaplace.{imported}"
+
+
+def test_no_test_module_imports_another():
+    """What tests share is in `tests.support`, where a change breaks nothing by surprise."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            where = (getattr(node, "module", None) or "").split(".")
+            parts = [part for name in names for part in (*where, *name.split("."))]
+            assert not any(part.startswith("test_") for part in parts), f"{path} imports a test module"

@@ -5,9 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kronlaplace as kl
-from tests import oracles
-from tests.random_networks import Drawing, draw
-from tests.test_estimators import CONVERGED_FULL, KRONECKER, assert_blocks_are
+from tests.support import oracles
+from tests.support.assertions import assert_blocks_are
+from tests.support.estimators import CONVERGED_FULL, KRONECKER
+from tests.support.random_networks import Drawing, draw
 
 QUICK, ALL = 25, 1000
 NOISE = 0.7

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import kronlaplace as kl
 from kronlaplace.likelihoods.base import LIKELIHOODS
 from kronlaplace.serialization import load_tensors, save_tensors
-from tests.networks import mlp
+from tests.support.networks import mlp
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(5)}
 VALUES = {"text": "δ", "list": [1, 2.5, None]}

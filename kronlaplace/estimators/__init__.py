@@ -35,17 +35,13 @@ __all__ = [
     "UnknownEstimator",
     "WeightSharing",
     "estimator_from_json",
-    "estimator_from_metadata",
     "estimator_to_json",
-    "estimator_to_metadata",
     "register_estimator",
     "resolve_estimator",
 ]
 
 for _estimator in (KFAC, SUA, TKFAC, KFOC, EKFAC, Diagonal, ExactBlock):
     register_estimator(_estimator)
-
-estimator_to_metadata, estimator_from_metadata = estimator_to_json, estimator_from_json
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -76,7 +76,87 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Likelihood(ABC):
-    """Base class; see the package's docstring for the five questions."""
+    """Base class; see the package's docstring for the five questions.
+
+    A likelihood whose noise can be tuned is a dataclass with a field ``noise_std`` and takes a second argument in
+    ``log_likelihood(statistics, noise_std=None)``, a number or 0-dim tensor that replaces its own and may carry a gradient.
+    """
+
+    @property
+    def noise_std(self) -> float | None:
+        """Standard deviation (or another scale) of the observation noise, in the targets' unit; None if there is no such
+        number.
+        """
+        return None
+
+    def with_noise_std(self, noise_std: float) -> Likelihood:
+        """Return a copy with another noise.
+
+        Raises:
+            ValueError: If this likelihood has no ``noise_std``.
+        """
+        if self.noise_std is None:
+            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self}.")
+        return replace(self, noise_std=noise_std)  # type: ignore[call-arg]  # a field of those that have it
+
+    def log_likelihood_at(self, statistics: Tensor, noise_std: Tensor | float | None) -> Tensor:
+        """Log-likelihood of all data with another noise; None stands for the likelihood's own.
+
+        Args:
+            statistics: The summed `statistics`.
+            noise_std: A number or 0-dim tensor, which may carry a gradient.
+        """
+        if noise_std is None or self.noise_std is None:
+            return self.log_likelihood(statistics)
+        return self.log_likelihood(statistics, noise_std)  # type: ignore[call-arg]
+
+    def noise_derivatives(self, statistics: Tensor, noise_std: float) -> tuple[float, float]:
+        """First and second derivative of the log-likelihood of all data in the logarithm of the noise."""
+        with torch.inference_mode(False), torch.enable_grad():
+            log = torch.tensor(math.log(noise_std), dtype=torch.float64, device=statistics.device, requires_grad=True)
+            value = self.log_likelihood_at(statistics.clone(), log.exp())
+            (first,) = torch.autograd.grad(value, log, create_graph=True)
+            second = torch.autograd.grad(first, log)[0] if first.requires_grad else torch.zeros(())
+        return float(first.detach()), float(second)
+
+    def training_error(self, statistics: Tensor) -> float:
+        """Typical error of the outputs on the data, in the targets' unit: about this the noise is searched for.
+
+        Args:
+            statistics: The summed `statistics`.
+
+        Raises:
+            ValueError: If this likelihood has no ``noise_std``.
+        """
+        if self.noise_std is None:
+            raise ValueError(f"{self} has no noise_std.")
+        return self.noise_std
+
+    def noise_exponent(self, sampling: Sampling) -> int:
+        """The power of the noise that the Fisher is proportional to; 0 if there is no noise.
+
+        With residuals over ``σ²`` as gradients the empirical Fisher goes with ``σ⁻⁴``, all others with ``σ⁻²``.
+        """
+        if self.noise_std is None:
+            return 0
+        return -4 if sampling is Sampling.EMPIRICAL else -2
+
+    @property
+    def has_normalizer(self) -> bool:
+        """Whether `log_likelihood` is that of a normalized density, so that there is an evidence."""
+        return True
+
+    @property
+    def predictions_match_outputs(self) -> bool:
+        """Whether predictions have the shape of the network's outputs."""
+        return True
+
+    def completed_by(self, other: Likelihood) -> Likelihood:
+        """Return this likelihood with what it leaves open taken from another, such as one that `informed_by` returned.
+
+        That is the ``class_axis`` of a `Categorical`; all else stays as it is.
+        """
+        return self
 
     accepts_logits: ClassVar[bool] = False
     """Whether the outputs are logits, so that a network that ends with a softmax or sigmoid is refused."""
@@ -312,13 +392,6 @@ class Likelihood(ABC):
     @abstractmethod
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
-    def completed_from(self, other: Likelihood) -> Likelihood:
-        """Return this likelihood with what it leaves open taken from another, such as one that `informed_by` returned.
-
-        That is the ``class_axis`` of a `Categorical`; all else stays as it is.
-        """
-        return self
-
     def to_json(self) -> dict[str, Any]:
         """Return its name and parameters as JSON-compatible values; see `kronlaplace.registry.ClassRegistry.to_json`.
 
@@ -335,8 +408,6 @@ class Likelihood(ABC):
             ValueError: If the likelihood is not registered, or has other parameters.
         """
         return LIKELIHOODS.from_json(values)
-
-    to_metadata, from_metadata = to_json, from_json
 
 
 LIKELIHOODS: ClassRegistry[Likelihood] = ClassRegistry(Likelihood, "likelihood", lambda cls: cls.__name__)  # type: ignore[type-abstract]

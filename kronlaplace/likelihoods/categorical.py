@@ -211,11 +211,6 @@ class Categorical(Likelihood):
             return self
         return replace(self, class_axis=1 if self._axis(outputs, targets) == 1 else -1)
 
-    def completed_from(self, other: Likelihood) -> Categorical:
-        if self.class_axis is not None or not isinstance(other, Categorical):
-            return self
-        return replace(self, class_axis=other.class_axis)
-
     def _too_few_classes(self, outputs: Tensor) -> ValueError:
         given = "" if self.class_axis is None else f" with class_axis={self.class_axis}"
         return ValueError(
@@ -231,6 +226,11 @@ class Categorical(Likelihood):
             f"{tuple(outputs.shape)}{given}; got shape {tuple(targets.shape)}, dtype {targets.dtype}. "
             f"{_advice(outputs, targets, axes)}"
         )
+
+    def completed_by(self, other: Likelihood) -> Likelihood:
+        if self.class_axis is not None or not isinstance(other, Categorical):
+            return self
+        return replace(self, class_axis=other.class_axis)
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -34,7 +34,7 @@ class Euclidean(Likelihood):
     """The plain Gauss-Newton metric, the identity: the loss of one example is ``½ ‖f − y‖²``.
 
     Outputs of any shape ``(N, ...)``, targets of the same shape. There is no noise model behind it: the log-likelihood
-    has no normaliser, and nothing is predicted. With one, it is `Gaussian`.
+    has no normalizer, and nothing is predicted. With one, it is `Gaussian`.
     """
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
@@ -60,6 +60,10 @@ class Euclidean(Likelihood):
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (wide(outputs) - wide(targets)).to(outputs.dtype)
+
+    @property
+    def has_normalizer(self) -> bool:
+        return False
 
     @property
     def links(self) -> tuple[Link, ...]:

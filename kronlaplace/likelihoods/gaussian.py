@@ -55,9 +55,12 @@ class Gaussian(Likelihood):
         squared_error, count = statistics
         return -squared_error / (2 * sigma**2) - count * (torch.log(sigma) + 0.5 * math.log(2 * math.pi))
 
-    @staticmethod
-    def root_mean_square_error(statistics: Tensor) -> float:
-        """Of the data that the summed `statistics` are of, in the targets' unit."""
+    def noise_derivatives(self, statistics: Tensor, noise_std: float) -> tuple[float, float]:
+        squared_error, count = statistics.tolist()
+        return squared_error / noise_std**2 - count, -2 * squared_error / noise_std**2
+
+    def training_error(self, statistics: Tensor) -> float:
+        """Root mean square error on the data."""
         squared_error, count = statistics.tolist()
         return math.sqrt(squared_error / count)
 

@@ -78,6 +78,10 @@ class HeteroscedasticGaussian(Likelihood):
         return torch.cat([-error * precision, 0.5 * (1 - error.square() * precision)], dim=1).to(outputs.dtype)
 
     @property
+    def predictions_match_outputs(self) -> bool:
+        return False
+
+    @property
     def links(self) -> tuple[Link, ...]:
         return ()
 

@@ -1,0 +1,1 @@
+"""What tests share: networks with data, oracles, priors, assertions."""
