@@ -38,6 +38,11 @@ class Accumulation:
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
 
+    def __repr__(self) -> str:
+        decay = "" if self._ema_decay is None else f", ema_decay={self._ema_decay}"
+        seen = f"pass {self._pass} of {self.passes}, {self.weight:.6g} examples"
+        return f"Accumulation({self._estimator!r}, layers={list(self._layers)}{decay}, {seen})"
+
     def start(self, layers: Sequence[Layer]) -> None:
         """Be for these layers, before any data have been seen."""
         self._layers = {layer.name: layer for layer in layers}

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from kronlaplace.linalg import Eigen, Named, eigendecompose_moments, trace
 from kronlaplace.precision import in_full_precision
+from kronlaplace.registry import Registry
 
 __all__ = [
+    "BLOCKS",
     "Block",
     "DenseBlock",
     "DiagonalBlock",
@@ -122,6 +124,11 @@ class Block(ABC):
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
         """Those of this kind of block."""
+
+    @classmethod
+    def _from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> Block:
+        """Inverse of `_tensors`."""
+        return cls(**tensors, name=name)
 
     def unresolved(self) -> Tensor:
         """How large eigenvalues are whose sum is all that float32 tells of them, 0-dim, float64; zero if there are none."""
@@ -524,25 +531,32 @@ class DenseBlock(Block):
     def _tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix, "scale": self.scale, "shape": torch.tensor(self._shape)}
 
+    @classmethod
+    def _from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> DenseBlock:
+        q, p = tensors["shape"].tolist()
+        return cls(tensors["matrix"], (q, p), tensors["scale"], name)
+
+
+BLOCKS: Registry[str, type[Block]] = Registry()
+"""The kinds of blocks that files can name."""
+
+for _kind in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock):
+    BLOCKS.add(_kind.kind, _kind)
+
 
 def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
-    """Inverse of `Block.to_tensors`."""
+    """Inverse of `Block.to_tensors`.
+
+    Raises:
+        ValueError: If there is no such kind of block.
+    """
+    if kind not in BLOCKS:
+        raise ValueError(f"the block of layer {name!r} is of kind {kind!r}; known are {list(BLOCKS)}.")
     parts = dict(tensors)
     least_trace = parts.pop("least_trace", None)
-    block = _from_parts(kind, parts, name)
+    block = BLOCKS[kind]._from_tensors(parts, name)
     block.least_trace = least_trace
     return block
-
-
-def _from_parts(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
-    if kind == KroneckerBlock.kind:
-        return KroneckerBlock(**tensors, name=name)
-    if kind == EigenBlock.kind:
-        return EigenBlock(**tensors, name=name)
-    if kind == DiagonalBlock.kind:
-        return DiagonalBlock(**tensors, name=name)
-    q, p = tensors["shape"].tolist()
-    return DenseBlock(tensors["matrix"], (q, p), tensors["scale"], name)
 
 
 @in_full_precision

@@ -367,7 +367,7 @@ class NetworkObserver:
         """Note the call of a module; may have to give another output."""
         if not self._observes():
             return None
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))  # other types call it hidden_states, for example
         index = len(self._pass.calls.get(layer.name, ()))
         place = self.layout.places.get((layer.name, index), (0, 1))
         if place is None and self._pass.n_inputs is not None:

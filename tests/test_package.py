@@ -87,6 +87,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "fisher",
         "error",
         "testing",
+        "extensions",
         "laplace",
         "integrations",
         "metrics",

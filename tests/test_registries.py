@@ -14,12 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
+from kronlaplace.blocks import block_from_tensors
 from kronlaplace.estimators.registry import ESTIMATORS, estimator_from_json
 from kronlaplace.layers import LAYERS, LinearLayer
 from kronlaplace.likelihoods.base import LIKELIHOODS, columns, gaussian_nll, sum_and_count
 from kronlaplace.links import variance_of
 from kronlaplace.registry import Registry
-from kronlaplace.testing import check_damping, check_layer, check_likelihood, temporary_registrations
+from kronlaplace.testing import (
+    check_damping,
+    check_estimator,
+    check_layer,
+    check_likelihood,
+    temporary_registrations,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -319,6 +326,10 @@ def test_the_likelihood_keeps_the_laws(likelihood):
     check_likelihood(likelihood)
 
 
+def test_the_estimator_keeps_the_laws():
+    check_estimator(Shrunk())
+
+
 def test_the_damping_keeps_the_laws():
     check_damping(Relative())
 
@@ -512,9 +523,12 @@ def test_a_likelihood_that_is_not_imported(folder):
             kl.KronLaplace.load(folder / "likelihood.safetensors", plain_network())
 
 
-def test_a_layer_type_that_is_not_registered():
+def test_a_layer_type_that_is_not_registered(folder):
     with temporary_registrations():
         LAYERS.remove(Conv1D)
+        message = r"has a block for layer '0', and this Conv1D cannot have one: .*import the module that registers it"
+        with pytest.raises(ValueError, match=message):
+            kl.KronLaplace.load(folder / "layer.safetensors", own_network())
         with pytest.raises(
             NotImplementedError, match=r"(?s)0 \(Conv1D\): this layer type is not .*kl\.register_layer\(type, family\)"
         ):
@@ -712,3 +726,26 @@ def test_public_objects_show_what_they_are():
     prediction = kl.Prediction(torch.zeros(5, 2), torch.ones(5, 2), torch.tensor(0.25))
     assert repr(prediction) == "Prediction(mean and variance of shape (5, 2), noise_variance 0.25)"
     assert repr([kl.Sampling.MC, kl.Link.PROBIT]) == "['mc', 'probit']"
+    joint = kl.JointPrediction(torch.zeros(2, 1), torch.ones(2, 1), torch.ones(2, 1), torch.eye(2))
+    assert repr(joint) == "JointPrediction(mean and variance of shape (2, 1), noise_variance of shape (2, 1))"
+    assert repr(kl.IsotropicPrior(torch.tensor(0.5))) == "IsotropicPrior(precision=0.5, mean=0)"
+    assert repr(kl.LayerwisePrior(torch.ones(3), {"0": torch.ones(2, 2)})) == (
+        "LayerwisePrior(precision=3 values, mean=values for ['0'])"
+    )
+    accumulation = kl.Accumulation(kl.SUA(), kl.find_layers(plain_network()), 0.9)
+    assert repr(accumulation) == "Accumulation(SUA(), layers=['0', '2'], ema_decay=0.9, pass 1 of 1, 0 examples)"
+
+
+def test_no_public_object_shows_an_address():
+    data = [(inputs(), inputs()[:, :3])]
+    posterior = kl.KronLaplace(plain_network(), kl.Gaussian()).fit(data)
+    shown = [posterior, posterior.fisher, posterior.fisher.coverage(), posterior.hyperparameters, kl.Predictive()]
+    shown += [*posterior.covariance().values(), *posterior.fisher.values(), *kl.find_layers(plain_network())]
+    shown += [posterior.predict(inputs()), posterior.predict(inputs(), joint=True), kl.DirectionSampling()]
+    for one in shown:
+        assert " object at 0x" not in repr(one) and "tensor(" not in repr(one)
+
+
+def test_a_kind_of_block_that_is_not_known():
+    with pytest.raises(ValueError, match=r"block of layer '0' is of kind 'sparse'; known are \['kronecker', 'eigen'"):
+        block_from_tensors("sparse", {}, "0")

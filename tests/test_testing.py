@@ -125,6 +125,34 @@ class NotLinear(kl.Bernoulli):
         return -statistics[0] / statistics[1]
 
 
+class OtherProduct(kl.Bernoulli):
+    def _metric_product(self, outputs, vectors, targets):
+        return 2 * super()._metric_product(outputs, vectors, targets)
+
+
+class NoiseInStatistics(kl.Gaussian):
+    def statistics(self, outputs, targets):
+        return super().statistics(outputs, targets) / torch.tensor([self.noise_std**2, 1.0])
+
+    def log_likelihood(self, statistics, noise_std=None):
+        return super().log_likelihood(statistics * torch.tensor([self.noise_std**2, 1.0]), noise_std)
+
+
+class OtherExponent(kl.Gaussian):
+    def noise_exponent(self, sampling):
+        return -1
+
+
+class NoiseIgnored(kl.Gaussian):
+    def log_likelihood(self, statistics, noise_std=None):
+        return super().log_likelihood(statistics)
+
+
+class OtherShape(kl.Bernoulli):
+    def predictive(self, mean, covariance, link, n_samples, generator):
+        return super().predictive(mean, covariance, link, n_samples, generator)[..., :1]
+
+
 class OtherDtype(kl.Gaussian):
     def _exact_directions(self, outputs, targets):
         for d in super()._exact_directions(outputs, targets):
@@ -179,6 +207,11 @@ BROKEN_LIKELIHOODS = {
     OneStatistic: r"statistics are two float64 numbers; .*shape \(1,\)",
     NotLinear: r"log_likelihood adds up over examples",
     OtherDtype: r"directions have the outputs' shape \(6, 3\) and dtype torch.float64.*torch.float32",
+    NoiseInStatistics: r"statistics do not depend on the noise",
+    OtherExponent: r"the metric goes with the power noise_exponent of the noise",
+    NoiseIgnored: r"log_likelihood\(statistics, noise_std\) is that of a likelihood with that noise",
+    OtherShape: r"predictions have the shape of the outputs",
+    OtherProduct: r"metric_product is the sum of d dᵀ over exact directions times a vector",
     Unnormalized: r"probabilities of the classes sum to one \(with link='probit'\)",
     OutOfRange: r"probabilities lie between 0 and 1",
     NegativeVariance: r"variances are not negative",
@@ -194,7 +227,7 @@ def test_a_likelihood_that_breaks_a_law(broken):
     with temporary_registrations():
         kl.register_likelihood(broken)
         with pytest.raises(AssertionError, match=BROKEN_LIKELIHOODS[broken]):
-            check_likelihood(broken())
+            check_likelihood(broken(noise_std=2.0) if issubclass(broken, kl.Gaussian) else broken())
 
 
 def test_a_likelihood_that_is_not_registered_or_takes_no_targets():

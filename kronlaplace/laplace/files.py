@@ -14,7 +14,7 @@ from kronlaplace.fisher import check_belongs
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
-from kronlaplace.layers import Layer, Unsupported, find_layers
+from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.serialization import load_tensors, save_tensors
 
@@ -64,8 +64,15 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     device = device_of(model)
     tensors, values = load_tensors(path, "posterior", device)
     fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-    known = [layer.name for layer in find_layers(model, unsupported=Unsupported.FIXED)]
+    search = search_layers(model, unsupported=Unsupported.FIXED)
+    known = [layer.name for layer in search.layers]
     for name in fisher:
+        for left in search.left_out:
+            if left.name == name and name not in known:
+                raise ValueError(
+                    f"{path} has a block for layer {name!r}, and this {left.module} cannot have one: {left.reason}. If the "
+                    "type is your own, import the module that registers it (kl.register_layer) before loading."
+                )
         if name not in known:
             raise ValueError(
                 f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "

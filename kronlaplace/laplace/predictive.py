@@ -139,7 +139,7 @@ class Predictive:
         return OutputCovariance.BY_POSITION if of_classes and not self.diagonal else OutputCovariance.VARIANCES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointPrediction(Prediction):
     """A regression prediction for several inputs at once, with the covariances between them.
 

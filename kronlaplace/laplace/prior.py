@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from kronlaplace.inversion import DampedInverse, PlusDiagonal
 from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
 from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
+from kronlaplace.options import Choice
 
 __all__ = [
     "DIAGONAL_KINDS",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-class PriorStructure(str, Enum):
+class PriorStructure(Choice):
     """What has a prior precision of its own: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each block,
     ``DIAGONAL`` one for each weight.
     """
@@ -60,6 +60,10 @@ class Prior(ABC):
     """Name in saved files."""
 
     mean: PriorMean
+
+    def __repr__(self) -> str:
+        fields_ = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(fields_)})"
 
     @abstractmethod
     def over(self, layers: Sequence[Layer]) -> Prior:
@@ -176,7 +180,7 @@ class Prior(ABC):
         return {"kind": self.kind}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IsotropicPrior(Prior):
     """A prior with one precision for all weights, ``D = δ I``.
 
@@ -218,7 +222,7 @@ class IsotropicPrior(Prior):
         return prior_from_multiples(multiples, self.means)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerwisePrior(Prior):
     """A prior with one precision for each layer, ``D = δ_l I``.
 
@@ -271,7 +275,7 @@ class LayerwisePrior(Prior):
         return prior_from_multiples(multiples, self.means)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DiagonalPrior(Prior):
     """A prior with one precision for each weight.
 
@@ -334,3 +338,12 @@ def prior_from_multiples(precision: Tensor, means: Mapping[str, Tensor]) -> Prio
     parts = multiples_by_layer(precision, [(m.shape[0], m.shape[1]) for m in means.values()])
     by_name = dict(zip(means, parts, strict=True))
     return DiagonalPrior(by_name, means) if parts[0].ndim else LayerwisePrior(by_name, means)
+
+
+def _shown(value: object) -> str:
+    """Describe a precision or a mean in a repr: numbers as they are, tensors by their shape."""
+    if isinstance(value, Mapping):
+        return f"values for {list(value)}"
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{'x'.join(map(str, value.shape))} values"
+    return f"{float(value):.4g}" if isinstance(value, (Tensor, int, float)) else repr(value)

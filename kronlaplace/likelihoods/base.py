@@ -71,7 +71,9 @@ class Prediction:
     def __repr__(self) -> str:
         noise = self.noise_variance
         noise_text = f"{noise.item():.4g}" if noise.ndim == 0 else f"of shape {tuple(noise.shape)}"
-        return f"Prediction(mean and variance of shape {tuple(self.mean.shape)}, noise_variance {noise_text})"
+        return (
+            f"{type(self).__name__}(mean and variance of shape {tuple(self.mean.shape)}, noise_variance {noise_text})"
+        )
 
 
 @dataclass(frozen=True)

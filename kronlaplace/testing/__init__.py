@@ -8,11 +8,12 @@ law failed and with which numbers. They run in seconds, on small problems in flo
 """
 
 from kronlaplace.testing.dampings import check_damping
+from kronlaplace.testing.estimators import check_estimator
 from kronlaplace.testing.layers import check_layer
 from kronlaplace.testing.likelihoods import check_likelihood
 from kronlaplace.testing.registrations import temporary_registrations
 
-__all__ = ["check_damping", "check_layer", "check_likelihood", "temporary_registrations"]
+__all__ = ["check_damping", "check_estimator", "check_layer", "check_likelihood", "temporary_registrations"]
 
 
 def __dir__() -> list[str]:

@@ -88,6 +88,9 @@ def _check_matrix(layer: Layer) -> None:
     several = layer.split_directions(torch.stack([matrix, 2 * matrix]))
     for name, part in several.items():
         require_equal(part[1], 2 * parts[name], f"{layer!r}: several matrices are cut at once")
+    own = layer.split_values(layer.matrix())
+    for name, parameter in layer.parameters.items():
+        require_equal(own[name], parameter, f"{layer!r}: split_values of matrix() are the parameters")
     require_equal(
         layer.matrix(),
         layer.assemble({n: t.detach() for n, t in layer.parameters.items()}),

@@ -32,9 +32,13 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
     - in empirical sampling the one direction is ``∂L/∂f``, by autograd;
     - in exact sampling there are `n_directions`, and ``Σ d dᵀ`` is the Hessian ``∂²L/∂f²``, by autograd, wherever that
       does not depend on the targets (where it does, the Fisher is another matrix, and the next law stands alone);
+      `metric_product` multiplies by it;
     - in Monte Carlo sampling ``Σ d dᵀ`` is on average that of exact sampling and the mean of ``d`` zero, within
       six standard errors, and equal generators give equal draws;
     - directions have the outputs' shape and dtype;
+    - if it has a ``noise_std``: `with_noise_std` changes it, the statistics do not depend on it,
+      ``log_likelihood(statistics, noise_std)`` is that with another noise, and the metric goes with its power
+      `noise_exponent`;
     - predictions are probabilities (that sum to one, if there is a class axis) or have positive variances; without
       covariance their mean is `sample_mean`, and for probabilities `predictive_nll` is then the negative log-likelihood; a
       diagonal covariance gives what the full one gives; `predictive_nll` adds up over examples.
@@ -60,6 +64,13 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
     _check_statistics(likelihood, f, y)
     exact = _check_exact(likelihood, f, y)
     _check_draws(likelihood, f, y, exact)
+    vectors = standard_normal(*f.shape, seed=11)
+    require_equal(
+        likelihood.metric_product(f, vectors, y).reshape(len(f), -1),
+        (exact @ vectors.reshape(len(f), -1, 1)).squeeze(-1),
+        "metric_product is the sum of d dᵀ over exact directions times a vector",
+    )
+    _check_noise(likelihood, f, y, exact)
     _check_predictions(likelihood, f, y)
 
 
@@ -209,6 +220,32 @@ def _require_mean(samples: Tensor, expected: Tensor, statement: str) -> None:
     )
 
 
+def _check_noise(likelihood: Likelihood, f: Tensor, y: Tensor, exact: Tensor) -> None:
+    if likelihood.noise_std is None:
+        return
+    factor = 1.5
+    with law("with_noise_std makes a likelihood with another noise"):
+        noisier = likelihood.with_noise_std(factor * likelihood.noise_std)
+    require_equal(
+        torch.tensor(noisier.noise_std or 0.0),
+        torch.tensor(factor * likelihood.noise_std),
+        "with_noise_std makes a likelihood with that noise",
+    )
+    statistics = likelihood.statistics(f, y)
+    require_equal(noisier.statistics(f, y), statistics, "statistics do not depend on the noise, which may still change")
+    log_std = torch.tensor(likelihood.noise_std, dtype=torch.float64).log().requires_grad_()
+    at_other = likelihood.log_likelihood_at(statistics, factor * log_std.exp())
+    expected = noisier.log_likelihood(statistics)
+    require_equal(at_other, expected, "log_likelihood(statistics, noise_std) is that of a likelihood with that noise")
+    require(at_other.requires_grad, "log_likelihood(statistics, noise_std) can be differentiated in noise_std")
+    d = torch.stack(list(noisier.directions(f, Sampling.EXACT, targets=y))).reshape(-1, *exact.shape[:2])
+    require_equal(
+        torch.einsum("vni,vnj->nij", d, d),
+        exact * factor ** likelihood.noise_exponent(Sampling.EXACT),
+        "the metric goes with the power noise_exponent of the noise",
+    )
+
+
 def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
     axis = likelihood.class_axis_of(f)
     require(axis is None or 0 < axis < f.ndim, "class_axis_of is an axis of the outputs behind the examples", axis)
@@ -225,6 +262,9 @@ def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
         except NotImplementedError:
             return
         where = f"with link={link.value!r}" if likelihood.links else "in closed form"
+        if likelihood.predictions_match_outputs:
+            shape = (prediction if isinstance(prediction, Tensor) else prediction.mean).shape
+            require(shape == mean.shape, f"predictions have the shape of the outputs ({where})", tuple(shape))
         _check_prediction(prediction, axis is not None, where)
         if link is Link.BRIDGE:  # has no limit without covariance
             continue
