@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kronlaplace.batches import Inputs, tensors_of
 from kronlaplace.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.last_layer import LOG_SOFTMAX, can_be_last, maker_of
-from kronlaplace.layers import Layer, LayerBatch, LayerCall, LayerGradients, UnusableLayersError, written_out
+from kronlaplace.layers import Layer, LayerBatch, LayerCall, LayerGradients, Report, UnusableLayersError, written_out
 from kronlaplace.memory_layout import with_contiguous_gradient
 from kronlaplace.precision import autocast_dtype
 
@@ -339,7 +339,7 @@ class NetworkObserver:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a forward pass of the network begins."""
-        if not self._observes():
+        if not self.observes():
             return
         self._depth += 1
         if self._depth > 1:  # the network calls itself
@@ -361,11 +361,15 @@ class NetworkObserver:
     def _observes(self) -> bool:
         return self.enabled and (self._depth > 0 or torch.is_grad_enabled())
 
+    def report_for(self, layers: Mapping[int, Layer]) -> Report:
+        """Make what a module that runs written out reports to."""
+        return _BlockReport(self, layers)
+
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Note the call of a module; may have to give another output."""
-        if not self._observes():
+        if not self.observes():
             return None
         x = args[0] if args else next(iter(kwargs.values()))  # other types call it hidden_states, for example
         index = len(self._pass.calls.get(layer.name, ()))
@@ -438,7 +442,7 @@ class _BlockReport:
 class _Hook:
     """A hook that does not keep the observer alive, and does nothing in copies of its module."""
 
-    def __init__(self, observer: NetworkObserver | None, method: str, *args: Any) -> None:
+    def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
         self._observer = None if observer is None else weakref.ref(observer)
         self._method = method
         self._args = args
@@ -459,7 +463,7 @@ class _WrittenOut:
 
     def __init__(
         self,
-        observer: NetworkObserver,
+        observer: Any,
         module: nn.Module,
         names: Sequence[str],
         forward: Callable[..., Any],
@@ -473,10 +477,10 @@ class _WrittenOut:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self._observer()
-        if observer is None or not observer._observes():
+        if observer is None or not observer.observes():
             return type(self._module).forward(self._module, *args, **kwargs)
         try:
-            return self._forward(self._module, _BlockReport(observer, self._layers), *args, **kwargs)
+            return self._forward(self._module, observer.report_for(self._layers), *args, **kwargs)
         except UnusableLayersError:
             raise
         except NotImplementedError as error:

@@ -1,6 +1,6 @@
 """How each layer type turns its input and its output gradient into ``a`` and ``g``; which modules get a block."""
 
-from kronlaplace.layers.base import Layer, LinearLayer, Sums
+from kronlaplace.layers.base import Layer, LinearLayer, Report, Sums
 from kronlaplace.layers.convolution import ConvolutionLayer
 from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
 from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
@@ -23,6 +23,7 @@ __all__ = [
     "LeftOut",
     "LinearLayer",
     "NormalizationLayer",
+    "Report",
     "Sums",
     "Unsupported",
     "UnusableLayersError",
