@@ -358,7 +358,8 @@ class NetworkObserver:
         """Note that a forward pass of the network has ended, with or without an error."""
         self._depth = max(0, self._depth - 1)
 
-    def _observes(self) -> bool:
+    def observes(self) -> bool:
+        """Tell whether a call that happens now is observed."""
         return self.enabled and (self._depth > 0 or torch.is_grad_enabled())
 
     def report_for(self, layers: Mapping[int, Layer]) -> Report:

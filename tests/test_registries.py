@@ -501,7 +501,7 @@ def test_an_estimator_that_is_not_imported_still_predicts(folder):
         ESTIMATORS.remove("shrunken")
         posterior = kl.KronLaplace.load(folder / "estimator.safetensors", plain_network())
         before = posterior.predict(inputs())
-        message = r"estimator 'shrunken' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunken\)"
+        message = r"'shrunken' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunken\)"
         with pytest.raises(ValueError, match=message):
             posterior.fit([(inputs(), targets(kl.Categorical()))])
         posterior.save(folder / "again.safetensors")
