@@ -60,10 +60,12 @@ class KronLaplace(PosteriorPredictions):
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, or ``"classification"``,
             ``"binary"``, ``"regression"``, ``"heteroscedastic"``.
         estimator: How the Fisher's blocks are made, such as `KFAC`, or its shorthand.
-        prior_precision: ``δ``: one number; one per block, in the order of the blocks; or one per weight, as the
+        prior_precision: A `Prior`, such as what `as_prior` of an earlier task's posterior returned; or ``δ``: one number;
+            one per block, in the order of the blocks; or one per weight, as the
             row-major flattened matrices of all blocks joined, shape ``(P,)``, or ``{parameter name: tensor}``. Where
             weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
-        prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
+        prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict). A
+            `Prior` has a mean of its own.
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
             in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
@@ -260,7 +262,8 @@ class KronLaplace(PosteriorPredictions):
         """The Laplace evidence ``log p(D)``, see `kronlaplace.laplace.evidence`.
 
         Args:
-            prior_precision: ``δ``, as in the constructor; None is the posterior's own. Tensors may carry a gradient.
+            prior_precision: A `Prior`, or ``δ`` as in the constructor, with the mean of the posterior's prior; None is the
+            posterior's own. Tensors may carry a gradient.
             noise_std: ``σ``, Gaussian likelihood only; None is the posterior's own. A tensor may carry a gradient.
             temperature: ``τ``; None is the posterior's own. A tensor may carry a gradient.
 
