@@ -357,7 +357,8 @@ class KronLaplace(PosteriorPredictions):
                 grid,
                 progress,
             )
-        self.hyperparameters = tuned
+        with ONE_CHANGE:
+            self.hyperparameters = replace(tuned, temperature=self.temperature)  # it may have been set meanwhile
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
