@@ -93,6 +93,7 @@ def test_a_likelihood_without_noise():
     likelihood = kl.Categorical()
     assert likelihood.noise_std is None
     assert likelihood.noise_exponent(kl.Sampling.EXACT) == 0
+    assert [Own().noise_exponent(kl.Sampling(s)) for s in ("exact", "mc", "empirical")] == [-2, -2, -4]
     assert likelihood.has_normalizer
     assert not kl.Euclidean().has_normalizer
     with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood"):
