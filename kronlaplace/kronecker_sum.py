@@ -17,7 +17,7 @@ nothing new.
 ``F + s G₁ ⊗ A₁ + δ I`` has three terms, which no Kronecker basis makes diagonal in general. In the approximate case ``ε ε'
 = δ`` (factored damping, with the ratio by the trace norms) sets the basis only: ``π`` is the diagonal of the true ``Wᵀ P
 W``, and what is off the diagonal is dropped. That is exact where the two Fishers share an eigenbasis, and where one of
-them vanishes.
+them vanishes. Otherwise the determinant is too large (Hadamard).
 """
 
 from __future__ import annotations

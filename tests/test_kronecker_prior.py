@@ -500,6 +500,24 @@ def test_validation_tries_factors_of_the_prior(structure):
     assert float(before.multiples) == 1.0
 
 
+def test_the_default_grid_has_factors():
+    made = problem("mlp")
+    posterior = made.posterior("kfac", kl.KroneckerPrior(made.earlier, mean=0.0, plus=0.4))
+    data = [(made.x, made.model(made.x).detach())]  # without errors, so that the least variance is best
+    with pytest.warns(UserWarning, match=r"for the factor of the prior precisions 1e\+04 of 0.0001 to 1e\+04"):
+        posterior.tune("validation", data=data, noise="fixed")
+
+
+def test_a_prior_is_for_every_fit():
+    """What it shares with a Fisher is found anew for the next Fisher."""
+    made = problem("mlp")
+    posterior = made.posterior("kfac", kl.KroneckerPrior(made.earlier, mean=0.0, plus=0.4))
+    posterior.covariance()
+    made.x = made.x.flip(1)
+    posterior.fit(made.data())
+    check_inverses(posterior, dense_posterior(posterior, dense_prior(made, plus=0.4)))
+
+
 # -- files, devices, layers ----------------------------------------------------------------------------------
 
 

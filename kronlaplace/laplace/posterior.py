@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -12,40 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import device_of, is_loader
+from kronlaplace.batches import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace import files
-from kronlaplace.laplace.given_prior import GivenPrior, owned
-from kronlaplace.laplace.hyperparameters import Hyperparameters
-from kronlaplace.laplace.inputs import batches_of_inputs
+from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
-from kronlaplace.laplace.layer_covariance import OutputCovariance
-from kronlaplace.laplace.migration import VALUES, LaplaceTorchNames, told_of
+from kronlaplace.laplace.migration import VALUES, told_of
 from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
-from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, joined
+from kronlaplace.laplace.predictions import PosteriorPredictions
+from kronlaplace.laplace.predictive import Predictive
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.prior import Prior, PriorStructure, prior_from_multiples
 from kronlaplace.laplace.prior_mean import PriorMean
 from kronlaplace.laplace.prior_precision import Precision, precision_tensor
+from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.tuning import NoiseTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
-from kronlaplace.last_layer import LAST
 from kronlaplace.layers import Layer, Unsupported, find_layers
-from kronlaplace.likelihoods import Likelihood, Prediction, Sampling, resolve_likelihood
-from kronlaplace.links import Link
-from kronlaplace.options import Choice, choice, positive_integer, positive_number, seed_number
+from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.options import Choice, choice, positive_number
 from kronlaplace.precision import in_full_precision
 from kronlaplace.preconditions import check_model
 
 __all__ = ["KronLaplace", "TuningMethod"]
-
-_ONE_CHANGE = threading.RLock()
-"""Held for the moment in which a state is replaced, so that no change of another thread is lost."""
 
 
 class TuningMethod(Choice):
@@ -55,7 +47,7 @@ class TuningMethod(Choice):
     VALIDATION = "validation"
 
 
-class KronLaplace(LaplaceTorchNames):
+class KronLaplace(PosteriorPredictions):
     """Laplace posterior of a trained network with a Kronecker-factored Fisher.
 
     The posterior is ``N(θ, H⁻¹)`` around the trained weights ``θ``, with one block per layer,
@@ -69,10 +61,12 @@ class KronLaplace(LaplaceTorchNames):
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, or ``"classification"``,
             ``"binary"``, ``"regression"``, ``"heteroscedastic"``.
         estimator: How the Fisher's blocks are made, such as `KFAC`, or its shorthand.
-        prior_precision: ``δ``: one number; one per block, in the order of the blocks; or one per weight, as the
+        prior_precision: A `Prior`, such as what `as_prior` of an earlier task's posterior returned; or ``δ``: one number;
+            one per block, in the order of the blocks; or one per weight, as the
             row-major flattened matrices of all blocks joined, shape ``(P,)``, or ``{parameter name: tensor}``. Where
             weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
-        prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict).
+        prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict). A
+            `Prior` has a mean of its own.
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
             in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
@@ -85,8 +79,6 @@ class KronLaplace(LaplaceTorchNames):
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
     """
-
-    _state: State
 
     @told_of
     def __init__(
@@ -114,134 +106,6 @@ class KronLaplace(LaplaceTorchNames):
             given.over(found) if found else given,
             positive_number(temperature, "temperature"),
         )
-
-    @property
-    def _layers(self) -> Sequence[Layer]:
-        return self._state.layers
-
-    def _change(self, **changes: Any) -> None:
-        """Become another state, which differs in these attributes."""
-        with _ONE_CHANGE:
-            self._state = replace(self._state, **changes)
-
-    def __repr__(self) -> str:
-        now = self._state
-        state = f"fitted to {now.fit.fisher.n_examples:,} examples" if now.fit else "not fitted"
-        names = [layer.name for layer in now.layers] or LAST
-        return (
-            f"KronLaplace({now.likelihood}, {self.estimator}, {now.given.shown()}, temperature={now.temperature:g}, "
-            f"layers={names}, {state})"
-        )
-
-    @property
-    def likelihood(self) -> Likelihood:
-        """The likelihood; in regression with the noise that predictions use, which may be set or tuned after the fit."""
-        return self._state.likelihood
-
-    @likelihood.setter
-    def likelihood(self, likelihood: Likelihood) -> None:
-        self._change(likelihood=self._checked_likelihood(likelihood))
-
-    def _checked_likelihood(self, likelihood: Likelihood) -> Likelihood:
-        state = self._state
-        if state.fit is not None and type(likelihood) is not type(state.likelihood):
-            raise ValueError(f"the posterior was fitted with {state.likelihood}; {likelihood} needs a new fit.")
-        return likelihood
-
-    @property
-    def prior(self) -> Prior:
-        """The prior over the weights, with its mean; may be set after the fit, which costs no new pass.
-
-        Raises:
-            RuntimeError: If ``layers="last"``, before the fit has found that layer.
-        """
-        return self._state.prior
-
-    @prior.setter
-    def prior(self, prior: Prior) -> None:
-        self.prior_precision = prior
-
-    @property
-    def prior_precision(self) -> Tensor:
-        """``δ``, 0-dim, one per block ``(L,)``, or one per weight ``(P,)``, float64.
-
-        May be set after the fit, to whatever the constructor takes: that costs no new pass.
-
-        Raises:
-            TypeError: If the prior's precision is not diagonal; see `prior`.
-        """
-        given = self._state.given
-        if isinstance(given, GivenPrior) and given.number is not None:
-            return given.number
-        return self._state.prior.precisions
-
-    @prior_precision.setter
-    def prior_precision(self, value: Prior | Precision) -> None:
-        with _ONE_CHANGE:
-            given = self._state.given
-            if isinstance(given, GivenPrior):
-                self._change(given=given.with_precision(value))
-            elif isinstance(value, Prior):
-                self._change(given=owned(value.over(self._layers)))
-            else:
-                precision = precision_tensor(value, self._layers)
-                self._change(given=owned(prior_from_multiples(precision, given.means)))
-
-    @property
-    def prior_mean(self) -> dict[str, Tensor]:
-        """Mean of the prior, each block's matrix ``(q, p)``. May be set after the fit, to what the constructor takes."""
-        return dict(self._state.prior.means)
-
-    @prior_mean.setter
-    def prior_mean(self, value: PriorMean) -> None:
-        with _ONE_CHANGE:
-            given = self._state.given.with_mean(value)
-            self._change(given=given.over(self._layers) if isinstance(given, Prior) else given)
-
-    @property
-    def hyperparameters(self) -> Hyperparameters:
-        """Prior, noise and temperature as one value; may be set after the fit, all at once.
-
-        Raises:
-            RuntimeError: If ``layers="last"``, before the fit has found that layer.
-        """
-        return self._state.hyperparameters
-
-    @hyperparameters.setter
-    def hyperparameters(self, new: Hyperparameters) -> None:
-        with _ONE_CHANGE:
-            self._state = self._with(new)
-
-    def with_hyperparameters(self, new: Hyperparameters) -> KronLaplace:
-        """Return a posterior with other hyperparameters that shares the network and the fit; this one stays as it is.
-
-        Raises:
-            TypeError, ValueError: If they do not fit the layers or the likelihood.
-        """
-        view = copy.copy(self)
-        view._state = self._with(new)
-        return view
-
-    def _with(self, new: Hyperparameters) -> State:
-        if not isinstance(new, Hyperparameters):
-            raise TypeError(f"hyperparameters must be a kl.Hyperparameters, got {type(new).__name__}.")
-        positive_number(new.temperature, "temperature")
-        return self._state.with_hyperparameters(replace(new, prior=owned(new.prior.over(self._layers))))
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the blocks, in their order; those that a fit has found to be unusable are gone."""
-        self._state.prior  # noqa: B018  # raises if they are not known
-        return [layer.name for layer in self._layers]
-
-    @property
-    def temperature(self) -> float:
-        """``τ``, divides the log-likelihood; may be set after the fit."""
-        return self._state.temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._change(temperature=positive_number(value, "temperature"))
 
     @in_full_precision
     def to(self, *args: Any, **kwargs: Any) -> KronLaplace:
@@ -339,7 +203,7 @@ class KronLaplace(LaplaceTorchNames):
         fit = self._fit_of(fisher, remaining.layers)
         if estimator_to_json(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_json(fisher.metadata.settings)
-        with _ONE_CHANGE:
+        with ONE_CHANGE:
             changes: dict[str, Any] = {"fit": fit}
             if remaining.layers is not self._layers:  # else the prior may have been set meanwhile
                 changes |= {"layers": remaining.layers, "given": remaining.given}
@@ -399,7 +263,8 @@ class KronLaplace(LaplaceTorchNames):
         """The Laplace evidence ``log p(D)``, see `kronlaplace.laplace.evidence`.
 
         Args:
-            prior_precision: ``δ``, as in the constructor; None is the posterior's own. Tensors may carry a gradient.
+            prior_precision: A `Prior`, or ``δ`` as in the constructor, with the mean of the posterior's prior; None is the
+            posterior's own. Tensors may carry a gradient.
             noise_std: ``σ``, Gaussian likelihood only; None is the posterior's own. A tensor may carry a gradient.
             temperature: ``τ``; None is the posterior's own. A tensor may carry a gradient.
 
@@ -493,135 +358,9 @@ class KronLaplace(LaplaceTorchNames):
                 grid,
                 progress,
             )
-        self.hyperparameters = tuned
+        with ONE_CHANGE:
+            self.hyperparameters = replace(tuned, temperature=self.temperature)  # it may have been set meanwhile
         return self
-
-    @told_of
-    @in_full_precision
-    def functional_variance(
-        self,
-        x: Any,
-        diagonal: bool = False,
-        *,
-        joint: bool = False,
-        differentiable: bool = False,
-        progress: bool = False,
-    ) -> Tensor:
-        """Covariance of the network's outputs under the linearized model; the noise is not in it.
-
-        Takes one backward pass per output of an example, but for the part of a last layer that is linear.
-
-        Args:
-            x: Inputs as in the fit, first axis examples; or a loader, as in `predict`.
-            diagonal: Whether only the variances are wanted.
-            joint: Whether covariances between examples are wanted, too; of a few inputs, all at once.
-            differentiable: Whether the result carries a graph to the inputs.
-            progress: Whether to show a progress bar, with a loader.
-
-        Returns:
-            Shape ``(N, C, C)``; ``(N, C)`` with ``diagonal=True``; ``(N·C, N·C)`` with ``joint=True``, examples in front.
-            Outputs with more axes, ``(N, ...)``, count as one axis ``C`` (row-major), and keep their shape with
-            ``diagonal=True``. In at least float32, also where the network runs in half precision.
-
-        Raises:
-            ValueError: As `predict`.
-        """
-        if diagonal and joint:
-            raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
-        wanted = OutputCovariance.BY_EXAMPLE
-        if joint or diagonal:
-            wanted = OutputCovariance.JOINT if joint else OutputCovariance.VARIANCES
-        predictor = self._predictor()
-        if is_loader(x):
-            if joint:
-                raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
-            batches = batches_of_inputs(self.model, x, progress)
-            parts = [predictor.outputs_and_covariance(part, wanted, differentiable)[1] for part in batches]
-        else:
-            parts = [predictor.outputs_and_covariance(x, wanted, differentiable)[1]]
-        covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
-
-    @told_of
-    @in_full_precision
-    def predict(
-        self,
-        x: Any,
-        *,
-        method: PredictiveMethod | str = PredictiveMethod.GLM,
-        link: Link | str | None = None,
-        n_samples: int | None = None,
-        diagonal: bool = False,
-        antithetic: bool = False,
-        joint: bool = False,
-        differentiable: bool = False,
-        progress: bool = False,
-        seed: int = 0,
-    ) -> Tensor | Prediction:
-        """Posterior predictive distribution.
-
-        Args:
-            x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
-                processed in chunks. Or a loader (any iterable of batches, with or without targets, but a list of tensors,
-                which is several inputs): the predictions of all of its batches, joined.
-            method: ``"glm"``, the linearized model: a Gaussian over the outputs in closed form, then the link.
-                ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
-            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs),
-                or, for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
-            n_samples: Number of draws, where there are any; 100 if not given.
-            diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
-                much cheaper for many classes.
-            antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.
-            joint: Regression with ``"glm"``: a `JointPrediction` with the covariances between all inputs.
-            differentiable: Whether the result carries a graph to the inputs, which must ask for gradients.
-            progress: Whether to show a progress bar, with a loader.
-            seed: Seed of the draws; the global random state is neither used nor changed.
-
-        Returns:
-            Classification: probabilities, of the shape of the network's outputs (``Bernoulli``: of a one). Regression: a
-            `Prediction`; its ``variance`` is of the function, without the noise. All in at least float32: half precision has
-            two or three digits, too few for probabilities and errors. Under `torch.autocast` only the network is rounded.
-
-        Raises:
-            ValueError: For an unknown method or link, for options that have no effect together, or inputs that are empty
-                or, on the CPU, not finite.
-        """
-        predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
-        predictive.check(self.likelihood)
-        predictor = self._predictor()
-        if joint:
-            if is_loader(x) or predictive.samples or self.likelihood.links:
-                raise ValueError(
-                    'joint=True is for regression with method="glm", and inputs that come at once. For the outputs of a '
-                    "classifier use functional_variance(x, joint=True)."
-                )
-            return predictor.predict_jointly(x, predictive, differentiable)
-        if is_loader(x):
-            batches = batches_of_inputs(self.model, x, progress)
-            return joined([predictor.predict(part, predictive, differentiable) for part in batches])
-        return predictor.predict(x, predictive, differentiable)
-
-    def _predictor(self) -> Predictor:
-        return Predictor(self.model, self._at_its_weights())
-
-    @told_of
-    @in_full_precision
-    def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
-        """Draw parameters from the posterior.
-
-        Args:
-            n: Number of draws.
-            antithetic: Whether draws ``2k`` and ``2k + 1`` mirror each other about the mean; ``n`` must be even.
-            seed: Seed of the draws; the global random state is neither used nor changed.
-
-        Returns:
-            ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
-            takes them one by one; drawn in at least float32 and rounded to the parameters' dtypes.
-        """
-        n = positive_integer(n, "n")
-        if antithetic and n % 2:
-            raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
-        return self._predictor().sampler(seed_number(seed), antithetic).draw(n)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
