@@ -31,7 +31,6 @@ from kronlaplace.testing import (
 ROOT = Path(__file__).parent.parent
 
 
-@kl.register_likelihood
 @dataclass(frozen=True)
 class Poisson(kl.Likelihood):
     """Counts, with the logarithm of their rate as output."""
@@ -81,7 +80,6 @@ class Poisson(kl.Likelihood):
         return sum_and_count(gaussian_nll(self, prediction, targets))
 
 
-@kl.register_estimator
 @dataclass(frozen=True)
 class Shrunk(kl.Estimator):
     """The diagonal, drawn towards its mean."""
@@ -209,15 +207,6 @@ class Double(nn.Module):
         return 2 * x @ self.matrix.T
 
 
-kl.register_layer(Conv1D, "linear", transposed=True)
-kl.register_layer(RootMeanSquareNorm, "normalization", weight="scale")
-kl.register_layer(NamedTable, "embedding", weight="table")
-kl.register_layer(RowByRow, "linear")
-kl.register_layer(OwnNorm, "normalization")
-kl.register_layer(Gain, GainLayer)
-kl.register_layer(Double, Doubled, weight="matrix")
-
-
 @dataclass(frozen=True)
 class Relative(kl.damping.Damping):
     """A share of the block's mean eigenvalue."""
@@ -227,6 +216,26 @@ class Relative(kl.damping.Damping):
     def eigenvalues(self, block):
         values = block.eigenvalues()
         return values + self.share * values.mean()
+
+
+def register():
+    """One line for each; not when this file is imported, so that other tests do not see them."""
+    kl.register_likelihood(Poisson)
+    kl.register_estimator(Shrunk)
+    kl.register_layer(Conv1D, "linear", transposed=True)
+    kl.register_layer(RootMeanSquareNorm, "normalization", weight="scale")
+    kl.register_layer(NamedTable, "embedding", weight="table")
+    kl.register_layer(RowByRow, "linear")
+    kl.register_layer(OwnNorm, "normalization")
+    kl.register_layer(Gain, GainLayer)
+    kl.register_layer(Double, Doubled, weight="matrix")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    with temporary_registrations():
+        register()
+        yield
 
 
 # -- through a whole life, and into another process -----------------------------------------------------------
@@ -296,7 +305,7 @@ def folder(tmp_path_factory):
 def elsewhere(folder):
     """What another process, which imports this file, finds."""
     program = (
-        "import json, pathlib, sys; from tests.test_registries import told;"
+        "import json, pathlib, sys; from tests.test_registries import register, told; register();"
         "print(json.dumps(told(pathlib.Path(sys.argv[1]))))"
     )
     done = subprocess.run(
