@@ -388,6 +388,38 @@ def test_a_transposed_weight_is_a_linear_layer(estimator):
     torch.testing.assert_close(*(p.log_marginal_likelihood() for p in posteriors))
 
 
+def test_derivatives_through_registered_layers():
+    own = nn.Sequential(Conv1D(4, 5), RootMeanSquareNorm(5), Conv1D(5, 3)).double()
+    same = nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5, eps=1e-6), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for i in (0, 2):
+            same[i].weight.copy_(own[i].weight.T)
+            same[i].bias.copy_(own[i].bias)
+        same[1].weight.copy_(own[1].scale)
+    gradients = []
+    for model in (own, same):
+        posterior = kl.KronLaplace(model, "classification").fit([(inputs(), targets(kl.Categorical()))])
+        x = inputs().requires_grad_()
+        probabilities = posterior.predict(x, differentiable=True)
+        gradients.append(torch.autograd.grad(probabilities[:, 0].sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_inputs_by_keyword():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RootMeanSquareNorm(4)
+
+        def forward(self, x):
+            return self.norm(hidden_states=x)
+
+    model = Block().double()
+    fisher = kl.estimate_fisher(model, [inputs()], "euclidean", sampling="exact")
+    normalized = inputs() * torch.rsqrt(inputs().square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(fisher["norm"].to_dense().diagonal(), normalized.square().mean(0))
+
+
 def test_the_last_layer_may_be_of_a_registered_type():
     model = own_network()
     fisher = kl.estimate_fisher(model, [inputs()], "classification", layers="last")
