@@ -146,6 +146,13 @@ class OwnNorm(nn.BatchNorm1d):
         return normalized * self.weight + self.bias
 
 
+class Unfolded(nn.Conv2d):
+    def forward(self, x):
+        height, width = (n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], self.padding, self.kernel_size, strict=True))
+        patches = F.unfold(x, self.kernel_size, padding=self.padding)
+        return (self.weight.flatten(1) @ patches + self.bias[:, None]).unflatten(2, (height, width))
+
+
 class Gain(nn.Module):
     """A module that no family describes: one gain for each feature."""
 
@@ -227,6 +234,7 @@ def register():
     kl.register_layer(NamedTable, "embedding", weight="table")
     kl.register_layer(RowByRow, "linear")
     kl.register_layer(OwnNorm, "normalization")
+    kl.register_layer(Unfolded, "convolution")
     kl.register_layer(Gain, GainLayer)
     kl.register_layer(Double, Doubled, weight="matrix")
 
@@ -350,6 +358,7 @@ LAYER_CHECKS = {
     "norm with an offset": (lambda: RootMeanSquareNorm(4, 1.0), (3, 2, 4)),
     "subclass": (lambda: RowByRow(3, 4), (5, 3)),
     "subclass of a norm": (lambda: OwnNorm(4), (5, 4)),
+    "subclass of a convolution": (lambda: Unfolded(2, 3, (2, 3), padding=1), (3, 2, 4, 4)),
     "own family": (lambda: Gain(4), (3, 2, 4)),
     "own family from a linear layer": (lambda: Double(3, 4), (3, 2, 3)),
 }
