@@ -175,12 +175,6 @@ class RotatedBlock(Block):
         gradient, activation = self.bases()
         return _two_sided(gradient.square(), weights, activation.square().mT)
 
-    @in_full_precision
-    def squared_rows(self, weights: Tensor) -> Tensor:
-        """``(Q_G ∘ Q_G) W`` for ``W`` of shape ``(q, p)``; same shape."""
-        gradient, _ = self.bases()
-        return (gradient.square() @ weights.unflatten(0, (len(gradient), -1))).flatten(0, 1)
-
     def projected_diagonal(self, values: Tensor) -> Tensor:
         """The diagonal of ``Uᵀ diag(d) U`` for ``d`` of shape ``(q, p)``; same shape."""
         gradient, activation = self.bases()

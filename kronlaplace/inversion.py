@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, RotatedBlock
 from kronlaplace.linalg import Eigen, eigendecompose_symmetric
+from kronlaplace.precision import in_full_precision
 
 __all__ = ["LARGEST_DENSE", "DampedInverse", "PlusDiagonal"]
 
@@ -41,7 +42,7 @@ class DampedInverse:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.block.shape))
         by = "" if self._damping is None else f", {self._damping!r}"
-        return f"DampedInverse({self.block.name!r}, {size}, {self.block.kind}{by})"
+        return f"{type(self).__name__}({self.block.name!r}, {size}, {self.block.kind}{by})"
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -52,6 +53,20 @@ class DampedInverse:
     def weights(self) -> Tensor:
         """Eigenvalues of the inverse, shape ``(q, p)``, in the block's dtype."""
         return self._eigenvalues.reciprocal().to(self.block.dtype)
+
+    def bases(self) -> tuple[Tensor, Tensor] | None:
+        """``B_G`` of shape ``(K, q/K, q/K)`` and ``B_A`` of shape ``(K, p, p)`` of the basis ``B`` in which the inverse is
+        ``B diag(w) Bᵀ``, if it is a Kronecker product ``B_G ⊗ B_A`` by groups of rows; else None.
+        """
+        return self.block.bases() if isinstance(self.block, RotatedBlock) else None
+
+    def coordinates(self, matrices: Tensor) -> Tensor:
+        """``Bᵀ vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape."""
+        return self.block.to_eigenbasis(matrices)
+
+    def _combined(self, coordinates: Tensor) -> Tensor:
+        """``B vec(C)``, for ``C`` of shape ``(..., q, p)``; same shape."""
+        return self.block.from_eigenbasis(coordinates)
 
     def solve(self, matrices: Tensor) -> Tensor:
         """The inverse times ``vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape (KFC Eq. 42–44)."""
@@ -79,24 +94,35 @@ class DampedInverse:
 
         With one input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
         """
-        assert isinstance(self.block, RotatedBlock)
-        return self.block.squared_rows(self.weights)
+        bases = self.bases()
+        assert bases is not None
+        return _times_by_group(bases[0].square(), self.weights)
 
     @cached_property
     def centered_row_weights(self) -> Tensor:
         """`row_weights` for each row less the mean of all rows; for blocks without groups."""
-        assert isinstance(self.block, RotatedBlock)
-        (basis,) = self.block.bases()[0]
+        bases = self.bases()
+        assert bases is not None
+        (basis,) = bases[0]
         return (basis - basis.mean(0)).square() @ self.weights
 
     def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
+        return self._combined(self.coordinates(self._checked(matrices)) * weights)
+
+    def _checked(self, matrices: Tensor) -> Tensor:
         q, p = self.block.shape
         if matrices.shape[-2:] != (q, p):
             raise ValueError(
                 f"matrices for layer {self.block.name!r} must have shape (..., {q}, {p}), its weight flattened to a "
                 f"matrix, with the bias as the last column if it has one; got {tuple(matrices.shape)}."
             )
-        return self.block.from_eigenbasis(self.block.to_eigenbasis(matrices) * weights)
+        return matrices
+
+
+@in_full_precision
+def _times_by_group(left: Tensor, matrix: Tensor) -> Tensor:
+    """``L M`` by groups of rows: ``(K, q/K, q/K)`` and ``(q, p)``."""
+    return (left @ matrix.unflatten(0, (len(left), -1))).flatten(0, 1)
 
 
 class PlusDiagonal:

@@ -79,6 +79,7 @@ def test_consumers_do_not_import_one_another_and_rooms_look_down_only():
         "coverage",
         "kronecker",
         "inversion",
+        "kronecker_sum",
         "damping",
         "estimators",
         "combination",

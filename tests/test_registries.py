@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Poisson(kl.Likelihood):
+class CountLikelihood(kl.Likelihood):
     """Counts, with the logarithm of their rate as output."""
 
     exposure: float = 1.0
@@ -81,10 +81,10 @@ class Poisson(kl.Likelihood):
 
 
 @dataclass(frozen=True)
-class Shrunk(kl.Estimator):
+class Shrunken(kl.Estimator):
     """The diagonal, drawn towards its mean."""
 
-    name: ClassVar[str] = "shrunk"
+    name: ClassVar[str] = "shrunken"
     for_any_layer: ClassVar[bool] = True
     share: float = 0.1
 
@@ -264,16 +264,16 @@ def inputs():
 
 
 def targets(likelihood):
-    if isinstance(likelihood, Poisson):
+    if isinstance(likelihood, CountLikelihood):
         return torch.arange(36).remainder(4).double().view(12, 3)
     return torch.arange(12).remainder(3)
 
 
 CASES = {
-    "likelihood": (plain_network, Poisson(exposure=2.0), "kfac"),
-    "estimator": (plain_network, kl.Categorical(), Shrunk(share=0.25)),
+    "likelihood": (plain_network, CountLikelihood(exposure=2.0), "kfac"),
+    "estimator": (plain_network, kl.Categorical(), Shrunken(share=0.25)),
     "layer": (own_network, kl.Categorical(), kl.TKFAC()),
-    "all": (own_network, Poisson(exposure=2.0), kl.EKFAC()),
+    "all": (own_network, CountLikelihood(exposure=2.0), kl.EKFAC()),
 }
 
 
@@ -338,13 +338,13 @@ def test_a_class_of_ones_own_comes_back_in_another_process(name, folder, elsewhe
     assert here["refitted"] == pytest.approx(here["prediction"], rel=1e-6)
 
 
-@pytest.mark.parametrize("likelihood", [Poisson(), Poisson(exposure=2.5)], ids=str)
+@pytest.mark.parametrize("likelihood", [CountLikelihood(), CountLikelihood(exposure=2.5)], ids=str)
 def test_the_likelihood_keeps_the_laws(likelihood):
     check_likelihood(likelihood)
 
 
 def test_the_estimator_keeps_the_laws():
-    check_estimator(Shrunk())
+    check_estimator(Shrunken())
 
 
 def test_the_damping_keeps_the_laws():
@@ -548,26 +548,24 @@ def test_a_wrong_registration_is_an_error(name, estimator):
 
 def test_an_estimator_that_is_not_imported_still_predicts(folder):
     with temporary_registrations():
-        ESTIMATORS.remove("shrunk")
+        ESTIMATORS.remove("shrunken")
         posterior = kl.KronLaplace.load(folder / "estimator.safetensors", plain_network())
         before = posterior.predict(inputs())
-        message = (
-            r"estimator 'shrunk' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunk\)"
-        )
+        message = r"estimator 'shrunken' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunken\)"
         with pytest.raises(ValueError, match=message):
             posterior.fit([(inputs(), targets(kl.Categorical()))])
         posterior.save(folder / "again.safetensors")
     again = kl.KronLaplace.load(folder / "again.safetensors", plain_network())  # nothing was forgotten
-    assert again.estimator == Shrunk(share=0.25)
+    assert again.estimator == Shrunken(share=0.25)
     torch.testing.assert_close(again.predict(inputs()), before)
 
 
 def test_a_likelihood_that_is_not_imported(folder):
     with temporary_registrations():
-        LIKELIHOODS.remove("Poisson")
+        LIKELIHOODS.remove("CountLikelihood")
         message = (
-            r"likelihood 'Poisson' is not known here; .*import tests\.test_registries, .*"
-            r"kl\.register_likelihood\(Poisson\)"
+            r"likelihood 'CountLikelihood' is not known here; .*import tests\.test_registries, .*"
+            r"kl\.register_likelihood\(CountLikelihood\)"
         )
         with pytest.raises(ValueError, match=message):
             kl.KronLaplace.load(folder / "likelihood.safetensors", plain_network())
@@ -590,14 +588,14 @@ def test_an_estimator_inside_another_one():
     @dataclass(frozen=True)
     class Wrapper(kl.Estimator):
         name: ClassVar[str] = "wrapper"
-        inner: kl.Estimator = Shrunk()
+        inner: kl.Estimator = Shrunken()
         start = add_gradients = finish = None
 
     with temporary_registrations():
         assert ESTIMATORS.from_json(json.loads(json.dumps(ESTIMATORS.to_json(Wrapper())))) == Wrapper()
         values = ESTIMATORS.to_json(Wrapper())
-        ESTIMATORS.remove("shrunk")
-        with pytest.raises(ValueError, match=r"the estimator 'shrunk' is not known here"):
+        ESTIMATORS.remove("shrunken")
+        with pytest.raises(ValueError, match=r"the estimator 'shrunken' is not known here"):
             ESTIMATORS.from_json(values)
     ESTIMATORS.remove("wrapper")
 
@@ -615,15 +613,15 @@ def test_a_subclass_that_is_not_registered_is_not_taken_for_its_parent():
 
 
 def test_a_registered_estimator_is_a_shorthand():
-    fisher = kl.estimate_fisher(plain_network(), [inputs()], "classification", "shrunk")
-    assert fisher.metadata.estimator == "shrunk"
-    with pytest.raises(ValueError, match=r"unknown estimator 'shrink'; .*'kfac', 'kfc', .*'shrunk'"):
+    fisher = kl.estimate_fisher(plain_network(), [inputs()], "classification", "shrunken")
+    assert fisher.metadata.estimator == "shrunken"
+    with pytest.raises(ValueError, match=r"unknown estimator 'shrink'; .*'kfac', 'kfc', .*'shrunken'"):
         kl.estimate_fisher(plain_network(), [inputs()], "classification", "shrink")
 
 
 def test_settings_that_json_cannot_hold_are_refused_before_the_fit():
     with pytest.raises(TypeError, match=r"cannot be saved: .*Let its fields be numbers"):
-        kl.estimate_fisher(plain_network(), [inputs()], "classification", Shrunk(share=torch.ones(())))
+        kl.estimate_fisher(plain_network(), [inputs()], "classification", Shrunken(share=torch.ones(())))
 
 
 # -- what cannot be registered -----------------------------------------------------------------------------------
@@ -635,7 +633,7 @@ def test_estimators_that_cannot_be_registered():
         pass
 
     @dataclass(frozen=True)
-    class Taken(Shrunk):
+    class Taken(Shrunken):
         name: ClassVar[str] = "kfac"
 
     class NoFields(kl.Estimator):
@@ -645,12 +643,12 @@ def test_estimators_that_cannot_be_registered():
             self.share = share
 
     @dataclass(frozen=True)
-    class Reserved(Shrunk):
+    class Reserved(Shrunken):
         name: ClassVar[str] = "reserved"
         defined_in: str = ""
 
     with pytest.raises(TypeError, match=r"takes a class derived from kl\.Estimator, got"):
-        kl.register_estimator(Shrunk())
+        kl.register_estimator(Shrunken())
     with pytest.raises(TypeError, match=r"Nameless needs a name of its own"):
         kl.register_estimator(Nameless)
     with pytest.raises(ValueError, match=r"there is an estimator 'kfac' already"):
@@ -738,7 +736,7 @@ def test_what_is_registered_in_a_context_is_gone_after_it():
     before = dict(LAYERS), dict(LIKELIHOODS), dict(ESTIMATORS)
     with pytest.raises(KeyError, match=r"nothing"), temporary_registrations():
         kl.register_layer(Square, "linear")
-        LIKELIHOODS.remove("Poisson")
+        LIKELIHOODS.remove("CountLikelihood")
         ESTIMATORS.remove("nothing")
     assert (dict(LAYERS), dict(LIKELIHOODS), dict(ESTIMATORS)) == before
 

@@ -1,6 +1,7 @@
 """The Laplace posterior: what is fitted, what it predicts, and how its hyperparameters are tuned."""
 
 from kronlaplace.laplace.hyperparameters import Hyperparameters
+from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
 from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
@@ -15,6 +16,7 @@ __all__ = [
     "IsotropicPrior",
     "JointPrediction",
     "KronLaplace",
+    "KroneckerPrior",
     "LayerwisePrior",
     "NoiseTuning",
     "Predictive",

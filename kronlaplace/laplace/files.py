@@ -13,6 +13,7 @@ from kronlaplace.batches import device_of
 from kronlaplace.fisher import check_belongs
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.given_prior import GivenPrior
+from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
 from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
@@ -105,6 +106,8 @@ def prior_from_tensors(tensors: Mapping[str, Tensor], values: dict[str, Any], la
     """
     kind = values.get("kind", "")
     means = _with_prefix(tensors, "prior_mean/")
+    if kind == KroneckerPrior.kind:
+        return KroneckerPrior.from_tensors(_with_prefix(tensors, "prior/"), values, means).over(layers)
     if kind not in ("", *DIAGONAL_KINDS):
         raise ValueError(f"the file has a prior of the kind {kind!r}, which this version does not know; update it.")
     return GivenPrior(tensors["prior_precision"], means or 0.0).over(layers)

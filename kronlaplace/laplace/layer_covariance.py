@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import RotatedBlock
 from kronlaplace.inversion import DampedInverse
 from kronlaplace.layers import LayerBatch, LayerGradients
 
@@ -75,10 +74,10 @@ class LayerCovariance(Protocol):
 
 def covariance_of_layer(inverse: DampedInverse, batch: LayerBatch, wanted: OutputCovariance) -> LayerCovariance:
     """The term of a layer, from its calls in the forward pass."""
-    block = inverse.block
-    if not isinstance(block, RotatedBlock) or batch.layer.groups > 1:
+    bases = inverse.bases()
+    if bases is None or batch.layer.groups > 1:
         return _AnyBlock(inverse, wanted)
-    gradient_basis, activation_basis = block.bases()
+    gradient_basis, activation_basis = bases
     b = batch.project(activation_basis)[0]
     make = _SingleUse if b.shape[1] == 1 and wanted is not OutputCovariance.JOINT else _SharedWeights
     return make(inverse, gradient_basis[0], b, wanted)
@@ -98,15 +97,11 @@ def output_layer_part(
     Returns:
         Variances of the shape of the outputs, or covariances ``(N, ..., C, C)`` between the last axis.
     """
-    block = inverse.block
+    bases = inverse.bases()
     positions = outputs.ndim > 2
-    if (
-        not isinstance(block, RotatedBlock)
-        or wanted is OutputCovariance.JOINT
-        or (positions and wanted is OutputCovariance.BY_EXAMPLE)
-    ):
+    if bases is None or wanted is OutputCovariance.JOINT or (positions and wanted is OutputCovariance.BY_EXAMPLE):
         return None
-    gradient_basis, activation_basis = block.bases()
+    gradient_basis, activation_basis = bases
     squares = batch.project(activation_basis)[0].square()  # (N, T, p)
     if wanted.variances:
         weights = inverse.row_weights if wanted is OutputCovariance.VARIANCES else inverse.centered_row_weights
@@ -186,7 +181,7 @@ class _AnyBlock:
     """A block of any kind: the example's whole gradient ``X_c`` in the block's eigenbasis."""
 
     def __init__(self, inverse: DampedInverse, wanted: OutputCovariance) -> None:
-        self._block = inverse.block
+        self._inverse = inverse
         self._root = inverse.weights.sqrt()  # (q, p)
         self._wanted = wanted
         self._rows: list[Tensor] = []
@@ -195,7 +190,7 @@ class _AnyBlock:
         rows = []
         for part in gradients.parts():
             x = part.weight_gradients().transpose(0, 1).flatten(1, 2)  # (N, q, p)
-            r = self._block.to_eigenbasis(x) * self._root
+            r = self._inverse.coordinates(x) * self._root
             rows.append(r.square().sum((1, 2)) if self._wanted.variances else r.flatten(1))
         self._rows.append(torch.cat(rows))
 

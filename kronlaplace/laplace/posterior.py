@@ -21,9 +21,11 @@ from kronlaplace.laplace import files
 from kronlaplace.laplace.given_prior import GivenPrior, owned
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.inputs import batches_of_inputs
+from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
 from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES, LaplaceTorchNames, told_of
+from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
 from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.prior import Prior, PriorStructure, prior_from_multiples
@@ -369,6 +371,22 @@ class KronLaplace(LaplaceTorchNames):
             UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
         """
         return self._at_its_weights().inverses
+
+    @in_full_precision
+    def as_prior(self) -> KroneckerPrior:
+        """Return the posterior as a prior for other data: its precision ``N · F / temperature + D``, its mean the weights.
+
+        For continual learning: train on the next task with half its `Prior.penalty` added to the summed loss, then fit a
+        `KronLaplace` with ``prior_precision=`` this prior. Where the posterior's own prior is not one precision for each
+        layer, its precision becomes one block for each layer: exactly for up to `kronlaplace.inversion.LARGEST_DENSE`
+        weights and for diagonal blocks, else by the nearest Kronecker product, with a warning.
+
+        Raises:
+            RuntimeError: Before `fit`, or if the weights changed after it.
+            NotImplementedError: If a large layer's precision is a sum of blocks of different kinds.
+        """
+        with torch.inference_mode(False):
+            return posterior_as_prior(self._at_its_weights())
 
     @told_of
     @in_full_precision

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block
+from kronlaplace.blocks import Block, DiagonalBlock
 from kronlaplace.damping import Tikhonov
-from kronlaplace.inversion import DampedInverse, PlusDiagonal
+from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
 from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
 from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
@@ -58,6 +58,13 @@ class Prior(ABC):
 
     kind: ClassVar[str]
     """Name in saved files."""
+
+    inexactness: ClassVar[str] = (
+        "precisions of single weights are added to the curvature of {layers} in its Kronecker eigenbasis, which is "
+        "exact up to "
+        f"{LARGEST_DENSE:,} weights only. Exact for all are one precision per layer, or the estimator kl.Diagonal()."
+    )
+    """Warning about `inexact` layers, ``{layers}``, with the ways out."""
 
     mean: PriorMean
 
@@ -118,6 +125,10 @@ class Prior(ABC):
     def inexact(self, name: str, block: Block) -> bool:
         """Whether `damped` is an approximation, because the layer is large."""
         return False
+
+    @abstractmethod
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        """Return ``D`` of a layer as a block, and a multiple of the identity, 0-dim, float64."""
 
     @abstractmethod
     def least(self, name: str) -> Tensor:
@@ -211,6 +222,9 @@ class IsotropicPrior(Prior):
     def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
         return Tikhonov(self.multiples).invert(block.scaled(scale))
 
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)
+
     def least(self, name: str) -> Tensor:
         return self.multiples
 
@@ -264,6 +278,9 @@ class LayerwisePrior(Prior):
     def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
         return Tikhonov(self._by_name[name]).invert(block.scaled(scale))
 
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)
+
     def least(self, name: str) -> Tensor:
         return self._by_name[name]
 
@@ -316,6 +333,10 @@ class DiagonalPrior(Prior):
 
     def inexact(self, name: str, block: Block) -> bool:
         return not PlusDiagonal(block).exact
+
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        precision = self._by_name[name]
+        return DiagonalBlock(precision.to(self.means[name].dtype), name), precision.new_zeros(())
 
     def least(self, name: str) -> Tensor:
         return self._by_name[name].amin()

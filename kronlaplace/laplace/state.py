@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.fingerprint import WeightsGuard
-from kronlaplace.inversion import LARGEST_DENSE, DampedInverse
+from kronlaplace.inversion import DampedInverse
 from kronlaplace.kronecker import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, noise_rescaling
 from kronlaplace.laplace.given_prior import GivenPrior
@@ -143,7 +143,7 @@ class State:
         return self if len(kept) == len(self.layers) else self.over(kept)
 
     @property
-    def _scale(self) -> Tensor | float:
+    def scale(self) -> Tensor | float:
         """What the Fisher is multiplied with."""
         fisher = self.fitted.fisher
         return fisher.n_examples / self.temperature * noise_rescaling(fisher, self.likelihood.noise_std)
@@ -155,7 +155,7 @@ class State:
         Warns:
             UserWarning: If the prior makes the precision of a large layer inexact.
         """
-        fisher, prior, scale = self.fitted.fisher, self.prior, self._scale
+        fisher, prior, scale = self.fitted.fisher, self.prior, self.scale
         fisher.decompose()
         inexact = [
             f"{name!r} ({math.prod(block.shape):,} weights)"
@@ -163,11 +163,7 @@ class State:
             if prior.inexact(name, block)
         ]
         if inexact:
-            warn(
-                f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
-                f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
-                "layer, or the estimator kl.Diagonal()."
-            )
+            warn(prior.inexactness.format(layers=", ".join(inexact)))
         self.warn_of_rounding(prior, scale)
         return {name: prior.damped(name, block, scale) for name, block in fisher.items()}
 
