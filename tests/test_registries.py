@@ -227,8 +227,8 @@ class Relative(kl.damping.Damping):
 
 def register():
     """One line for each; not when this file is imported, so that other tests do not see them."""
-    kl.register_likelihood(Poisson)
-    kl.register_estimator(Shrunk)
+    kl.register_likelihood(CountLikelihood)
+    kl.register_estimator(Shrunken)
     kl.register_layer(Conv1D, "linear", transposed=True)
     kl.register_layer(RootMeanSquareNorm, "normalization", weight="scale")
     kl.register_layer(NamedTable, "embedding", weight="table")
@@ -551,7 +551,10 @@ def test_an_estimator_that_is_not_imported_still_predicts(folder):
         ESTIMATORS.remove("shrunken")
         posterior = kl.KronLaplace.load(folder / "estimator.safetensors", plain_network())
         before = posterior.predict(inputs())
-        message = r"estimator 'shrunken' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunken\)"
+        message = (
+            r"estimator 'shrunken' is not known here; .*import tests\.test_registries, .*"
+            r"kl\.register_estimator\(Shrunken\)"
+        )
         with pytest.raises(ValueError, match=message):
             posterior.fit([(inputs(), targets(kl.Categorical()))])
         posterior.save(folder / "again.safetensors")
@@ -779,6 +782,10 @@ def test_public_objects_show_what_they_are():
     assert repr(kl.IsotropicPrior(torch.tensor(0.5))) == "IsotropicPrior(precision=0.5, mean=0)"
     assert repr(kl.LayerwisePrior(torch.ones(3), {"0": torch.ones(2, 2)})) == (
         "LayerwisePrior(precision=3 values, mean=values for ['0'])"
+    )
+    fisher = kl.KroneckerFisher({"0": kl.DiagonalBlock(torch.ones(2, 3), "0")}, 5)
+    assert repr(kl.KroneckerPrior(fisher, mean=0.0, plus=0.1)) == (
+        "KroneckerPrior(fisher=values for ['0'], mean=0, scale=None, plus=0.1, factor=1)"
     )
     accumulation = kl.Accumulation(kl.SUA(), kl.find_layers(plain_network()), 0.9)
     assert repr(accumulation) == "Accumulation(SUA(), layers=['0', '2'], ema_decay=0.9, pass 1 of 1, 0 examples)"
