@@ -31,7 +31,6 @@ from kronlaplace.testing import (
 ROOT = Path(__file__).parent.parent
 
 
-@kl.register_likelihood
 @dataclass(frozen=True)
 class CountLikelihood(kl.Likelihood):
     """Counts, with the logarithm of their rate as output."""
@@ -81,7 +80,6 @@ class CountLikelihood(kl.Likelihood):
         return sum_and_count(gaussian_nll(self, prediction, targets))
 
 
-@kl.register_estimator
 @dataclass(frozen=True)
 class Shrunken(kl.Estimator):
     """The diagonal, drawn towards its mean."""
@@ -148,6 +146,13 @@ class OwnNorm(nn.BatchNorm1d):
         return normalized * self.weight + self.bias
 
 
+class Unfolded(nn.Conv2d):
+    def forward(self, x):
+        height, width = (n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], self.padding, self.kernel_size, strict=True))
+        patches = F.unfold(x, self.kernel_size, padding=self.padding)
+        return (self.weight.flatten(1) @ patches + self.bias[:, None]).unflatten(2, (height, width))
+
+
 class Gain(nn.Module):
     """A module that no family describes: one gain for each feature."""
 
@@ -209,15 +214,6 @@ class Double(nn.Module):
         return 2 * x @ self.matrix.T
 
 
-kl.register_layer(Conv1D, "linear", transposed=True)
-kl.register_layer(RootMeanSquareNorm, "normalization", weight="scale")
-kl.register_layer(NamedTable, "embedding", weight="table")
-kl.register_layer(RowByRow, "linear")
-kl.register_layer(OwnNorm, "normalization")
-kl.register_layer(Gain, GainLayer)
-kl.register_layer(Double, Doubled, weight="matrix")
-
-
 @dataclass(frozen=True)
 class Relative(kl.damping.Damping):
     """A share of the block's mean eigenvalue."""
@@ -227,6 +223,27 @@ class Relative(kl.damping.Damping):
     def eigenvalues(self, block):
         values = block.eigenvalues()
         return values + self.share * values.mean()
+
+
+def register():
+    """One line for each; not when this file is imported, so that other tests do not see them."""
+    kl.register_likelihood(CountLikelihood)
+    kl.register_estimator(Shrunken)
+    kl.register_layer(Conv1D, "linear", transposed=True)
+    kl.register_layer(RootMeanSquareNorm, "normalization", weight="scale")
+    kl.register_layer(NamedTable, "embedding", weight="table")
+    kl.register_layer(RowByRow, "linear")
+    kl.register_layer(OwnNorm, "normalization")
+    kl.register_layer(Unfolded, "convolution")
+    kl.register_layer(Gain, GainLayer)
+    kl.register_layer(Double, Doubled, weight="matrix")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    with temporary_registrations():
+        register()
+        yield
 
 
 # -- through a whole life, and into another process -----------------------------------------------------------
@@ -296,7 +313,7 @@ def folder(tmp_path_factory):
 def elsewhere(folder):
     """What another process, which imports this file, finds."""
     program = (
-        "import json, pathlib, sys; from tests.test_registries import told;"
+        "import json, pathlib, sys; from tests.test_registries import register, told; register();"
         "print(json.dumps(told(pathlib.Path(sys.argv[1]))))"
     )
     done = subprocess.run(
@@ -341,6 +358,7 @@ LAYER_CHECKS = {
     "norm with an offset": (lambda: RootMeanSquareNorm(4, 1.0), (3, 2, 4)),
     "subclass": (lambda: RowByRow(3, 4), (5, 3)),
     "subclass of a norm": (lambda: OwnNorm(4), (5, 4)),
+    "subclass of a convolution": (lambda: Unfolded(2, 3, (2, 3), padding=1), (3, 2, 4, 4)),
     "own family": (lambda: Gain(4), (3, 2, 4)),
     "own family from a linear layer": (lambda: Double(3, 4), (3, 2, 3)),
 }
@@ -377,6 +395,38 @@ def test_a_transposed_weight_is_a_linear_layer(estimator):
     torch.testing.assert_close(*(p.predict(inputs()) for p in posteriors))
     # Samples are written into parameters of the transposed shape.
     torch.testing.assert_close(*(p.log_marginal_likelihood() for p in posteriors))
+
+
+def test_derivatives_through_registered_layers():
+    own = nn.Sequential(Conv1D(4, 5), RootMeanSquareNorm(5), Conv1D(5, 3)).double()
+    same = nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5, eps=1e-6), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for i in (0, 2):
+            same[i].weight.copy_(own[i].weight.T)
+            same[i].bias.copy_(own[i].bias)
+        same[1].weight.copy_(own[1].scale)
+    gradients = []
+    for model in (own, same):
+        posterior = kl.KronLaplace(model, "classification").fit([(inputs(), targets(kl.Categorical()))])
+        x = inputs().requires_grad_()
+        probabilities = posterior.predict(x, differentiable=True)
+        gradients.append(torch.autograd.grad(probabilities[:, 0].sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_inputs_by_keyword():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RootMeanSquareNorm(4)
+
+        def forward(self, x):
+            return self.norm(hidden_states=x)
+
+    model = Block().double()
+    fisher = kl.estimate_fisher(model, [inputs()], "euclidean", sampling="exact")
+    normalized = inputs() * torch.rsqrt(inputs().square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(fisher["norm"].to_dense().diagonal(), normalized.square().mean(0))
 
 
 def test_the_last_layer_may_be_of_a_registered_type():
@@ -501,7 +551,10 @@ def test_an_estimator_that_is_not_imported_still_predicts(folder):
         ESTIMATORS.remove("shrunken")
         posterior = kl.KronLaplace.load(folder / "estimator.safetensors", plain_network())
         before = posterior.predict(inputs())
-        message = r"'shrunken' is not known here; .*import tests\.test_registries, .*kl\.register_estimator\(Shrunken\)"
+        message = (
+            r"estimator 'shrunken' is not known here; .*import tests\.test_registries, .*"
+            r"kl\.register_estimator\(Shrunken\)"
+        )
         with pytest.raises(ValueError, match=message):
             posterior.fit([(inputs(), targets(kl.Categorical()))])
         posterior.save(folder / "again.safetensors")
@@ -729,6 +782,10 @@ def test_public_objects_show_what_they_are():
     assert repr(kl.IsotropicPrior(torch.tensor(0.5))) == "IsotropicPrior(precision=0.5, mean=0)"
     assert repr(kl.LayerwisePrior(torch.ones(3), {"0": torch.ones(2, 2)})) == (
         "LayerwisePrior(precision=3 values, mean=values for ['0'])"
+    )
+    fisher = kl.KroneckerFisher({"0": kl.DiagonalBlock(torch.ones(2, 3), "0")}, 5)
+    assert repr(kl.KroneckerPrior(fisher, mean=0.0, plus=0.1)) == (
+        "KroneckerPrior(fisher=values for ['0'], mean=0, scale=None, plus=0.1, factor=1)"
     )
     accumulation = kl.Accumulation(kl.SUA(), kl.find_layers(plain_network()), 0.9)
     assert repr(accumulation) == "Accumulation(SUA(), layers=['0', '2'], ema_decay=0.9, pass 1 of 1, 0 examples)"

@@ -21,7 +21,7 @@ from kronlaplace.layers import Layer
 __all__ = ["KroneckerPrior"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KroneckerPrior(Prior):
     """A prior whose precision is a multiple of a Fisher plus a multiple of the identity, ``D = μ (s F₁ + δ I)``.
 

@@ -69,8 +69,8 @@ class Prior(ABC):
     mean: PriorMean
 
     def __repr__(self) -> str:
-        fields_ = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(fields_)})"
+        shown = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
     def over(self, layers: Sequence[Layer]) -> Prior:
