@@ -10,15 +10,14 @@ The public names are those below; DESIGN in the docs explains the conventions.
 from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
-from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
-from kronlaplace.coverage import Coverage, CoverageRow
-from kronlaplace.curvature_pass import accumulate_batch
-from kronlaplace.error import RelativeError, relative_error
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
-from kronlaplace.fisher import estimate_fisher
-from kronlaplace.forward import find_layout
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.approximation_error import RelativeError, relative_error
+from kronlaplace.fisher.coverage import Coverage, CoverageRow
+from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.estimation import estimate_fisher
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import (
     DiagonalPrior,
     EvidenceTraining,
@@ -44,9 +43,10 @@ from kronlaplace.likelihoods import (
     Sampling,
     register_likelihood,
 )
+from kronlaplace.likelihoods.links import Link
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.links import Link
-from kronlaplace.observer import NetworkObserver
+from kronlaplace.network.forward import find_layout
+from kronlaplace.network.observer import NetworkObserver
 
 __all__ = [
     "estimate_fisher",

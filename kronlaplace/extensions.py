@@ -38,13 +38,13 @@ from backpack.extensions.secondorder.sqrt_ggn import SqrtGGN
 from torch import Tensor, nn
 
 from kronlaplace import estimators
-from kronlaplace.accumulation import Accumulation
+from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block
 from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.layers import LayerBatch, LayerCall, find_layers
 from kronlaplace.likelihoods import Bernoulli, Categorical, Euclidean, Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.precision import in_full_precision
 
 __all__ = ["EKFAC", "KFAC", "KFOC", "SUA", "TKFAC", "BlockExtension", "Diagonal", "ExactBlock"]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.blocks import DenseBlock, DiagonalBlock, KroneckerBlock
-from kronlaplace.kronecker_sum import joint_basis
+from kronlaplace.damping.kronecker_sum import joint_basis
 
 ESTIMATORS = ["kfac", "tkfac", "ekfac", "diagonal", "exact"]
 TEMPERATURE = 0.7
@@ -238,7 +238,7 @@ def test_samples_have_the_covariance():
 
 @pytest.fixture
 def nothing_is_dense(monkeypatch):
-    monkeypatch.setattr("kronlaplace.kronecker_sum.LARGEST_DENSE", 0)
+    monkeypatch.setattr("kronlaplace.damping.kronecker_sum.LARGEST_DENSE", 0)
 
 
 def random_psd(n, generator, rank=None):

@@ -14,19 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
+from kronlaplace._registry import Registry
 from kronlaplace.blocks import block_from_tensors
 from kronlaplace.estimators.registry import ESTIMATORS, estimator_from_json
 from kronlaplace.layers import LAYERS, LinearLayer
-from kronlaplace.likelihoods.base import LIKELIHOODS, columns, gaussian_nll, sum_and_count
-from kronlaplace.links import variance_of
-from kronlaplace.registry import Registry
-from kronlaplace.testing import (
-    check_damping,
-    check_estimator,
-    check_layer,
-    check_likelihood,
-    temporary_registrations,
-)
+from kronlaplace.likelihoods.base import LIKELIHOODS
+from kronlaplace.likelihoods.links import variance_of
+from kronlaplace.likelihoods.prediction import gaussian_nll
+from kronlaplace.likelihoods.tensors import one_element_at_a_time, sum_and_count
+from kronlaplace.testing import check_damping, check_estimator, check_layer, check_likelihood, temporary_registrations
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +49,7 @@ class CountLikelihood(kl.Likelihood):
         return -statistics[0]
 
     def _exact_directions(self, outputs, targets):
-        yield from columns(self.rate(outputs).sqrt())
+        yield from one_element_at_a_time(self.rate(outputs).sqrt())
 
     def _sampled_direction(self, outputs, targets, generator):
         return self._gradient(outputs, torch.poisson(self.rate(outputs), generator))

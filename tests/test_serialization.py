@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
+from kronlaplace._storage import load_tensors, save_tensors
 from kronlaplace.likelihoods.base import LIKELIHOODS
-from kronlaplace.serialization import load_tensors, save_tensors
 from tests.support.networks import mlp
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(5)}
@@ -68,7 +68,7 @@ def test_every_save_has_a_name_of_its_own_in_the_same_folder(path, monkeypatch):
         assert file.exists() and file.parent == path.parent
         raise OSError("disk full")
 
-    monkeypatch.setattr("kronlaplace.serialization.save_file", fail)
+    monkeypatch.setattr("kronlaplace._storage.save_file", fail)
     monkeypatch.setattr("os.getpid", lambda: 7)
     for _ in range(3):
         with pytest.raises(OSError, match="disk full"):

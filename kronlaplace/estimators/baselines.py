@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from kronlaplace._arguments import positive_integer
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of, weighted_mean
 from kronlaplace.layers import Layer, LayerGradients
-from kronlaplace.options import positive_integer
 
 __all__ = ["Diagonal", "ExactBlock"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kronlaplace._arguments import Choice, choice
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of
-from kronlaplace.estimators.moments import factors_by_group, mean_factors, squeezed
+from kronlaplace.estimators.second_moments import factors_by_group, mean_factors, squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
-from kronlaplace.options import Choice, choice
 
 __all__ = ["KFAC", "WeightSharing"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
+from kronlaplace._arguments import resolve
+from kronlaplace._registry import ClassRegistry
 from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.layers import Layer, LayerGradients
-from kronlaplace.options import resolve
-from kronlaplace.registry import ClassRegistry
 
 __all__ = [
     "ESTIMATORS",
@@ -78,7 +78,7 @@ SHORTHANDS: Mapping[str, Callable[[], Estimator]] = _Shorthands()
 
 
 def resolve_estimator(estimator: Estimator | str) -> Estimator:
-    """Turn a shorthand into its estimator; an estimator passes through. Raises as `kronlaplace.options.resolve`.
+    """Turn a shorthand into its estimator; an estimator passes through. Raises as `kronlaplace._arguments.resolve`.
 
     Raises:
         TypeError: If the settings of a registered estimator could not be saved.

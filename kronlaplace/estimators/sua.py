@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import squeezed
+from kronlaplace.estimators.second_moments import squeezed
 from kronlaplace.layers import ConvolutionLayer, Layer, LayerBatch, LayerGradients, Sums
 
 __all__ = ["SUA"]

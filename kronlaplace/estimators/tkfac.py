@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice
 from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.blocks.eigendecomposition import trace
 from kronlaplace.estimators.base import Estimator, State, kind_of
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, mean_factors, partial_traces, squeezed
+from kronlaplace.estimators.second_moments import add_pair_sums, add_row_sums, mean_factors, partial_traces, squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
-from kronlaplace.linalg import trace
-from kronlaplace.options import Choice, choice
 
 __all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]
 

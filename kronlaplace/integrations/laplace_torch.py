@@ -27,17 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.accumulation import Accumulation
-from kronlaplace.batches import device_of, iterate, preserved_random_state
+from kronlaplace._arguments import choice
+from kronlaplace._precision import without_autocast
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock
-from kronlaplace.curvature_pass import CurvaturePass
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import iterate
 from kronlaplace.estimators import EKFAC, Estimator, resolve_estimator
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.curvature_pass import CurvaturePass
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.options import choice
-from kronlaplace.precision import without_autocast
-from kronlaplace.preconditions import check_model
+from kronlaplace.network.preconditions import check_model
 
 try:
     from laplace.curvature import GGNInterface

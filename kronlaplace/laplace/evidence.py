@@ -20,8 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kronlaplace.inversion import PlusDiagonal
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.damping.plus_diagonal import PlusDiagonal
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.laplace.prior_precision import multiples_by_layer
 from kronlaplace.likelihoods import Likelihood

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kronlaplace.batches import device_of
-from kronlaplace.fisher import check_belongs
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace.data.device import device_of
+from kronlaplace.fisher.estimation import check_belongs
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
 from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["Stored", "read", "write"]
 

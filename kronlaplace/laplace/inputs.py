@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, Rewind, device_of, iterate, preserved_random_state, tensors_of
-from kronlaplace.preconditions import check_mode
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.inputs import Inputs, tensors_of
+from kronlaplace.data.loader import Rewind, iterate
+from kronlaplace.network.preconditions import check_mode
 
 __all__ = ["batches_of_inputs", "checked_inputs"]
 

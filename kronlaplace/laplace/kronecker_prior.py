@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock
-from kronlaplace.inversion import LARGEST_DENSE, DampedInverse
-from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.kronecker_sum import JointBasis, joint_basis
+from kronlaplace.damping import DampedInverse
+from kronlaplace.damping.inverse import LARGEST_DENSE
+from kronlaplace.damping.kronecker_sum import JointBasis, joint_basis
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.laplace.prior_mean import PriorMean, mean_by_layer
 from kronlaplace.layers import Layer
@@ -27,9 +28,9 @@ class KroneckerPrior(Prior):
 
     With ``s`` the number of examples it is the Laplace posterior of the data that the Fisher is of; `KronLaplace.as_prior`
     makes it. The posterior precision of a layer, ``c F + μ (s F₁ + δ I)``, is exact for diagonal blocks, for Kronecker
-    products with ``δ = 0``, and for all layers of up to `kronlaplace.inversion.LARGEST_DENSE` weights. For larger
-    Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated (see `kronlaplace.kronecker_sum`),
-    with a warning.
+    products with ``δ = 0``, and for all layers of up to `kronlaplace.damping.inverse.LARGEST_DENSE` weights. For larger
+    Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see
+    `kronlaplace.damping.kronecker_sum`).
 
     Tuning finds ``μ``, one for all layers or one for each.
 

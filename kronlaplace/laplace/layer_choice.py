@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from kronlaplace.combination import combined
+from kronlaplace._arguments import choice
 from kronlaplace.estimators import Estimator
-from kronlaplace.fisher import check_belongs, estimate_fisher
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.estimation import check_belongs, estimate_fisher
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.fisher.merging import combined
 from kronlaplace.laplace.state import State
-from kronlaplace.last_layer import LAST, check_last
 from kronlaplace.layers import NOT_WANTED, Layer, Unsupported, entries_of, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.options import choice
-from kronlaplace.preconditions import check_model
+from kronlaplace.network.last_layer import LAST, check_last
+from kronlaplace.network.preconditions import check_model
 
 __all__ = ["LayerChoice"]
 

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kronlaplace.inversion import DampedInverse
+from kronlaplace.damping import DampedInverse
 from kronlaplace.layers import LayerBatch, LayerGradients
 
 __all__ = ["BUDGET", "OutputCovariance", "LayerCovariance", "covariance_of_layer", "output_layer_part"]

@@ -12,10 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs, tensors_of
-from kronlaplace.example_axes import Layout
-from kronlaplace.forward import NetworkForward
-from kronlaplace.inversion import DampedInverse
+from kronlaplace.damping import DampedInverse
+from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.laplace import layer_covariance
 from kronlaplace.laplace.layer_covariance import (
     LayerCovariance,
@@ -25,7 +23,9 @@ from kronlaplace.laplace.layer_covariance import (
 )
 from kronlaplace.layers import Layer, LayerGradients
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.observer import NetworkObserver, Receiver
+from kronlaplace.network.example_axes import Layout
+from kronlaplace.network.forward import NetworkForward
+from kronlaplace.network.observer import NetworkObserver, Receiver
 
 __all__ = ["ShapeCache", "Linearized"]
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import device_of
+from kronlaplace._arguments import Choice, choice, positive_number
+from kronlaplace._precision import in_full_precision
+from kronlaplace.damping import DampedInverse
+from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
-from kronlaplace.fingerprint import WeightsGuard, fingerprint
-from kronlaplace.inversion import DampedInverse
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
@@ -33,9 +34,8 @@ from kronlaplace.laplace.tuning import NoiseTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import Choice, choice, positive_number
-from kronlaplace.precision import in_full_precision
-from kronlaplace.preconditions import check_model
+from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
+from kronlaplace.network.preconditions import check_model
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
@@ -64,7 +64,7 @@ class KronLaplace(PosteriorPredictions):
         prior_precision: A `Prior`, such as what `as_prior` of an earlier task's posterior returned; or ``δ``: one number;
             one per block, in the order of the blocks; or one per weight, as the
             row-major flattened matrices of all blocks joined, shape ``(P,)``, or ``{parameter name: tensor}``. Where
-            weights have precisions of their own see `kronlaplace.inversion.PlusDiagonal` for what is exact.
+            weights have precisions of their own see `kronlaplace.damping.plus_diagonal.PlusDiagonal` for what is exact.
         prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict). A
             `Prior` has a mean of its own.
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
@@ -242,7 +242,7 @@ class KronLaplace(PosteriorPredictions):
 
         For continual learning: train on the next task with half its `Prior.penalty` added to the summed loss, then fit a
         `KronLaplace` with ``prior_precision=`` this prior. Where the posterior's own prior is not one precision for each
-        layer, its precision becomes one block for each layer: exactly for up to `kronlaplace.inversion.LARGEST_DENSE`
+        layer, its precision becomes one block for each layer: exactly for up to `kronlaplace.damping.inverse.LARGEST_DENSE`
         weights and for diagonal blocks, else by the nearest Kronecker product, with a warning.
 
         Raises:

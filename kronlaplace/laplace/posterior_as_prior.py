@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import warn
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kronlaplace.damping.inverse import LARGEST_DENSE
 from kronlaplace.estimators.kfoc.truncation import Terms, truncated
-from kronlaplace.inversion import LARGEST_DENSE
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.prior import IsotropicPrior, LayerwisePrior
 from kronlaplace.laplace.state import State
-from kronlaplace.options import warn
 
 __all__ = ["posterior_as_prior"]
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronlaplace.batches import is_loader
+from kronlaplace._arguments import positive_integer, seed_number
+from kronlaplace._precision import in_full_precision
+from kronlaplace.data.loader import is_loader
 from kronlaplace.laplace.inputs import batches_of_inputs
 from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import told_of
@@ -17,9 +19,7 @@ from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.settings import PosteriorSettings
 from kronlaplace.laplace.state import State
 from kronlaplace.likelihoods import Prediction
-from kronlaplace.links import Link
-from kronlaplace.options import positive_integer, seed_number
-from kronlaplace.precision import in_full_precision
+from kronlaplace.likelihoods.links import Link
 
 __all__ = ["PosteriorPredictions"]
 

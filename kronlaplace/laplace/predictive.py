@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice, positive_integer, seed_number
+from kronlaplace._precision import in_full_precision, wide
 from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.links import Link, symmetric_root
-from kronlaplace.options import Choice, choice, positive_integer, seed_number
-from kronlaplace.precision import in_full_precision, wide
+from kronlaplace.likelihoods.links import Link, symmetric_root
 
 __all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import device_of
-from kronlaplace.example_axes import Layout
-from kronlaplace.forward_errors import explained_errors
+from kronlaplace.data.device import device_of
 from kronlaplace.laplace.inputs import checked_inputs
 from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.linearized import Linearized
@@ -19,6 +17,8 @@ from kronlaplace.laplace.predictive import JointPrediction, Predictive
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.state import State
 from kronlaplace.likelihoods import Prediction
+from kronlaplace.network.example_axes import Layout
+from kronlaplace.network.forward_errors import explained_errors
 
 __all__ = ["Predictor"]
 

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice
 from kronlaplace.blocks import Block, DiagonalBlock
-from kronlaplace.damping import Tikhonov
-from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
+from kronlaplace.damping import DampedInverse, Tikhonov
+from kronlaplace.damping.inverse import LARGEST_DENSE
+from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
 from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
-from kronlaplace.options import Choice
 
 __all__ = [
     "DIAGONAL_KINDS",
@@ -298,7 +299,8 @@ class DiagonalPrior(Prior):
 
     Args:
         precision: The precisions, positive: the row-major flattened matrices of all layers joined, shape ``(P,)``, or
-            ``{parameter name: tensor of its shape}``. See `kronlaplace.inversion.PlusDiagonal` for where that is exact.
+            ``{parameter name: tensor of its shape}``. See `kronlaplace.damping.plus_diagonal.PlusDiagonal` for where that
+            is exact.
         mean: As in `IsotropicPrior`.
     """
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs
-from kronlaplace.inversion import DampedInverse
+from kronlaplace._replica import Replica
+from kronlaplace.damping import DampedInverse
+from kronlaplace.data.inputs import Inputs
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.replica import Replica
 
 __all__ = ["WeightSampler"]
 

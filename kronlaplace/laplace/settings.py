@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from kronlaplace._arguments import positive_number
 from kronlaplace.estimators import Estimator
 from kronlaplace.laplace.given_prior import GivenPrior, owned
 from kronlaplace.laplace.hyperparameters import Hyperparameters
@@ -18,10 +19,9 @@ from kronlaplace.laplace.prior import Prior, prior_from_multiples
 from kronlaplace.laplace.prior_mean import PriorMean
 from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.state import State
-from kronlaplace.last_layer import LAST
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.options import positive_number
+from kronlaplace.network.last_layer import LAST
 
 __all__ = ["ONE_CHANGE", "PosteriorSettings"]
 

@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kronlaplace.fingerprint import WeightsGuard
-from kronlaplace.inversion import DampedInverse
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace._arguments import warn
+from kronlaplace.damping import DampedInverse
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, noise_rescaling
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.hyperparameters import Hyperparameters
@@ -25,7 +25,7 @@ from kronlaplace.laplace.linearized import ShapeCache
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.options import warn
+from kronlaplace.network.fingerprint import WeightsGuard
 
 __all__ = ["Fit", "State"]
 

@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from kronlaplace.alignment import Alignment
-from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
-from kronlaplace.curvature_pass import check_batch
+from kronlaplace._arguments import choice, positive_integer
+from kronlaplace.data.deferred_checks import DeferredChecks
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.estimators import Estimator
-from kronlaplace.forward_errors import explained_errors
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.curvature_pass import check_batch
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
 from kronlaplace.laplace.prior import Prior, PriorStructure
@@ -31,7 +32,8 @@ from kronlaplace.laplace.prior_precision import Precision
 from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import choice, positive_integer
+from kronlaplace.network.alignment import Alignment
+from kronlaplace.network.forward_errors import explained_errors
 
 __all__ = ["EvidenceRecord", "EvidenceTraining", "train_by_evidence"]
 

@@ -16,12 +16,12 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice, warn
 from kronlaplace.laplace.evidence import Evidence
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.options import Choice, choice, warn
 
 __all__ = [
     "DIAGONAL_RANGE",

@@ -13,16 +13,10 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kronlaplace.alignment import Alignment
-from kronlaplace.batches import (
-    Batch,
-    DeferredChecks,
-    Rewind,
-    device_of,
-    iterate,
-    preserved_random_state,
-    warn_of_share,
-)
+from kronlaplace._arguments import positive_number, warn
+from kronlaplace.data.deferred_checks import Batch, DeferredChecks
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.laplace.evidence import noise_exponent
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.predictive import Predictive
@@ -31,7 +25,7 @@ from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, check_noise, known_noise, maximize_evidence
 from kronlaplace.likelihoods import Prediction
-from kronlaplace.options import positive_number, warn
+from kronlaplace.network.alignment import Alignment
 
 __all__ = ["Candidate", "Validator", "best_of_grid", "by_validation", "default_grid"]
 

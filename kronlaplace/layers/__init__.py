@@ -2,11 +2,12 @@
 
 from kronlaplace.layers.base import Layer, LinearLayer, Report, Sums
 from kronlaplace.layers.convolution import ConvolutionLayer
+from kronlaplace.layers.embedding import EmbeddingLayer
 from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
 from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
 from kronlaplace.layers.layer_batch import LayerBatch, LayerCall, LayerGradients
 from kronlaplace.layers.names import NOT_WANTED, entries_of
-from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer
+from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.precision import wide_dtype
+from kronlaplace._precision import wide_dtype
 
 __all__ = ["Layer", "LinearLayer", "Report", "Sums"]
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from kronlaplace._registry import Registry
 from kronlaplace.layers.attention import attention_forward, attention_layers, attention_refusal
 from kronlaplace.layers.base import Layer, LinearLayer
 from kronlaplace.layers.convolution import ConvolutionLayer
-from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer, embedding_refusal
+from kronlaplace.layers.embedding import EmbeddingLayer, embedding_refusal
+from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 from kronlaplace.layers.scale import ScaleLayer
 from kronlaplace.layers.transposed import TransposedLinearLayer
-from kronlaplace.registry import Registry
 
 __all__ = ["LAYERS", "SUPPORTED_LAYERS", "Family", "family_of", "register_layer", "written_out"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from kronlaplace._arguments import Choice
 from kronlaplace.layers.base import Layer
 from kronlaplace.layers.families import LAYERS, Family, family_of
 from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
-from kronlaplace.options import Choice
 
 __all__ = ["LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layers"]
 

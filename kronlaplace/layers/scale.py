@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.layers.pointwise import NormalizationLayer
-from kronlaplace.memory_layout import with_contiguous_gradient
-from kronlaplace.replica import Replica
+from kronlaplace._memory_layout import with_contiguous_gradient
+from kronlaplace._replica import Replica
+from kronlaplace.layers.normalization import NormalizationLayer
 
 __all__ = ["ScaleLayer"]
 

@@ -25,13 +25,14 @@ waits for an accelerator.
 
 from __future__ import annotations
 
-from kronlaplace.likelihoods.base import Likelihood, Prediction, Sampling, register_likelihood
+from kronlaplace._arguments import resolve
+from kronlaplace.likelihoods.base import Likelihood, Sampling, register_likelihood
 from kronlaplace.likelihoods.bernoulli import Bernoulli
 from kronlaplace.likelihoods.categorical import Categorical
 from kronlaplace.likelihoods.euclidean import Euclidean
 from kronlaplace.likelihoods.gaussian import Gaussian
 from kronlaplace.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from kronlaplace.options import resolve
+from kronlaplace.likelihoods.prediction import Prediction
 
 __all__ = [
     "Bernoulli",
@@ -59,7 +60,7 @@ _SHORTHANDS = {
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
-    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace.options.resolve`."""
+    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace._arguments.resolve`."""
     return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]
 
 

@@ -1,8 +1,7 @@
-"""What all likelihoods share: `Sampling`, `Prediction`, the base class, and operations on outputs of any shape."""
+"""What a likelihood is: the five questions that it answers, and how it becomes known by name."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -12,27 +11,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from kronlaplace.links import Link
-from kronlaplace.options import Choice
-from kronlaplace.registry import ClassRegistry
+from kronlaplace._arguments import Choice
+from kronlaplace._registry import ClassRegistry
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.likelihoods.prediction import Prediction
 
-__all__ = [
-    "LIKELIHOODS",
-    "Likelihood",
-    "Prediction",
-    "Sampling",
-    "check_same_shape",
-    "columns",
-    "finite",
-    "gaussian_nll",
-    "log_at_least_tiny",
-    "positions",
-    "probabilities",
-    "register_likelihood",
-    "standard_normal",
-    "sum_and_count",
-    "without",
-]
+__all__ = ["LIKELIHOODS", "Likelihood", "Sampling", "register_likelihood"]
 
 
 class Sampling(Choice):
@@ -46,34 +30,6 @@ class Sampling(Choice):
     EXACT = "exact"
     MC = "mc"
     EMPIRICAL = "empirical"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A regression prediction: a Gaussian for every output of every example, in at least float32.
-
-    Attributes:
-        mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that).
-        variance: Variance of the *function value*, same shape. It does **not** contain the noise.
-        noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` where it is the same everywhere
-            (`Gaussian`), or of the shape of ``mean`` where the network predicts it (`HeteroscedasticGaussian`).
-    """
-
-    mean: Tensor
-    variance: Tensor
-    noise_variance: Tensor
-
-    @property
-    def total_variance(self) -> Tensor:
-        """Variance of a new observation: function variance plus noise, same shape as ``mean``."""
-        return self.variance + self.noise_variance
-
-    def __repr__(self) -> str:
-        noise = self.noise_variance
-        noise_text = f"{noise.item():.4g}" if noise.ndim == 0 else f"of shape {tuple(noise.shape)}"
-        return (
-            f"{type(self).__name__}(mean and variance of shape {tuple(self.mean.shape)}, noise_variance {noise_text})"
-        )
 
 
 @dataclass(frozen=True)
@@ -395,7 +351,7 @@ class Likelihood(ABC):
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
     def to_json(self) -> dict[str, Any]:
-        """Return its name and parameters as JSON-compatible values; see `kronlaplace.registry.ClassRegistry.to_json`.
+        """Return its name and parameters as JSON-compatible values; see `kronlaplace._registry.ClassRegistry.to_json`.
 
         Raises:
             TypeError: If a parameter is something that JSON cannot hold.
@@ -436,90 +392,3 @@ def register_likelihood(likelihood: _Class) -> _Class:
     """
     LIKELIHOODS.register(likelihood)
     return likelihood
-
-
-def without(shape: torch.Size, axis: int) -> torch.Size:
-    """``shape`` with one axis left out."""
-    return shape[:axis] + shape[axis + 1 :]
-
-
-def positions(shape: torch.Size) -> Iterator[tuple[slice | int, ...]]:
-    """Indices of the elements of one example, each of them taken in all examples; ``shape`` is ``(N, ...)``."""
-    for index in itertools.product(*map(range, shape[1:])):
-        yield (slice(None), *index)
-
-
-def columns(values: Tensor) -> Iterator[Tensor]:
-    """Yield, for each output element of an example, a tensor that holds ``values`` there and zeros elsewhere."""
-    for position in positions(values.shape):
-        column = torch.zeros_like(values)
-        column[position] = values[position]
-        yield column
-
-
-def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent standard normal numbers of the shape, dtype and device of ``like``."""
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def probabilities(likelihood: Likelihood, prediction: Tensor | Prediction) -> Tensor:
-    """The prediction of a classifier, which is a tensor.
-
-    Raises:
-        TypeError: If it is none.
-    """
-    if isinstance(prediction, Tensor):
-        return prediction
-    raise TypeError(
-        f"{likelihood} predicts probabilities, a tensor of the shape of the network's outputs; got a "
-        f"{type(prediction).__name__}. Give what its predictive returned."
-    )
-
-
-def log_at_least_tiny(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """``log p`` in float64, with ``p`` clamped at the smallest positive normal number of ``dtype``."""
-    return p.double().clamp_min(torch.finfo(dtype).tiny).log()
-
-
-def gaussian_nll(likelihood: Likelihood, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-    """Negative log density of each target, float64, where the prediction is a Gaussian; targets of its mean's shape.
-
-    Raises:
-        TypeError: If the prediction is no `Prediction`.
-    """
-    if not isinstance(prediction, Prediction):
-        raise TypeError(
-            f"{likelihood} predicts a Prediction, with mean and variance; got a {type(prediction).__name__}. Give what its "
-            "predictive returned."
-        )
-    variance = prediction.total_variance.double()
-    squared_error = (targets.double() - prediction.mean.double()).square()
-    return 0.5 * (squared_error / variance + torch.log(2 * math.pi * variance))
-
-
-def sum_and_count(values: Tensor) -> Tensor:
-    """Shape ``(2,)``, float64; the count is filled in on the device, which a copy from the host would wait for."""
-    total = values.double().sum()
-    return torch.stack([total, torch.full_like(total, values.numel())])
-
-
-def finite(targets: Tensor) -> tuple[Tensor, str]:
-    """What `Likelihood.check_targets` returns where any finite number is allowed."""
-    return torch.isfinite(targets).all(), "targets contain NaN or infinite values; drop or repair those rows."
-
-
-def check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    """Check that the targets have the shape of the outputs.
-
-    Raises:
-        ValueError: If they do not, with the ``name`` of the likelihood.
-    """
-    if targets.shape != outputs.shape:
-        raise ValueError(
-            f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
-            f"{tuple(targets.shape)}. Use targets.unsqueeze(1) or targets.reshape({tuple(outputs.shape)}): "
-            "broadcasting would silently compare every output with every target."
-            if targets.numel() == outputs.numel()
-            else f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
-            f"{tuple(targets.shape)}. Check the number of columns of the targets and of the last layer."
-        )

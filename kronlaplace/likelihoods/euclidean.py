@@ -9,17 +9,17 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.likelihoods.prediction import Prediction
+from kronlaplace.likelihoods.tensors import (
+    any_finite_target,
     check_same_shape,
-    columns,
-    finite,
+    one_element_at_a_time,
     standard_normal,
     sum_and_count,
 )
-from kronlaplace.links import Link
-from kronlaplace.precision import wide
 
 __all__ = ["Euclidean"]
 
@@ -39,7 +39,7 @@ class Euclidean(Likelihood):
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Euclidean", outputs, targets)
-        return finite(targets)
+        return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of squared errors and the number of targets."""
@@ -50,7 +50,7 @@ class Euclidean(Likelihood):
         return -0.5 * statistics[0]
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        yield from columns(torch.ones_like(outputs))
+        yield from one_element_at_a_time(torch.ones_like(outputs))
 
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         return vectors.clone()

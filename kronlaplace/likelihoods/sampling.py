@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import choice, positive_integer, seed_number
 from kronlaplace.likelihoods.base import Likelihood, Sampling
-from kronlaplace.options import choice, positive_integer, seed_number
 
 __all__ = ["DirectionSampling"]
 

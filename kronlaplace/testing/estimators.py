@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block
-from kronlaplace.combination import combined
-from kronlaplace.curvature_pass import accumulate_batch
 from kronlaplace.estimators import Estimator, ExactBlock
 from kronlaplace.estimators.registry import ESTIMATORS
-from kronlaplace.fisher import estimate_fisher
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.estimation import estimate_fisher
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.fisher.merging import combined
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.observer import NetworkObserver
+from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.testing.laws import generator, law, require, require_equal, standard_normal
 
 __all__ = ["check_estimator"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.estimators import Diagonal
-from kronlaplace.fisher import estimate_fisher
+from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.layers import Layer, find_layers, written_out
 from kronlaplace.testing.laws import law, require, require_equal, standard_normal
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronlaplace.likelihoods import Likelihood, Prediction, Sampling
 from kronlaplace.likelihoods.base import LIKELIHOODS
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from kronlaplace.testing.laws import generator, law, require, require_equal, standard_normal
 
 __all__ = ["check_likelihood"]

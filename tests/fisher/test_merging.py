@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.combination import combined
+from kronlaplace.fisher.merging import combined
 from tests.support.assertions import assert_close
 from tests.support.estimators import White
 from tests.support.problems import batches, problem

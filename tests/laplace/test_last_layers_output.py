@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.links import Link
-from kronlaplace.observer import NetworkObserver
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.network.observer import NetworkObserver
 from tests.support.output_shapes import (
     GLM_LINKS,
     assert_close,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support import oracles
 from tests.support.cases import case
 from tests.support.networks import Residual
@@ -386,7 +386,7 @@ def test_draws_of_the_outputs_take_bounded_memory(diagonal, monkeypatch):
     posterior = kl.KronLaplace(model, "classification").fit([(x, torch.randint(5, (10,)))])
     predictive = {"link": "mc", "n_samples": 20_000, "diagonal": diagonal}
     whole = posterior.predict(x, **predictive)
-    monkeypatch.setattr("kronlaplace.links._BUDGET", 3 * 50 + 1)
+    monkeypatch.setattr("kronlaplace.likelihoods.links._BUDGET", 3 * 50 + 1)
     shapes = []
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **options: shapes.append(size) or draw(*size, **options))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Likelihood, Sampling, resolve_likelihood
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support.likelihoods import (
     CASES,
     CATEGORICAL,

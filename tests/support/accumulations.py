@@ -3,12 +3,12 @@
 import torch
 
 import kronlaplace as kl
-from kronlaplace.batches import Inputs
-from kronlaplace.curvature_pass import accumulate, accumulate_batch
-from kronlaplace.forward import NetworkForward
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.fisher.curvature_pass import accumulate, accumulate_batch
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.forward import NetworkForward
 from tests.support.assertions import assert_close
 from tests.support.estimators import CONVERGED, CONVERGED_FULL
 from tests.support.problems import batches

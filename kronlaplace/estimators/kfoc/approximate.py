@@ -13,7 +13,7 @@ from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
 from kronlaplace.estimators.kfoc.options import UnitFactor
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
 from kronlaplace.estimators.kfoc.truncation import factors_of
-from kronlaplace.estimators.moments import squeezed
+from kronlaplace.estimators.second_moments import squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Approximate"]

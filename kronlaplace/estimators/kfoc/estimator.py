@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kronlaplace._arguments import choice, positive_integer, positive_number, seed_number
 from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfoc.approximate import Approximate
@@ -19,7 +20,6 @@ from kronlaplace.estimators.kfoc.power_iteration import PowerIteration
 from kronlaplace.estimators.kfoc.running import Running
 from kronlaplace.estimators.kfoc.sweeps import Sweeps
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
-from kronlaplace.options import choice, positive_integer, positive_number, seed_number
 
 __all__ = ["KFOC"]
 

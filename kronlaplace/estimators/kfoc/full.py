@@ -10,7 +10,7 @@ from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
 from kronlaplace.estimators.kfoc.truncation import factors_of
-from kronlaplace.estimators.moments import squeezed
+from kronlaplace.estimators.second_moments import squeezed
 from kronlaplace.layers import Layer, LayerGradients
 
 __all__ = ["Full"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.estimators.kfoc.truncation import Examples, batched_eigen, leading_eigenvector
-from kronlaplace.estimators.moments import activation_sum, frobenius, gradient_sum
+from kronlaplace.estimators.second_moments import activation_sum, frobenius, gradient_sum
 from kronlaplace.layers import LayerGradients
 
 __all__ = ["KeptExamples", "joined", "kept_examples"]

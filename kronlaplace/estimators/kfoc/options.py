@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronlaplace.options import Choice
+from kronlaplace._arguments import Choice
 
 __all__ = ["Aggregation", "Initialization", "UnitFactor"]
 

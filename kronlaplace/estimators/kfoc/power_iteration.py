@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronlaplace.blocks.eigendecomposition import eigendecompose_symmetric, trace
 from kronlaplace.estimators.kfoc.kept_examples import KeptExamples
 from kronlaplace.estimators.kfoc.options import Initialization
 from kronlaplace.estimators.kfoc.truncation import batched_eigen, by_group, unit
-from kronlaplace.estimators.moments import frobenius
-from kronlaplace.linalg import eigendecompose_symmetric, trace
+from kronlaplace.estimators.second_moments import frobenius
 
 __all__ = ["PowerIteration", "leading_triple", "linear_combination", "made_psd"]
 

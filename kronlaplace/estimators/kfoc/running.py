@@ -13,7 +13,7 @@ from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
 from kronlaplace.estimators.kfoc.options import Initialization
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
 from kronlaplace.estimators.kfoc.truncation import Examples, Terms, concatenated, factors_of, truncated
-from kronlaplace.estimators.moments import factors_by_group, frobenius, squeezed
+from kronlaplace.estimators.second_moments import factors_by_group, frobenius, squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Running"]

@@ -12,7 +12,7 @@ from kronlaplace.estimators.base import Estimator, State, kind_of
 from kronlaplace.estimators.kfoc.krylov import best_of_krylov
 from kronlaplace.estimators.kfoc.power_iteration import made_psd
 from kronlaplace.estimators.kfoc.truncation import factors_of
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, frobenius, partial_traces, squeezed
+from kronlaplace.estimators.second_moments import add_pair_sums, add_row_sums, frobenius, partial_traces, squeezed
 from kronlaplace.estimators.tkfac import trace_preserving_block
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 

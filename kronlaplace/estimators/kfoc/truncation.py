@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kronlaplace.estimators.moments import frobenius
-from kronlaplace.linalg import Named, eigendecompose, trace
+from kronlaplace.blocks.eigendecomposition import Named, eigendecompose, trace
+from kronlaplace.estimators.second_moments import frobenius
 
 __all__ = [
     "Examples",
