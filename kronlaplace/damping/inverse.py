@@ -14,11 +14,7 @@ from torch import Tensor
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block, RotatedBlock
 
-__all__ = ["DampedInverse", "LARGEST_DENSE"]
-
-
-LARGEST_DENSE = 2048
-"""Weights that a block may have to be made dense, so that each of its weights can have a damping of its own."""
+__all__ = ["DampedInverse"]
 
 
 class DampedInverse:

@@ -34,7 +34,8 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock, RotatedBlock
 from kronlaplace.blocks.base import two_sided
 from kronlaplace.blocks.eigendecomposition import eigendecompose_symmetric
-from kronlaplace.damping.inverse import LARGEST_DENSE, DampedInverse
+from kronlaplace.damping.inverse import DampedInverse
+from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
 
 __all__ = ["JointBasis", "JointInverse", "joint_basis"]
 

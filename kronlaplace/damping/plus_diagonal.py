@@ -10,9 +10,12 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, RotatedBlock
 from kronlaplace.blocks.eigendecomposition import Eigen, eigendecompose_symmetric
-from kronlaplace.damping.inverse import LARGEST_DENSE, DampedInverse
+from kronlaplace.damping.inverse import DampedInverse
 
-__all__ = ["PlusDiagonal"]
+__all__ = ["LARGEST_DENSE", "PlusDiagonal"]
+
+LARGEST_DENSE = 2048
+"""Weights that a block may have to be made dense, so that each of its weights can have a damping of its own."""
 
 
 class PlusDiagonal:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock
 from kronlaplace.damping import DampedInverse
-from kronlaplace.damping.inverse import LARGEST_DENSE
 from kronlaplace.damping.kronecker_sum import JointBasis, joint_basis
+from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.laplace.prior_mean import PriorMean, mean_by_layer
@@ -28,7 +28,7 @@ class KroneckerPrior(Prior):
 
     With ``s`` the number of examples it is the Laplace posterior of the data that the Fisher is of; `KronLaplace.as_prior`
     makes it. The posterior precision of a layer, ``c F + μ (s F₁ + δ I)``, is exact for diagonal blocks, for Kronecker
-    products with ``δ = 0``, and for all layers of up to `kronlaplace.damping.inverse.LARGEST_DENSE` weights. For larger
+    products with ``δ = 0``, and for all layers of up to `kronlaplace.damping.plus_diagonal.LARGEST_DENSE` weights. For larger
     Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see
     `kronlaplace.damping.kronecker_sum`).
 

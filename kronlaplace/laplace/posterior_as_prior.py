@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronlaplace._arguments import warn
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from kronlaplace.damping.inverse import LARGEST_DENSE
+from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
 from kronlaplace.estimators.kfoc.truncation import Terms, truncated
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior

@@ -23,8 +23,7 @@ from torch import Tensor
 from kronlaplace._arguments import Choice
 from kronlaplace.blocks import Block, DiagonalBlock
 from kronlaplace.damping import DampedInverse, Tikhonov
-from kronlaplace.damping.inverse import LARGEST_DENSE
-from kronlaplace.damping.plus_diagonal import PlusDiagonal
+from kronlaplace.damping.plus_diagonal import LARGEST_DENSE, PlusDiagonal
 from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
 from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
