@@ -28,8 +28,7 @@ class KroneckerPrior(Prior):
 
     With ``s`` the number of examples it is the Laplace posterior of the data that the Fisher is of; `KronLaplace.as_prior`
     makes it. The posterior precision of a layer, ``c F + μ (s F₁ + δ I)``, is exact for diagonal blocks, for Kronecker
-    products with ``δ = 0``, and for all layers of up to `kronlaplace.damping.plus_diagonal.LARGEST_DENSE` weights. For larger
-    Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see
+    products with ``δ = 0``, and for all layers of up to 2,048 weights. For larger Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see
     `kronlaplace.damping.kronecker_sum`).
 
     Tuning finds ``μ``, one for all layers or one for each.

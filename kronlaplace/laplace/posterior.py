@@ -242,8 +242,8 @@ class KronLaplace(PosteriorPredictions):
 
         For continual learning: train on the next task with half its `Prior.penalty` added to the summed loss, then fit a
         `KronLaplace` with ``prior_precision=`` this prior. Where the posterior's own prior is not one precision for each
-        layer, its precision becomes one block for each layer: exactly for up to `kronlaplace.damping.plus_diagonal.LARGEST_DENSE`
-        weights and for diagonal blocks, else by the nearest Kronecker product, with a warning.
+        layer, its precision becomes one block for each layer: exactly for up to 2,048 weights and for diagonal blocks,
+        otherwise by the nearest Kronecker product, with a warning.
 
         Raises:
             RuntimeError: Before `fit`, or if the weights changed after it.
