@@ -13,7 +13,7 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.data.loader import warn_of_share
-from kronlaplace.estimators import Estimator, estimator_to_json, resolve_estimator
+from kronlaplace.estimators import Diagonal, Estimator, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.coverage import Coverage, CoverageRow
 from kronlaplace.fisher.curvature_pass import accumulate
@@ -26,7 +26,7 @@ from kronlaplace.network.fingerprint import difference, fingerprint
 from kronlaplace.network.last_layer import LAST, check_last, find_last_layer
 from kronlaplace.network.preconditions import check_model
 
-__all__ = ["check_belongs", "estimate_fisher"]
+__all__ = ["check_belongs", "estimate_fisher", "with_metadata"]
 
 
 @in_full_precision
@@ -183,6 +183,40 @@ def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Mo
             f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
             f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
         )
+
+
+def with_metadata(
+    fisher: KroneckerFisher, model: nn.Module, likelihood: Likelihood, estimator: Estimator
+) -> KroneckerFisher:
+    """Describe a Fisher that was made of blocks alone, which is taken to be of this network at its present weights.
+
+    Args:
+        fisher: The Fisher.
+        model: The network.
+        likelihood: The likelihood that the blocks were made with.
+        estimator: The estimator that made them.
+
+    Returns:
+        The Fisher with metadata; blocks are shared.
+
+    Raises:
+        ValueError: If the blocks are not for layers of the network, or have other shapes.
+    """
+    search = search_layers(model, list(fisher), Unsupported.FIXED)
+    check_belongs(fisher, search.layers, model, "the fisher", "estimated")
+    names = {layer.name: (estimator if layer.factors else Diagonal()).name for layer in search.layers}
+    metadata = FisherMetadata(
+        likelihood=likelihood,
+        estimator=estimator.name,
+        sampling=Sampling.EXACT,
+        mc_samples=1,
+        seed=0,
+        parameters={layer.name: layer.parameter_names for layer in search.layers},
+        weights=fingerprint(model),
+        coverage=_coverage(model, search, dict(fisher), names),
+        settings=estimator_to_json(estimator),
+    )
+    return KroneckerFisher(dict(fisher), fisher.n_examples, metadata, fisher.statistics)
 
 
 def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], estimators: dict[str, str]) -> Coverage:

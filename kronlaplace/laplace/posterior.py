@@ -15,6 +15,7 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.damping import DampedInverse
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
+from kronlaplace.fisher.estimation import with_metadata
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.given_prior import GivenPrior
@@ -158,7 +159,8 @@ class KronLaplace(PosteriorPredictions):
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
                 may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
-                could not have one; `estimator` becomes the one that it was made with.
+                could not have one; `estimator` becomes the one that it was made with. A Fisher that was made of blocks
+                alone is taken to be of this network at its present weights, by the posterior's likelihood and estimator.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
@@ -191,6 +193,8 @@ class KronLaplace(PosteriorPredictions):
             fisher = self._choice.estimate(data, likelihood, self.estimator, **options)
             names = list(fisher)
         else:
+            if not fisher.has_metadata:
+                fisher = with_metadata(fisher, self.model, likelihood, self.estimator)
             names = self._choice.check_ready_made(fisher, state, likelihood)
         remaining, fisher = self._choice.settle(state, fisher, names, ready_made, before)
         with torch.inference_mode(False):

@@ -446,3 +446,21 @@ def test_a_fisher_of_blocks_alone(tmp_path):
         fisher.metadata  # noqa: B018 - looking is what fails
     with pytest.raises(ValueError, match="made of blocks alone"):
         kl.relative_error(fisher, model, batches(model))
+
+
+def test_a_posterior_takes_a_fisher_of_blocks_alone(tmp_path):
+    """One object for several uses: what a training loop accumulated becomes a posterior."""
+    model = convolutional().eval()
+    data = batches(model)
+    expected = kl.KronLaplace(model, "classification").fit(data)
+    fisher = kl.KroneckerFisher(dict(expected.fisher), 24, statistics=expected.fisher.statistics)
+    posterior = kl.KronLaplace(model, "classification").fit(fisher=fisher)
+    x = data[0][0]
+    torch.testing.assert_close(posterior.predict(x), expected.predict(x))
+    torch.testing.assert_close(posterior.log_marginal_likelihood(), expected.log_marginal_likelihood())
+    assert str(posterior.fisher.coverage()) == str(expected.fisher.coverage())
+    posterior.save(tmp_path / "posterior")
+    torch.testing.assert_close(kl.KronLaplace.load(tmp_path / "posterior", model).predict(x), expected.predict(x))
+    other = kl.KroneckerFisher({name: block for name, block in fisher.items() if name != "7"}, 24)
+    with pytest.raises(ValueError, match=r"has no blocks for the layers \['7'\]"):
+        kl.KronLaplace(model, "classification").fit(fisher=other)
