@@ -32,6 +32,7 @@ def test_under_autocast_only_the_network_is_rounded(kind, estimator):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm"])  # torch's LSTM fails under autocast itself
 def test_layers_under_autocast(kind):
     model, inputs, targets = problem(kind)

@@ -140,6 +140,7 @@ def architecture(name, dtype):
     return case.model.to(dtype).float(), converted(converted(case.inputs, dtype), torch.float32), case.targets
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["depthwise", "transformer", "cells", "language_model"])
 def test_architectures_in_bfloat16(name):
     model, inputs, targets = architecture(name, torch.bfloat16)

@@ -172,6 +172,7 @@ def test_a_posterior_is_as_before_while_it_is_tuned_on_validation_data():
     assert posterior.prior_precision == 10.0
 
 
+@pytest.mark.grid
 def test_a_refit_while_others_predict():
     case = cnn()
     posterior = kl.KronLaplace(case.model, "classification", sampled := kl.KFAC())
@@ -223,6 +224,7 @@ class Interrupt(BaseException):
     """Comes like a Ctrl-C, at any moment."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("network", ["recurrent", "residual"])

@@ -16,6 +16,7 @@ def linear_problem():
     return x, y
 
 
+@pytest.mark.grid
 def test_linear_regression_reaches_the_ridge_solution(linear_problem):
     x, y = linear_problem
     model, loss = nn.Linear(3, 1, bias=False), GaussianNLL()

@@ -123,6 +123,7 @@ def test_sequences_of_different_lengths(name):
     assert_same(combined(one, other), whole)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_the_order_of_two_does_not_matter(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
@@ -146,6 +147,7 @@ def test_a_fisher_with_itself_is_the_same_mean(name):
     assert_same(twice, kl.KroneckerFisher(fisher, 2 * fisher.n_examples, fisher.metadata, 2 * fisher.statistics))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
@@ -157,6 +159,7 @@ def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
             assert torch.equal(tensor, tensors[key]), key
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_saved_loaded_and_combined(name, tmp_path):
     one, other, whole = parts_and_whole("norms", ADDITIVE[name](), 1)
@@ -254,6 +257,7 @@ def test_draws_of_other_seeds_are_combined():
 # -- what cannot be combined ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["cnn", "depthwise", "norms"])
 @pytest.mark.parametrize("name", NOT_ADDITIVE)
 def test_estimators_whose_blocks_do_not_add_up(name, network):
@@ -369,6 +373,7 @@ PARTICULARS = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", PARTICULARS)
 def test_fishers_that_were_not_estimated_in_the_same_way(name):
     changes, message = PARTICULARS[name]

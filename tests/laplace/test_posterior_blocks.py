@@ -127,6 +127,7 @@ def test_tuning_finds_a_better_evidence(name, network, structure):
     torch.testing.assert_close(p.sum(1), torch.ones(len(p)).double())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("network", "name"), [("depthwise", "kfac"), ("depthwise", "ekfac"), ("lstm", "kfoc"), ("norms", "exact")]
 )
@@ -232,6 +233,7 @@ def test_predicted_noise_with_the_linearised_model(columns):
     torch.testing.assert_close(prediction.noise_variance, torch.exp(f[:, columns:] + variance[:, columns:] / 2))
 
 
+@pytest.mark.grid
 def test_predicted_noise_by_sampling():
     """A sharp posterior has the network's own outputs; a wide one agrees with the network at drawn weights."""
     made, _, posterior = heteroscedastic()

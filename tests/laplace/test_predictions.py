@@ -159,6 +159,7 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
             torch.testing.assert_close(p.sum(axis), torch.ones_like(p.sum(axis)))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", ["tokens", "segmentation"])
 @pytest.mark.parametrize("method", ["glm", "sample"])
 def test_the_fit_tells_where_the_classes_are(network, method, tmp_path):
@@ -191,6 +192,7 @@ def streams(x, y):
     }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("stream", streams(torch.zeros(1), torch.zeros(1)))
 @pytest.mark.parametrize(
     ("network", "likelihood"),
@@ -213,6 +215,7 @@ def test_batches_equal_the_whole(network, likelihood, stream):
         assert_close(posterior.functional_variance(make(), diagonal), whole, 1e-10)
 
 
+@pytest.mark.grid
 def test_more_examples_than_one_chunk():
     made = problem("mlp")
     posterior = made.fitted()
@@ -263,6 +266,7 @@ def test_bad_streams_are_refused():
 # -- draws in mirrored pairs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("estimator", ["kfac", "exact"])
 @pytest.mark.parametrize("network", ["mlp", "lstm", "norms"])
 def test_antithetic_draws_mirror_each_other(network, estimator):
@@ -290,6 +294,7 @@ def test_antithetic_predictions_of_a_linear_network_have_the_exact_mean(n):
     assert (plain.mean - prediction.mean).abs().max() > 1e-3
 
 
+@pytest.mark.grid
 def test_variance_of_few_antithetic_samples_is_unbiased():
     """One pair at a time: the mean over 500 seeds is the variance, within six standard errors."""
     made = problem("mlp", "regression")
@@ -377,6 +382,7 @@ def test_in_place_activations_right_behind_a_layer():
     assert_close(posterior.functional_variance(made.inputs, joint=True), covariance.reshape(16, 16))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_draws_of_the_outputs_take_bounded_memory(diagonal, monkeypatch):
     """As many draws at a time as the budget allows; the average is over all of them."""

@@ -16,6 +16,7 @@ import kronlaplace as kl
 from kronlaplace.laplace import tuning
 from tests.support.output_shapes import problem
 from tests.support.posteriors import ESTIMATORS, some_prior
+from tests.support.tiers import examples
 from tests.support.validation import GRID, PREDICTIVES, shifted
 
 at_the_edge = pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")
@@ -70,6 +71,7 @@ def test_scalar_optimum(network, likelihood, estimator):
     assert float(posterior.log_marginal_likelihood()) >= best - 1e-6
 
 
+@pytest.mark.quick(3)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("likelihood", EVERY_LIKELIHOOD)
@@ -136,7 +138,7 @@ def test_optimum_at_another_temperature(temperature):
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(data=st.data())
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 @pytest.mark.parametrize(("likelihood", "estimator"), [("classification", "kfac"), ("regression", "exact")])
@@ -155,7 +157,7 @@ def test_the_evidence_is_concave_in_logarithms(likelihood, estimator, structure,
 
 
 @at_the_edge
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(
     precision=st.floats(-8, 8),
     noise=st.floats(-3, 3),

@@ -41,6 +41,7 @@ def test_validation_picks_the_best_of_the_grid(network, likelihood, name):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("network", ["mlp", "tokens"])
 def test_validation_weighs_targets_not_batches(network):
@@ -182,6 +183,7 @@ def test_missing_data_are_refused():
 # -- validation, regression ----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge", "ignore:sampling=.empirical.")
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", ["mlp", "cnn", "tokens"])
@@ -210,6 +212,7 @@ def test_prior_and_noise_are_found_together(network, sampling):
     assert found > min(losses) - 0.05
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 def test_prior_and_noise_are_found_together_by_sampling():
     """Draws are the same for all noises, and the search is coarse: near the best of a grid."""
