@@ -113,7 +113,7 @@ def laplace_probabilities(posterior, x, device):
             outputs = posterior.model(inputs)
         covariance = posterior.functional_variance(inputs)
         for link, predictive in LINKS.items():
-            parts[link].append(predictive.linearised(outputs, covariance, posterior.likelihood).double().cpu())
+            parts[link].append(predictive.linearized(outputs, covariance, posterior.likelihood).double().cpu())
     return {link: torch.cat(probabilities).numpy() for link, probabilities in parts.items()}
 
 

@@ -182,7 +182,7 @@ def posteriors_of(problem, by_weight):
         tuned = kl.KronLaplace(problem.model_of_kept, "regression", estimator).fit(batches(problem.kept))
         tuned.tune("validation", data=[problem.held_out], predictive=predictive, grid=grid)
         posterior = kl.KronLaplace(problem.model, "regression", estimator).fit(batches(problem.everything))
-        posterior.set_hyperparameters(tuned.prior_precision, tuned.likelihood.noise_std)
+        posterior.hyperparameters = tuned.hyperparameters
         return posterior
 
     result = {}
@@ -230,7 +230,7 @@ def scores_of(problem, by_weight):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             posterior = make()
-        prediction = posterior.predict_batch(test_x, predictive)
+        prediction = posterior.predict(test_x, **vars(predictive))
         seconds = time.perf_counter() - start
         precision = posterior.prior_precision.flatten().tolist()
         result[name] = score(

@@ -10,15 +10,28 @@ The public names are those below; DESIGN in the docs explains the conventions.
 from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
-from kronlaplace.accumulation import Accumulation
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
-from kronlaplace.coverage import Coverage, CoverageRow
-from kronlaplace.error import RelativeError, relative_error
-from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock
-from kronlaplace.fisher import estimate_fisher
-from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace import EvidenceTraining, JointPrediction, KronLaplace, Predictive, train_by_evidence
-from kronlaplace.layers import SUPPORTED_LAYERS
+from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.approximation_error import RelativeError, relative_error
+from kronlaplace.fisher.coverage import Coverage, CoverageRow
+from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.estimation import estimate_fisher
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.laplace import (
+    DiagonalPrior,
+    EvidenceTraining,
+    Hyperparameters,
+    IsotropicPrior,
+    JointPrediction,
+    KroneckerPrior,
+    KronLaplace,
+    LayerwisePrior,
+    Predictive,
+    Prior,
+    train_by_evidence,
+)
+from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
 from kronlaplace.likelihoods import (
     Bernoulli,
     Categorical,
@@ -30,7 +43,10 @@ from kronlaplace.likelihoods import (
     Sampling,
     register_likelihood,
 )
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.forward import find_layout
+from kronlaplace.network.observer import NetworkObserver
 
 __all__ = [
     "estimate_fisher",
@@ -45,6 +61,11 @@ __all__ = [
     "Coverage",
     "CoverageRow",
     "Accumulation",
+    "NetworkObserver",
+    "DirectionSampling",
+    "accumulate_batch",
+    "find_layers",
+    "find_layout",
     "Estimator",
     "KFAC",
     "SUA",
@@ -53,7 +74,10 @@ __all__ = [
     "EKFAC",
     "Diagonal",
     "ExactBlock",
+    "register_estimator",
     "SUPPORTED_LAYERS",
+    "Layer",
+    "register_layer",
     "Categorical",
     "Bernoulli",
     "Gaussian",
@@ -63,6 +87,12 @@ __all__ = [
     "register_likelihood",
     "Sampling",
     "KronLaplace",
+    "Prior",
+    "IsotropicPrior",
+    "LayerwisePrior",
+    "DiagonalPrior",
+    "KroneckerPrior",
+    "Hyperparameters",
     "train_by_evidence",
     "EvidenceTraining",
     "Predictive",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.precision import alike, callers_autocast, without_autocast
+from kronlaplace._precision import alike, callers_autocast, without_autocast
 from tests.support.precision import (
     ESTIMATORS,
     HALF,

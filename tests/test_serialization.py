@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
-from kronlaplace.likelihoods.base import BY_NAME
-from kronlaplace.serialization import load_tensors, save_tensors
+from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace.likelihoods.base import LIKELIHOODS
 from tests.support.networks import mlp
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(5)}
@@ -69,7 +69,7 @@ def test_every_save_has_a_name_of_its_own_in_the_same_folder(path, monkeypatch):
         assert file.exists() and file.parent == path.parent
         raise OSError("disk full")
 
-    monkeypatch.setattr("kronlaplace.serialization.save_file", fail)
+    monkeypatch.setattr("kronlaplace._storage.save_file", fail)
     monkeypatch.setattr("os.getpid", lambda: 7)
     for _ in range(3):
         with pytest.raises(OSError, match="disk full"):
@@ -139,8 +139,9 @@ def test_a_folder_is_no_file(path):
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    monkeypatch.setattr("kronlaplace.likelihoods.base.BY_NAME", dict(BY_NAME))
+def registry():
+    with LIKELIHOODS.temporary():
+        yield
 
 
 @dataclass(frozen=True)

@@ -135,16 +135,16 @@ def test_an_answer_belongs_to_one_state():
     """While another thread sets prior and noise together, no prediction has the one of before and the other of after."""
     case = mlp("regression")
     posterior = kl.KronLaplace(case.model, "regression").fit(case.batches())
-    settings = [(1.0, 0.1), (100.0, 2.0)]
+    settings = [kl.Hyperparameters(kl.IsotropicPrior(1.0), 0.1), kl.Hyperparameters(kl.IsotropicPrior(100.0), 2.0)]
     allowed = []
-    for prior_precision, noise_std in settings:
-        posterior.set_hyperparameters(prior_precision, noise_std)
+    for both in settings:
+        posterior.hyperparameters = both
         allowed.append(posterior.predict(case.inputs))
     done = threading.Event()
 
     def change():
         for i in range(300):
-            posterior.set_hyperparameters(*settings[i % 2])
+            posterior.hyperparameters = settings[i % 2]
         done.set()
 
     def predict():

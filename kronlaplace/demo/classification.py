@@ -18,7 +18,7 @@ from kronlaplace.demo.fitting import Outcome, Settings, build, count, fit_poster
 from kronlaplace.demo.report import Column, Table
 from kronlaplace.demo.training import Recipe, train
 from kronlaplace.laplace import KronLaplace
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 
 __all__ = ["describe", "run", "train_on"]
 

@@ -67,11 +67,11 @@ def run_demo(
 
     tables = {}
     for data, folder in zip(loaded, folders, strict=True):
-        room = classification if isinstance(data, ImageData) else regression
-        echo(f"{data.name}: {room.describe(data)}; {estimator} on {settings.device}, seed {seed}")
+        task = classification if isinstance(data, ImageData) else regression
+        echo(f"{data.name}: {task.describe(data)}; {estimator} on {settings.device}, seed {seed}")
         began = time.perf_counter()
         with _one_thread():
-            outcome = room.run(data, settings, folder)
+            outcome = task.run(data, settings, folder)
         table_files = [folder / "table.csv", folder / "table.md"]
         outcome.table.write_csv(table_files[0])
         notes = [outcome.title, f"estimator {estimator}, seed {seed}", *outcome.notes]

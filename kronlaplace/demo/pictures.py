@@ -1,7 +1,7 @@
 """The pictures of a demo, drawn through matplotlib's object interface: no pyplot, no global state, no window.
 
-matplotlib comes with the `experiments` extra only; `available` says whether it is there. The MAP has one colour and
-every Laplace posterior the other, in all pictures; they are told apart without colour too, by panel or line style.
+matplotlib comes with the `experiments` extra only; `available` says whether it is there. The MAP has one color and
+every Laplace posterior the other, in all pictures; they are told apart without color too, by panel or line style.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def draw_reliability(
         bar = {"width": 1.0 / n_bins, "align": "edge"}
         filled = curve.count > 0
         accuracy, confidence = curve.accuracy[filled], curve.confidence[filled]
-        top.bar(edges[filled], accuracy, color=_colour(method), edgecolor="white", label="accuracy", **bar)
+        top.bar(edges[filled], accuracy, color=_color(method), edgecolor="white", label="accuracy", **bar)
         top.bar(
             edges[filled],
             confidence - accuracy,
@@ -88,10 +88,10 @@ def draw_coverage(path: Path, title: str, nominal: FloatArray, empirical: Mappin
         mean = covered.mean(axis=0)
         gap = np.abs(mean - nominal).mean()
         label = f"{method} (mean gap {gap:.3f})"
-        axes.plot(nominal, mean, color=_colour(method), linestyle="--" if method == "MAP" else "-", label=label)
+        axes.plot(nominal, mean, color=_color(method), linestyle="--" if method == "MAP" else "-", label=label)
         if len(covered) > 1:
             error = covered.std(axis=0, ddof=1) / np.sqrt(len(covered))
-            axes.fill_between(nominal, mean - error, mean + error, color=_colour(method), alpha=0.2, linewidth=0)
+            axes.fill_between(nominal, mean - error, mean + error, color=_color(method), alpha=0.2, linewidth=0)
     axes.set(
         xlabel="nominal level of the central interval",
         ylabel="share of test targets inside",
@@ -128,14 +128,14 @@ def draw_predictive_band(
     figure = _figure(4.6 * len(total_std), 3.6)
     panels = figure.subplots(1, len(total_std), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (method, std) in zip(panels, total_std.items(), strict=True):
-        colour = _colour(method)
+        color = _color(method)
         axes.fill_between(
-            grid, mean - 2 * std, mean + 2 * std, color=colour, alpha=0.18, linewidth=0, label="± 2 std, with noise"
+            grid, mean - 2 * std, mean + 2 * std, color=color, alpha=0.18, linewidth=0, label="± 2 std, with noise"
         )
         if method == "Laplace":
             low, high = mean - 2 * function_std, mean + 2 * function_std
-            axes.fill_between(grid, low, high, color=colour, alpha=0.35, linewidth=0, label="± 2 std, function")
-        axes.plot(grid, mean, color=colour, label="mean")
+            axes.fill_between(grid, low, high, color=color, alpha=0.35, linewidth=0, label="± 2 std, function")
+        axes.plot(grid, mean, color=color, label="mean")
         axes.plot(grid, truth, color="black", linewidth=1, linestyle=":", label="truth")
         axes.scatter(*data, s=8, color="0.3", zorder=3, label="training data")
         axes.set(title=method, xlabel="input")
@@ -146,7 +146,7 @@ def draw_predictive_band(
     _finish(figure, path, title)
 
 
-def _colour(method: str) -> str:
+def _color(method: str) -> str:
     return _MAP_COLOUR if method == "MAP" else _LAPLACE_COLOUR
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from kronlaplace.blocks import Block
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
-__all__ = ["Estimator", "State", "weighted_mean"]
+__all__ = ["Estimator", "State", "kind_of", "weighted_mean"]
+
+_Block = TypeVar("_Block", bound=Block)
 
 State = dict[str, Any]
 """What an estimator accumulates for one layer: named sums over examples (tensors), or lists that grow."""
@@ -46,21 +47,38 @@ class Estimator(ABC):
     def start(self, layer: Layer) -> State:
         """The state before any data."""
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
         """Take a layer's inputs of one batch."""
         return
 
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        """Make the state that data with a known block would have left, to go on from there.
+
+        Args:
+            block: The mean over the examples of these data.
+            layer: The layer.
+            weight: Number of the examples that the block is to count for.
+
+        Raises:
+            NotImplementedError: If finished blocks do not determine the state.
+            TypeError: For a block of another kind than the estimator makes.
+        """
+        raise NotImplementedError(
+            f"the estimator {self.name!r} cannot start from a given block: that does not determine the sums that it "
+            'accumulates. Use KFAC(), TKFAC(), KFOC(aggregation="running"), Diagonal() or ExactBlock().'
+        )
+
     @abstractmethod
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         """Take the gradients at a layer's outputs along one direction ``d_v``.
 
         Args:
             state: The layer's state, changed in place.
-            calls: The layer's calls in this batch, with their inputs.
-            grads: Gradient of each example's own negative log-likelihood at the output of every call.
+            gradients: The layer's inputs in this batch, with the gradient of each example's own negative log-likelihood at
+                the output of every call.
         """
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         """All directions of a batch have come."""
         return
 
@@ -122,6 +140,17 @@ class Estimator(ABC):
             "data at once, such as DataLoader(torch.utils.data.ConcatDataset([first, second]), batch_size=...), or use "
             "KFAC() or TKFAC(), whose blocks hold sums that add up."
         )
+
+
+def kind_of(block: Block, kind: type[_Block], layer: Layer) -> _Block:
+    """Return the block, which must be of a kind.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(block, kind):
+        raise TypeError(f"layer {layer.name!r} needs a {kind.__name__} to start from, got a {type(block).__name__}.")
+    return block
 
 
 def weighted_mean(first: Tensor, second: Tensor, weights: tuple[float, float]) -> Tensor:

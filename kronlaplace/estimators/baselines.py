@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from kronlaplace._arguments import positive_integer
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock
-from kronlaplace.estimators.base import Estimator, State, weighted_mean
-from kronlaplace.layers import Calls, Layer
-from kronlaplace.options import positive_integer
+from kronlaplace.estimators.base import Estimator, State, kind_of, weighted_mean
+from kronlaplace.layers import Layer, LayerGradients
 
 __all__ = ["Diagonal", "ExactBlock"]
 
@@ -27,8 +25,11 @@ class Diagonal(Estimator):
     def start(self, layer: Layer) -> State:
         return {"values": torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        calls.add_squared_weight_gradients(grads, state["values"])
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return {"values": weight * kind_of(block, DiagonalBlock, layer).values.to(layer.device, layer.dtype)}
+
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        gradients.add_squared_weight_gradients(state["values"])
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return DiagonalBlock(state["values"].div_(weight), layer.name)
@@ -68,9 +69,12 @@ class ExactBlock(Estimator):
             )
         return {"matrix": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        for part, part_grads in calls.parts(grads):
-            x = part.weight_gradients(part_grads).transpose(0, 1).flatten(1)  # (N, K·q/K·p)
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return {"matrix": weight * kind_of(block, DenseBlock, layer).to_dense().to(layer.device, layer.dtype)}
+
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        for part in gradients.parts():
+            x = part.vectors()
             state["matrix"].addmm_(x.T, x)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:

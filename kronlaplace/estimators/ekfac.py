@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfac import KFAC
-from kronlaplace.estimators.moments import once_per_example
-from kronlaplace.layers import Calls, Layer
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["EKFAC"]
 
@@ -52,33 +49,33 @@ class EKFAC(Estimator):
     def start(self, layer: Layer) -> State:
         return {"basis": self.basis.start(layer), "passes": 1}
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
         if "basis" in state:
-            self.basis.add_inputs(state["basis"], calls)
+            self.basis.add_inputs(state["basis"], batch)
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         if "basis" in state:
-            self.basis.add_gradients(state["basis"], calls, grads)
+            self.basis.add_gradients(state["basis"], gradients)
             return
         gradient_basis, activation_basis = state["gradient basis"], state["activation basis"]
-        if once_per_example(calls, grads):
-            squares = (calls.gradients(grads)[:, :, 0] @ gradient_basis).square()
+        if gradients.once_per_example:
+            squares = (gradients.gradients()[:, :, 0] @ gradient_basis).square()
             state["pending"] = squares if "pending" not in state else state["pending"] + squares
             return
-        for part, part_grads in calls.parts(grads):
-            g = part.gradients(part_grads)
+        for part in gradients.parts():
+            g = part.gradients()
             if g.shape[2] <= g.shape[3]:
                 rotated = (g @ gradient_basis.unsqueeze(1)).mT @ part.project(activation_basis)
             else:
-                x = part.weight_gradients(part_grads)
+                x = part.weight_gradients()
                 rotated = gradient_basis.mT.unsqueeze(1) @ (x @ activation_basis.unsqueeze(1))
             state["values"] += rotated.square().sum(1)
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         if "basis" in state:
-            self.basis.end_batch(state["basis"], calls)
+            self.basis.end_batch(state["basis"], batch)
         elif "pending" in state:
-            b = calls.activations()[:, :, 0] @ state["activation basis"]
+            b = batch.activations()[:, :, 0] @ state["activation basis"]
             state["values"].baddbmm_(state.pop("pending").mT, b.square())
 
     def merge(self, state: State, other: State) -> State:

@@ -1,21 +1,17 @@
-"""K-FAC, KFC on convolutions, and SUA."""
+"""K-FAC, and KFC on convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
+from kronlaplace._arguments import Choice, choice
 from kronlaplace.blocks import Block, KroneckerBlock
-from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import mean_factors, squeezed
-from kronlaplace.layers import Calls, ConvolutionLayer, Layer
-from kronlaplace.options import Choice, choice
+from kronlaplace.estimators.base import Estimator, State, kind_of
+from kronlaplace.estimators.second_moments import factors_by_group, mean_factors, squeezed
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
-__all__ = ["KFAC", "SUA", "WeightSharing"]
+__all__ = ["KFAC", "WeightSharing"]
 
 
 class WeightSharing(Choice):
@@ -45,29 +41,34 @@ class KFAC(Estimator):
         object.__setattr__(self, "weight_sharing", choice(WeightSharing, self.weight_sharing, "weight_sharing"))
 
     def _reduces(self, layer: Layer) -> bool:
-        return self.weight_sharing is WeightSharing.REDUCE and not isinstance(layer, ConvolutionLayer)
+        return self.weight_sharing is WeightSharing.REDUCE and not layer.shares_weights_over_space
 
     def start(self, layer: Layer) -> State:
         return {}
 
-    def add_inputs(self, state: State, calls: Calls) -> None:
-        if not self._reduces(calls.layer):
-            calls.add_activation_moment(state)
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        block = kind_of(block, KroneckerBlock, layer)
+        gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
+        return {"gradient": weight * scale * gradient, "activation": weight * activation}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        out = calls.layer.sum_of(state, "gradient")
-        if not self._reduces(calls.layer):
-            calls.add_gradient_moment(grads, out)
+    def add_inputs(self, state: State, batch: LayerBatch) -> None:
+        if not self._reduces(batch.layer):
+            batch.add_activation_moment(state)
+
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        out = gradients.layer.sum_of(state, "gradient")
+        if not self._reduces(gradients.layer):
+            gradients.add_gradient_moment(out)
             return
-        state.setdefault("positions", calls.positions(grads))
-        g = calls.gradients(grads).sum(2)
+        state.setdefault("positions", gradients.positions)
+        g = gradients.gradients().sum(2)
         out.baddbmm_(g.mT, g)
 
-    def end_batch(self, state: State, calls: Calls) -> None:
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
         positions = state.pop("positions", None)
         if positions is not None:
-            a = calls.activations().sum(2) / positions
-            calls.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
+            a = batch.activations().sum(2) / positions
+            batch.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         # In place: the factors of a wide layer are larger than all else in a pass.
@@ -77,54 +78,3 @@ class KFAC(Estimator):
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         gradient, activation = mean_factors(first, second, weights, scaled_activation=False)
         return KroneckerBlock(squeezed(gradient), squeezed(activation), name=first.name)
-
-
-@dataclass(frozen=True)
-class SUA(Estimator):
-    """Spatially uncorrelated activations and white derivatives, the limit of PRONG (KFC §4.2 and Theorem 4).
-
-    Activations are correlated within a pixel only, with the same moments everywhere:
-    ``A[(j,δ), (j',δ')] = β(δ,δ') · (Σ(j,j') 1[δ=δ'] + M(j) M(j'))`` with the channels' covariance ``Σ`` and mean ``M`` and
-    the number ``β`` of output positions at which both taps of the kernel are on the image. Derivatives are white:
-    ``G = I``, and ``scale`` is their mean square. On layers that are no convolutions ``A`` is K-FAC's.
-    """
-
-    name: ClassVar[str] = "sua"
-    constants: ClassVar[frozenset[str]] = frozenset({"uses"})
-    not_combinable: ClassVar[str] = (
-        "on a convolution the activation factor holds products of the channels' means, which do not tell the means (not "
-        "even their signs), and the products of the means of all data are needed"
-    )
-
-    def start(self, layer: Layer) -> State:
-        return {}
-
-    def add_inputs(self, state: State, calls: Calls) -> None:
-        layer = calls.layer
-        if not isinstance(layer, ConvolutionLayer):
-            calls.add_activation_moment(state)
-            return
-        for call in calls.calls:
-            layer.add_pixel_moments(call.x, state, 1 / (call.fold * len(calls.calls)))
-
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        groups = calls.layer.groups
-        positions = calls.positions(grads)
-        square = torch.zeros(groups, 1, 1, dtype=calls.layer.dtype, device=calls.layer.device)
-        for grad in grads:
-            square += calls.layer.gradients(grad).square().sum((1, 2, 3)).view(groups, 1, 1)
-        square /= positions
-        state["square"] = square if "square" not in state else state["square"] + square
-        if isinstance(calls.layer, ConvolutionLayer) and "uses" not in state:
-            state["uses"] = square.new_tensor(float(sum(call.fold for call in calls.calls)))
-
-    def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        rows = layer.shape[0] // layer.groups
-        uses = state.pop("uses", None)
-        if isinstance(layer, ConvolutionLayer):
-            activation = layer.uncorrelated_moment(state, weight) * uses
-        else:
-            activation = layer.activation_moment(state).div_(weight)
-        scale = squeezed(state["square"][:, 0, 0] / (rows * weight))
-        identity = torch.eye(rows, dtype=layer.dtype, device=layer.device).expand(layer.groups, rows, rows)
-        return KroneckerBlock(squeezed(identity), squeezed(activation), scale, layer.name)

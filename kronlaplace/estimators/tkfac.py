@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice
 from kronlaplace.blocks import Block, KroneckerBlock
-from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.moments import add_pair_sums, add_row_sums, mean_factors, once_per_example, squeezed
-from kronlaplace.layers import Calls, Layer
-from kronlaplace.linalg import trace
-from kronlaplace.options import Choice, choice
+from kronlaplace.blocks.eigendecomposition import trace
+from kronlaplace.estimators.base import Estimator, State, kind_of
+from kronlaplace.estimators.second_moments import add_pair_sums, add_row_sums, mean_factors, partial_traces, squeezed
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]
 
@@ -51,17 +50,20 @@ class TKFAC(Estimator):
     def start(self, layer: Layer) -> State:
         return {}
 
-    def add_gradients(self, state: State, calls: Calls, grads: Sequence[Tensor]) -> None:
-        if self.spatial is SpatialCorrelation.EXACT or once_per_example(calls, grads):
-            add_pair_sums(state, calls, grads)
-            return
-        for part, part_grads in calls.parts(grads, activations=True):
-            a, g = part.activations().flatten(1, 2), part.gradients(part_grads).flatten(1, 2)
-            for key, u, v in (("activation", a, g), ("gradient", g, a)):
-                calls.layer.sum_of(state, key).baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)
+    def state_from(self, block: Block, layer: Layer, weight: float) -> State:
+        return dict(partial_traces(kind_of(block, KroneckerBlock, layer), layer, weight))
 
-    def end_batch(self, state: State, calls: Calls) -> None:
-        add_row_sums(state, calls)
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        if self.spatial is SpatialCorrelation.EXACT or gradients.once_per_example:
+            add_pair_sums(state, gradients)
+            return
+        for part in gradients.parts(activations=True):
+            a, g = part.activations().flatten(1, 2), part.gradients().flatten(1, 2)
+            for key, u, v in (("activation", a, g), ("gradient", g, a)):
+                gradients.layer.sum_of(state, key).baddbmm_((u * v.square().sum(2, keepdim=True)).mT, u)
+
+    def end_batch(self, state: State, batch: LayerBatch) -> None:
+        add_row_sums(state, batch)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return trace_preserving_block(state["gradient"], state["activation"], weight, layer.name)

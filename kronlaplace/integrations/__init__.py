@@ -1,4 +1,7 @@
-"""Our estimators inside other libraries. Nothing is imported before it is asked for, and no other room imports this one."""
+"""Our estimators inside other libraries.
+
+Nothing is imported before it is asked for, and no other part of the package imports this one.
+"""
 
 from __future__ import annotations
 

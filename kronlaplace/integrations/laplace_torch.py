@@ -21,21 +21,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.accumulation import Accumulation
+from kronlaplace._arguments import choice
+from kronlaplace._precision import without_autocast
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock
-from kronlaplace.collect import check_model
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import iterate
 from kronlaplace.estimators import EKFAC, Estimator, resolve_estimator
-from kronlaplace.fisher import accumulate
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.curvature_pass import CurvaturePass
 from kronlaplace.layers import Layer, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Sampling
-from kronlaplace.options import choice, positive_integer, seed_number
-from kronlaplace.precision import without_autocast
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.preconditions import check_model
 
 try:
     from laplace.curvature import GGNInterface
@@ -94,18 +97,12 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
         self._estimator = resolve_estimator(estimator)
         _check_estimator(self._estimator)
-        self._sampling = choice(Sampling, sampling, "sampling")
-        self._mc_samples = positive_integer(mc_samples, "mc_samples")
-        if self._mc_samples > 1 and self._sampling is not Sampling.MC:
-            raise ValueError(
-                f'mc_samples={mc_samples} has a meaning with sampling="mc" only; sampling is {self._sampling.value!r}.'
-            )
-        if self._sampling is Sampling.EMPIRICAL:
+        self._sampling = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
+        if self._sampling.kind is Sampling.EMPIRICAL:
             warnings.warn(
                 'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher.',
                 stacklevel=2,
             )
-        self._seed = seed_number(seed)
         self._pass: _Pass | None = None
 
     def kron(self, x: Tensor | MutableMapping[str, Any], y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
@@ -134,27 +131,20 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
         running, self._pass = self._pass, None  # kept only if all goes well
         if running is None:
             check_model(self.model)
-            running = _Pass(self._estimator, self._find_layers(), self.params)
+            accumulation = Accumulation(self._estimator, self._find_layers())
+            likelihood = self._kronlaplace_likelihood()
+            curvature = CurvaturePass(self.model, likelihood, accumulation, self._sampling)
+            running = _Pass(accumulation, curvature, self.params)
         if running.n_examples + len(y) > N:
             raise ValueError(
                 f"{running.n_examples} examples came before and now {len(y)} more, but the data set has only {N}. Every "
                 "example must come once in a fit: no sampler that repeats some. If an earlier fit was broken off or saw "
                 "less than its whole data set (drop_last=True), fit once more, or make a new Laplace object."
             )
-        accumulate(
-            self.model,
-            [(x, y)],
-            self._kronlaplace_likelihood(),
-            running.accumulation,
-            sampling=self._sampling,
-            mc_samples=self._mc_samples,
-            seed=_seed_of_batch(self._seed, running.n_batches),
-            progress=False,
-            description="",
-            check_network=running.n_batches == 0,
-        )
+        with preserved_random_state(device_of(self.model)):
+            running.add(x, y)
         with without_autocast():
-            difference = running.advance(len(y))
+            difference = running.difference()
         if running.n_examples < N:
             self._pass = running
         with torch.no_grad():
@@ -190,36 +180,43 @@ def _check_estimator(estimator: Estimator) -> None:
         )
 
 
-def _seed_of_batch(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) >> 1
-
-
 class _Pass:
     """One pass over the data of a fit.
 
     Args:
-        estimator: The estimator.
-        layers: The layers.
+        accumulation: What has been accumulated.
+        curvature: What accumulates it.
         parameters: The parameters in laplace-torch's order.
 
     Raises:
         NotImplementedError: If a parameter has no Kronecker product.
     """
 
-    def __init__(self, estimator: Estimator, layers: list[Layer], parameters: list[nn.Parameter]) -> None:
-        parts = [part for layer in layers for part in _parts(layer)]
+    def __init__(self, accumulation: Accumulation, curvature: CurvaturePass, parameters: list[nn.Parameter]) -> None:
+        parts = [part for layer in accumulation.layers for part in _parts(layer)]
         by_parameter = {id(part.parameter): part for part in parts}
         self._parts = [by_parameter[id(parameter)] for parameter in parameters]
-        self.accumulation = Accumulation(estimator, layers)
-        self.n_examples = 0
-        self.n_batches = 0
+        self._accumulation = accumulation
+        self._curvature = curvature
+        self._device = parameters[0].device
+        self._n_batches = 0
         self._returned: list[list[Tensor]] | None = None
 
-    def advance(self, n_examples: int) -> list[list[Tensor]]:
-        """Note that a batch was accumulated; returns by how much the factors of all parameters changed."""
-        self.n_batches += 1
-        self.n_examples += n_examples
-        blocks = self.accumulation.so_far()
+    @property
+    def n_examples(self) -> int:
+        """Number of examples seen."""
+        return self._curvature.n_examples
+
+    def add(self, x: Any, y: Tensor) -> None:
+        """Accumulate a batch."""
+        for batch in iterate([(x, y)], self._device, alignment=None, progress=False, description=""):
+            self._curvature.add(replace(batch, index=self._n_batches))
+        self._curvature.settle()
+        self._n_batches += 1
+
+    def difference(self) -> list[list[Tensor]]:
+        """Return by how much the factors of all parameters changed since the last call."""
+        blocks = self._accumulation.so_far()
         factors = [part.factors(blocks[part.layer.name], self.n_examples) for part in self._parts]
         before = self._returned or [[torch.zeros_like(f) for f in some] for some in factors]
         self._returned = factors
@@ -241,9 +238,7 @@ class _Part:
         self.parameter = parameter
         if layer.factors:
             index = torch.arange(layer.shape[1], dtype=torch.float64, device=layer.device).expand(layer.shape)
-            # `split` may subtract a constant (the second bias of recurrent layers), which the difference is without.
-            own = layer.split(index)[name] - layer.split(torch.zeros_like(index))[name]
-            self._columns = own.reshape(layer.shape[0], -1)[0].round().long()
+            self._columns = layer.split_directions(index)[name].reshape(layer.shape[0], -1)[0].round().long()
 
     def factors(self, block: Block, n_examples: int) -> list[Tensor]:
         """The parameter's part of the sum over examples: ``[N · scale · G, A]``, or one dense matrix.
@@ -252,7 +247,7 @@ class _Part:
             TypeError: If the estimator made a block of another kind.
         """
         if isinstance(block, DiagonalBlock) and not self.layer.factors:
-            return [torch.diag(n_examples * self.layer.split(block.values)[self.name].flatten())]
+            return [torch.diag(n_examples * self.layer.split_directions(block.values)[self.name].flatten())]
         if not isinstance(block, KroneckerBlock):
             raise TypeError(
                 f"the estimator made a {type(block).__name__} for layer {self.layer.name!r}; laplace-torch takes Kronecker "

@@ -1,19 +1,27 @@
 """The Laplace posterior: what is fitted, what it predicts, and how its hyperparameters are tuned."""
 
+from kronlaplace.laplace.hyperparameters import Hyperparameters
+from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
-from kronlaplace.laplace.prior import PriorStructure
+from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
 
 __all__ = [
+    "DiagonalPrior",
     "EvidenceRecord",
     "EvidenceTraining",
+    "Hyperparameters",
+    "IsotropicPrior",
     "JointPrediction",
     "KronLaplace",
+    "KroneckerPrior",
+    "LayerwisePrior",
     "NoiseTuning",
     "Predictive",
     "PredictiveMethod",
+    "Prior",
     "PriorStructure",
     "TuningMethod",
     "train_by_evidence",

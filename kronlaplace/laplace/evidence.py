@@ -15,47 +15,63 @@ In the logarithms of precisions and noise it is concave: ``log det`` of a sum of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kronlaplace.inversion import PlusDiagonal
-from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.laplace.prior import precision_by_layer
-from kronlaplace.likelihoods import Euclidean, Gaussian, Likelihood, Sampling
+from kronlaplace.damping.plus_diagonal import PlusDiagonal
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.laplace.prior import Prior
+from kronlaplace.laplace.prior_precision import multiples_by_layer
+from kronlaplace.likelihoods import Likelihood
 
 __all__ = ["Evidence", "check_has_evidence", "noise_exponent", "noise_rescaling"]
 
 
 class Evidence:
-    """The evidence of a fitted network.
+    """The evidence of a fitted network, as a function of multiples ``μ`` of a prior's unit precision ``B``, ``D = μ B``.
+
+    With the identity as the unit the multiples are precisions. The eigenvalues ``λ`` are those of ``B^{-1/2} F B^{-1/2}``.
 
     Args:
         fisher: Its Fisher.
-        deviations: ``θ − m`` of each block, shape ``(q, p)``.
+        weights: ``θ``, each block's matrix ``(q, p)``.
+        prior: Has the unit and the mean ``m``; its own multiples do not matter.
 
     Raises:
-        NotImplementedError: If the likelihood has no normaliser.
+        NotImplementedError: If the likelihood has no normalizer.
         ValueError: If the Fisher saw no targets.
     """
 
-    def __init__(self, fisher: KroneckerFisher, deviations: Sequence[Tensor]) -> None:
+    def __init__(self, fisher: KroneckerFisher, weights: Mapping[str, Tensor], prior: Prior) -> None:
         check_has_evidence(fisher.metadata.likelihood)
         if fisher.statistics is None:
             raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
         fisher.decompose()
         self.likelihood = fisher.metadata.likelihood
         self.statistics = fisher.statistics
-        self.squares = [deviation.double().square() for deviation in deviations]
         self.blocks = list(fisher.values())
+        deviations = {name: prior.deviation(name, weights[name]) for name in fisher}
+        self.squares = [deviation.square() for deviation in deviations.values()]
+        self._prior = prior
         self._plus_diagonal = [PlusDiagonal(block) for block in self.blocks]
         self._fisher = fisher
-        # Zeros add nothing to Σ log(1 + c λ / δ).
-        eigenvalues = [values[values > 0] for values in (block.eigenvalues() for block in self.blocks)]
+        # Zeros add nothing to Σ log(1 + c λ / μ).
+        by_block = (prior.unit_eigenvalues(name, block) for name, block in fisher.items())
+        eigenvalues = [values[values > 0] for values in by_block]
         self._all_eigenvalues = torch.cat(eigenvalues)
         self._eigenvalues = self._all_eigenvalues.split([len(values) for values in eigenvalues])
-        self._sums = torch.stack([square.sum() for square in self.squares])
+        self._sums = torch.stack([prior.unit_penalty(deviation, name) for name, deviation in deviations.items()])
+
+    def belongs_to(self, prior: Prior) -> bool:
+        """Whether a prior differs from that of this evidence in its multiples only."""
+        return prior.same_unit(self._prior)
+
+    @property
+    def unit_is_identity(self) -> bool:
+        """Whether the multiples are precisions."""
+        return self._prior.unit_is_identity
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -69,7 +85,7 @@ class Evidence:
 
     @property
     def squared_norm(self) -> float:
-        """``‖θ − m‖²`` of all blocks."""
+        """``(θ − m)ᵀ B (θ − m)`` of all blocks."""
         return float(self._sums.sum())
 
     def __call__(
@@ -78,8 +94,9 @@ class Evidence:
         """The evidence in nats, 0-dim, float64, differentiable in its arguments.
 
         Args:
-            precision: ``δ``, 0-dim, one per block, ``(L,)``, or one per weight, ``(P,)``, float64.
-            noise_std: ``σ`` (Gaussian likelihood only); None is the likelihood's own.
+            precision: ``μ``, 0-dim, one per block, ``(L,)``, or one per weight, ``(P,)`` (if the unit is the identity),
+                float64.
+            noise_std: ``σ`` (only where the likelihood has a noise); None is the likelihood's own.
             temperature: ``τ``.
         """
         return self._log_likelihood(noise_std) / temperature - 0.5 * self.occam(
@@ -92,11 +109,11 @@ class Evidence:
         return torch.as_tensor(scale, dtype=torch.float64, device=self.statistics.device)
 
     def occam(self, precision: Tensor, scale: Tensor) -> Tensor:
-        """``(θ − m)ᵀ D (θ − m) + log det(c F + D) − log det D``, for ``c`` as `scale` gives it."""
+        """``(θ − m)ᵀ D (θ − m) + log det(c F + D) − log det D`` for ``D = μ B`` and ``c`` as `scale` gives it."""
         if precision.ndim == 0:
             return precision * self._sums.sum() + torch.log1p(self._all_eigenvalues * (scale / precision)).sum()
         return torch.stack(
-            [self.block_term(i, p, scale) for i, p in enumerate(precision_by_layer(precision, self.shapes))]
+            [self.block_term(i, p, scale) for i, p in enumerate(multiples_by_layer(precision, self.shapes))]
         ).sum()
 
     @torch.no_grad()
@@ -108,13 +125,13 @@ class Evidence:
         ``c ∝ σᵏ``.
 
         Args:
-            logs: ``u = log δ``, one or ``L`` numbers, and then ``log σ`` if the likelihood is Gaussian; on the CPU.
+            logs: ``u = log δ``, one or ``L`` numbers, and then ``log σ`` if the likelihood has a noise; on the CPU.
             temperature: ``τ``.
 
         Returns:
             The evidence, its gradient ``(n,)`` and its Hessian ``(n, n)``, on the CPU.
         """
-        noisy = isinstance(self.likelihood, Gaussian)
+        noisy = self.likelihood.noise_std is not None
         u = logs[:-1] if noisy else logs
         noise = math.exp(float(logs[-1])) if noisy else None
         shared = len(u) == 1
@@ -134,16 +151,14 @@ class Evidence:
         hessian.diagonal()[: len(u)] = -0.5 * (penalty + bend)
         if noise is not None:
             k = noise_exponent(self._fisher)
-            squared_error, count = self.statistics.tolist()
-            gradient[-1] = (squared_error / noise**2 - count) / temperature - 0.5 * k * gamma.sum()
-            hessian[-1, -1] = -2 * squared_error / noise**2 / temperature - 0.5 * k**2 * bend.sum()
+            first, second = self.likelihood.noise_derivatives(self.statistics, noise)
+            gradient[-1] = first / temperature - 0.5 * k * gamma.sum()
+            hessian[-1, -1] = second / temperature - 0.5 * k**2 * bend.sum()
             hessian[-1, :-1] = hessian[:-1, -1] = 0.5 * k * bend
         return value, gradient, hessian
 
     def _log_likelihood(self, noise_std: Tensor | float | None) -> Tensor:
-        if isinstance(self.likelihood, Gaussian):
-            return self.likelihood.log_likelihood(self.statistics, noise_std)
-        return self.likelihood.log_likelihood(self.statistics)
+        return self.likelihood.log_likelihood_at(self.statistics, noise_std)
 
     @torch.no_grad()
     def occam_of(self, index: int | None, precision: float, scale: Tensor) -> float:
@@ -161,25 +176,26 @@ class Evidence:
 
 
 def check_has_evidence(likelihood: Likelihood) -> None:
-    """Refuse a likelihood that has no normaliser.
+    """Refuse a likelihood that has no normalizer.
 
     Raises:
         NotImplementedError: With the way out.
     """
-    if isinstance(likelihood, Euclidean):
+    if not likelihood.has_normalizer:
         raise NotImplementedError(
-            "Euclidean has no noise model, so there is no evidence. Use Gaussian(noise_std), whose noise is tuned."
+            f"{type(likelihood).__name__} has no noise model, so there is no evidence. Use Gaussian(noise_std), "
+            "whose noise is tuned."
         )
 
 
 def noise_exponent(fisher: KroneckerFisher) -> int:
-    """The Fisher is ``∝ σ⁻²``; the empirical one, made of residuals over ``σ²``, is ``∝ σ⁻⁴``."""
-    return -4 if fisher.metadata.sampling is Sampling.EMPIRICAL else -2
+    """The power of the noise that a Fisher is proportional to."""
+    return fisher.metadata.likelihood.noise_exponent(fisher.metadata.sampling)
 
 
 def noise_rescaling(fisher: KroneckerFisher, noise_std: Tensor | float | None) -> Tensor | float:
     """The factor ``r`` by which a Fisher changes when the noise goes from that of its estimation to ``noise_std``."""
-    likelihood = fisher.metadata.likelihood
-    if noise_std is None or not isinstance(likelihood, Gaussian):
+    estimated_at = fisher.metadata.likelihood.noise_std
+    if noise_std is None or estimated_at is None:
         return 1.0
-    return (noise_std / likelihood.noise_std) ** noise_exponent(fisher)
+    return (noise_std / estimated_at) ** noise_exponent(fisher)

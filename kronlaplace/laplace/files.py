@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import device_of
-from kronlaplace.fisher import check_belongs
-from kronlaplace.kronecker import KroneckerFisher
-from kronlaplace.layers import Unsupported, find_layers
+from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace.data.device import device_of
+from kronlaplace.fisher.estimation import check_belongs
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.laplace.given_prior import GivenPrior
+from kronlaplace.laplace.kronecker_prior import KroneckerPrior
+from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
+from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.serialization import load_tensors, save_tensors
 
 __all__ = ["Stored", "read", "write"]
 
@@ -26,16 +29,14 @@ class Stored:
     Attributes:
         fisher: The Fisher.
         mean: The posterior's mean, each layer's ``W̄``.
-        prior_mean: The prior's.
-        prior_precision: As in `KronLaplace.prior_precision`.
+        prior: The prior.
         likelihood: The likelihood, with the noise that predictions use.
         temperature: ``τ``.
     """
 
     fisher: KroneckerFisher
     mean: Mapping[str, Tensor]
-    prior_mean: Mapping[str, Tensor]
-    prior_precision: Tensor
+    prior: Prior
     likelihood: Likelihood
     temperature: float
 
@@ -44,12 +45,12 @@ def write(path: str | PathLike[str], stored: Stored) -> None:
     """Write the file; one that is there is replaced when the new one is complete."""
     tensors = {f"fisher/{name}": tensor for name, tensor in stored.fisher.to_tensors().items()}
     tensors |= {f"mean/{name}": tensor for name, tensor in stored.mean.items()}
-    tensors |= {f"prior_mean/{name}": tensor for name, tensor in stored.prior_mean.items()}
-    tensors["prior_precision"] = stored.prior_precision
+    tensors |= stored.prior.to_tensors()
     values = {
         "fisher": stored.fisher.to_json(),
-        "likelihood": stored.likelihood.to_metadata(),
+        "likelihood": stored.likelihood.to_json(),
         "temperature": stored.temperature,
+        "prior": stored.prior.to_json(),
     }
     save_tensors(path, "posterior", tensors, values)
 
@@ -64,8 +65,15 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     device = device_of(model)
     tensors, values = load_tensors(path, "posterior", device)
     fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-    known = [layer.name for layer in find_layers(model, unsupported=Unsupported.FIXED)]
+    search = search_layers(model, unsupported=Unsupported.FIXED)
+    known = [layer.name for layer in search.layers]
     for name in fisher:
+        for left in search.left_out:
+            if left.name == name and name not in known:
+                raise ValueError(
+                    f"{path} has a block for layer {name!r}, and this {left.module} cannot have one: {left.reason}. If the "
+                    "type is your own, import the module that registers it (kl.register_layer) before loading."
+                )
         if name not in known:
             raise ValueError(
                 f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
@@ -84,11 +92,25 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     return Stored(
         fisher,
         mean,
-        _with_prefix(tensors, "prior_mean/") or {name: torch.zeros_like(matrix) for name, matrix in mean.items()},
-        tensors["prior_precision"],
-        Likelihood.from_metadata(values["likelihood"]),
+        prior_from_tensors(tensors, values.get("prior", {}), layers),
+        Likelihood.from_json(values["likelihood"]),
         values["temperature"],
     )
+
+
+def prior_from_tensors(tensors: Mapping[str, Tensor], values: dict[str, Any], layers: Sequence[Layer]) -> Prior:
+    """Inverse of `Prior.to_tensors` and `Prior.to_json`.
+
+    Raises:
+        ValueError: If the prior is of a kind that this version does not know.
+    """
+    kind = values.get("kind", "")
+    means = _with_prefix(tensors, "prior_mean/")
+    if kind == KroneckerPrior.kind:
+        return KroneckerPrior.from_tensors(_with_prefix(tensors, "prior/"), values, means).over(layers)
+    if kind not in ("", *DIAGONAL_KINDS):
+        raise ValueError(f"the file has a prior of the kind {kind!r}, which this version does not know; update it.")
+    return GivenPrior(tensors["prior_precision"], means or 0.0).over(layers)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

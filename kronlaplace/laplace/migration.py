@@ -94,7 +94,8 @@ def told_of(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
     @functools.wraps(function)
     def method(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         for name in kwargs.keys() & names.keys():
-            raise TypeError(f"{function.__qualname__} has no {name}=; here it is {names[name]}.")
+            owner = args[0] if isinstance(args[0], type) else type(args[0])
+            raise TypeError(f"{owner.__name__}.{function.__name__} has no {name}=; here it is {names[name]}.")
         return function(*args, **kwargs)
 
     return method

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice, positive_integer, seed_number
+from kronlaplace._precision import in_full_precision, wide
+from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES
-from kronlaplace.laplace.terms import Between
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.links import Link, symmetric_root
-from kronlaplace.options import Choice, choice, positive_integer, seed_number
-from kronlaplace.precision import in_full_precision, wide
+from kronlaplace.likelihoods.links import Link, symmetric_root
 
 __all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
 
@@ -21,7 +21,7 @@ _DRAWS = 100
 
 
 class PredictiveMethod(Choice):
-    """``GLM``: the linearised network, a Gaussian over the outputs in closed form. ``SAMPLE``: the network itself, averaged
+    """``GLM``: the linearized network, a Gaussian over the outputs in closed form. ``SAMPLE``: the network itself, averaged
     over draws of its weights.
     """
 
@@ -107,12 +107,12 @@ class Predictive:
             allowed = [link.value for link in links]
             raise ValueError(f"link {Link(self.link).value!r} is not for {likelihood}; allowed are {allowed}.")
 
-    def linearised(self, outputs: Tensor, covariance: Tensor, likelihood: Likelihood) -> Tensor | Prediction:
+    def linearized(self, outputs: Tensor, covariance: Tensor, likelihood: Likelihood) -> Tensor | Prediction:
         """The prediction when the outputs are Gaussian.
 
         Args:
             outputs: Their mean, as the network gives it.
-            covariance: What `between` asked for.
+            covariance: What `output_covariance` asked for.
             likelihood: The likelihood.
         """
         axis = likelihood.class_axis_of(outputs)
@@ -131,15 +131,15 @@ class Predictive:
             return prediction
         return prediction.reshape(outputs.shape) if axis is None else prediction.movedim(-1, axis)
 
-    def between(self, likelihood: Likelihood) -> Between:
-        """The covariances that `linearised` needs."""
+    def output_covariance(self, likelihood: Likelihood) -> OutputCovariance:
+        """The covariances that `linearized` needs."""
         if self.link is Link.CENTERED_PROBIT:
-            return Between.CENTERED
+            return OutputCovariance.CENTERED_VARIANCES
         of_classes = Link.BRIDGE in likelihood.links and self.link in (Link.MC, Link.BRIDGE)
-        return Between.CLASSES if of_classes and not self.diagonal else Between.NONE
+        return OutputCovariance.BY_POSITION if of_classes and not self.diagonal else OutputCovariance.VARIANCES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointPrediction(Prediction):
     """A regression prediction for several inputs at once, with the covariances between them.
 

@@ -1,32 +1,45 @@
-"""The Gaussian prior over the weights: its precisions and its mean, checked once and cut up by layer."""
+"""The Gaussian prior over the weights, as an object: its precision and its mean.
+
+A prior is given in the user's terms (a number, one value per layer, tensors by parameter name), and `Prior.over` ties it to
+layers: values are checked, cut up by layer and moved to the layers' device. The result is a prior of the same class, keyed
+by layer names, so that another `Prior.over` restricts it to fewer layers or follows them to another device or dtype.
+Everything else needs a prior that is tied to its layers.
+
+Tuning sees every prior as **multiples of a unit precision** ``B``: the precision is ``D = μ B`` with one ``μ`` for all
+weights, one per layer, or one per weight. ``B`` is the identity, except for a `KroneckerPrior`, which is its own unit.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from enum import Enum
-from typing import TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kronlaplace._arguments import Choice
+from kronlaplace.blocks import Block, DiagonalBlock
+from kronlaplace.damping import DampedInverse, Tikhonov
+from kronlaplace.damping.plus_diagonal import LARGEST_DENSE, PlusDiagonal
+from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
+from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
 
 __all__ = [
-    "Precision",
-    "PriorMean",
+    "DIAGONAL_KINDS",
+    "DiagonalPrior",
+    "IsotropicPrior",
+    "LayerwisePrior",
+    "Prior",
     "PriorStructure",
-    "is_number",
-    "mean_by_layer",
-    "precision_by_layer",
-    "precision_tensor",
+    "prior_from_multiples",
 ]
 
-Precision: TypeAlias = float | Sequence[float] | Tensor | Mapping[str, Tensor]
-PriorMean: TypeAlias = float | Tensor | Mapping[str, Tensor]
 
-
-class PriorStructure(str, Enum):
+class PriorStructure(Choice):
     """What has a prior precision of its own: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each block,
     ``DIAGONAL`` one for each weight.
     """
@@ -36,130 +49,323 @@ class PriorStructure(str, Enum):
     DIAGONAL = "diagonal"
 
 
-def precision_tensor(value: Precision, layers: Sequence[Layer]) -> Tensor:
-    """A prior precision as float64 on the layers' device: 0-dim, ``(L,)`` or ``(P,)``.
+class Prior(ABC):
+    """A Gaussian prior ``N(m, D⁻¹)`` over the weights, independent between layers.
+
+    Attributes:
+        mean: ``m``, as given; ``{layer: (q, p)}`` once the prior is tied to its layers.
+    """
+
+    kind: ClassVar[str]
+    """Name in saved files."""
+
+    inexactness: ClassVar[str] = (
+        "precisions of single weights are added to the curvature of {layers} in its Kronecker eigenbasis, which is "
+        "exact up to "
+        f"{LARGEST_DENSE:,} weights only. Exact for all are one precision per layer, or the estimator kl.Diagonal()."
+    )
+    """Warning about `inexact` layers, ``{layers}``, with the ways out."""
+
+    mean: PriorMean
+
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @abstractmethod
+    def over(self, layers: Sequence[Layer]) -> Prior:
+        """Tie the prior to layers: check its values, cut them up by layer and move them to the layers' device.
+
+        Args:
+            layers: The layers; if the prior is tied to layers already, some of these.
+
+        Raises:
+            TypeError, ValueError: If its values do not fit the layers.
+        """
+
+    def with_mean(self, mean: PriorMean) -> Prior:
+        """Return the prior with another mean."""
+        return replace(self, mean=mean)  # type: ignore[type-var]  # every prior is a dataclass
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """Mean of every layer, ``{layer: (q, p)}``."""
+        assert isinstance(self.mean, Mapping)
+        return self.mean
+
+    def deviation(self, name: str, weights: Tensor) -> Tensor:
+        """``W̄ − m`` of a layer, ``(q, p)``, float64."""
+        return weights.double() - self.means[name].double()
+
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """``(θ − m)ᵀ D (θ − m)``, 0-dim, float64, differentiable in the weights.
+
+        Args:
+            weights: Every layer's matrix ``W̄``, ``{layer: (q, p)}``.
+        """
+        return torch.stack([self._penalty(name, self.deviation(name, w)) for name, w in weights.items()]).sum()
+
+    @abstractmethod
+    def _penalty(self, name: str, deviation: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """``log det D`` of all layers, 0-dim, float64."""
+
+    @abstractmethod
+    def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
+        """Return the posterior covariance of a layer, ``(c F + D)⁻¹``.
+
+        Args:
+            name: The layer.
+            block: ``F``.
+            scale: ``c``, a number or 0-dim tensor.
+        """
+
+    def inexact(self, name: str, block: Block) -> bool:
+        """Whether `damped` is an approximation, because the layer is large."""
+        return False
+
+    @abstractmethod
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        """Return ``D`` of a layer as a block, and a multiple of the identity, 0-dim, float64."""
+
+    @abstractmethod
+    def least(self, name: str) -> Tensor:
+        """The smallest precision in a layer, 0-dim, float64."""
+
+    # -- as multiples of a unit --------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def multiples(self) -> Tensor:
+        """``μ``, float64: 0-dim, one per layer, ``(L,)``, or one per weight, ``(P,)``."""
+
+    @abstractmethod
+    def with_multiples(self, multiples: Tensor) -> Prior:
+        """Return the prior with the precision ``μ B`` for the same unit ``B``, and the same mean."""
+
+    def same_unit(self, other: Prior) -> bool:
+        """Whether another prior has the same unit and mean, so that they differ in their multiples only."""
+        return self.kind in DIAGONAL_KINDS and other.kind in DIAGONAL_KINDS and self.mean is other.mean
+
+    @property
+    def precisions(self) -> Tensor:
+        """The precisions of a diagonal prior, 0-dim, ``(L,)`` or ``(P,)``, float64.
+
+        Raises:
+            TypeError: If the precision is not diagonal.
+        """
+        return self.multiples
+
+    def shown(self) -> str:
+        """Describe the prior for the posterior's repr."""
+        values = self.multiples
+        if values.ndim == 0:
+            return f"prior_precision={float(values):.4g}"
+        if values.numel() > len(self.means):
+            return f"prior_precision={len(values)} values"
+        return "prior_precision=[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"
+
+    @property
+    def unit_is_identity(self) -> bool:
+        """Whether ``B`` is the identity, so that multiples are precisions."""
+        return True
+
+    def unit_eigenvalues(self, name: str, block: Block) -> Tensor:
+        """Eigenvalues of ``B^{-1/2} F B^{-1/2}`` of a layer, ``(q, p)``, float64."""
+        return block.eigenvalues()
+
+    def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:
+        """``(θ − m)ᵀ B (θ − m)`` of a layer, 0-dim, float64."""
+        return deviation.square().sum()
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, for saving."""
+        return {"prior_precision": self.multiples, **{f"prior_mean/{name}": m for name, m in self.means.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything that is not a tensor, as JSON-compatible values."""
+        return {"kind": self.kind}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IsotropicPrior(Prior):
+    """A prior with one precision for all weights, ``D = δ I``.
 
     Args:
-        value: One number; one per block; one per weight, as the row-major flattened matrices of all blocks joined, shape
-            ``(P,)``, or by parameter name, ``{name: tensor of the parameter's shape}``. Tensors may carry a gradient.
-        layers: The ``L`` layers, with ``P`` weights in all.
-
-    Raises:
-        TypeError: If it is nothing of the kind.
-        ValueError: For another number of them, or values that are not positive and finite.
+        precision: ``δ``, positive: a number or a 0-dim tensor.
+        mean: ``m``: one number, one per weight (a flat tensor), or tensors by parameter name (a state dict).
     """
-    device = layers[0].device if layers else None
-    try:
-        if isinstance(value, Mapping):
-            value = _joined(_from_parameters(value, layers, "prior_precision"))
-        precision = torch.as_tensor(value, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ValueError) and "prior_precision" in str(error):
-            raise
-        raise TypeError(
-            "prior_precision must be a number, one number per block, or one per weight (a flat tensor, or a dict of "
-            f"tensors by parameter name); got {_shown(value)}."
-        ) from None
-    count = sum(math.prod(layer.shape) for layer in layers)
-    if precision.shape not in ((), (len(layers),), (count,)):
-        raise ValueError(
-            f"prior_precision must be one number, {len(layers)} (one per block) or {count} (one per weight), got shape "
-            f"{tuple(precision.shape)}."
-        )
-    good = (precision > 0) & torch.isfinite(precision)
-    if not good.all():
-        bad = float(precision.detach()[~good].flatten()[0])
-        raise ValueError(f"prior_precision must be positive and finite, got {bad}.")
-    return precision
+
+    precision: float | Tensor = 1.0
+    mean: PriorMean = 0.0
+    kind: ClassVar[str] = "isotropic"
+
+    def over(self, layers: Sequence[Layer]) -> IsotropicPrior:
+        precision = precision_tensor(self.precision, layers)
+        if precision.ndim:
+            raise ValueError(
+                f"IsotropicPrior has one precision for all weights; got {len(precision)}. Use LayerwisePrior or "
+                "DiagonalPrior."
+            )
+        return IsotropicPrior(precision, mean_by_layer(self.mean, layers))
+
+    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+        return (self.multiples.to(deviation.device) * deviation.square()).sum()
+
+    def logdet(self) -> Tensor:
+        return self.multiples.log() * sum(mean.numel() for mean in self.means.values())
+
+    def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
+        return Tikhonov(self.multiples).invert(block.scaled(scale))
+
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)
+
+    def least(self, name: str) -> Tensor:
+        return self.multiples
+
+    @property
+    def multiples(self) -> Tensor:
+        return torch.as_tensor(self.precision, dtype=torch.float64)
+
+    def with_multiples(self, multiples: Tensor) -> Prior:
+        return prior_from_multiples(multiples, self.means)
 
 
-def is_number(value: object) -> bool:
-    """Whether a prior is one number for all weights."""
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerwisePrior(Prior):
+    """A prior with one precision for each layer, ``D = δ_l I``.
+
+    Args:
+        precision: ``δ_l``, positive: one for each layer, in their order, or ``{layer: number}``.
+        mean: As in `IsotropicPrior`.
+    """
+
+    precision: Sequence[float] | Tensor | Mapping[str, Tensor | float]
+    mean: PriorMean = 0.0
+    kind: ClassVar[str] = "layerwise"
+
+    def over(self, layers: Sequence[Layer]) -> LayerwisePrior:
+        names = [layer.name for layer in layers]
+        values = self.precision
+        if isinstance(values, Mapping):
+            if missing := [name for name in names if name not in values]:
+                raise ValueError(f"LayerwisePrior has no precision for {missing}; there are {list(values)}.")
+            values = torch.stack([torch.as_tensor(values[name], dtype=torch.float64) for name in names])
+        precision = precision_tensor(values, layers)
+        if precision.shape != (len(layers),):
+            raise ValueError(
+                f"LayerwisePrior needs {len(layers)} precisions, one for each of {names}; got shape "
+                f"{tuple(precision.shape)}."
+            )
+        return LayerwisePrior(dict(zip(names, precision, strict=True)), mean_by_layer(self.mean, layers))
+
+    @property
+    def _by_name(self) -> Mapping[str, Tensor]:
+        assert isinstance(self.precision, Mapping)
+        return self.precision  # type: ignore[return-value]  # tensors once it is tied to layers
+
+    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+        return (self._by_name[name] * deviation.square()).sum()
+
+    def logdet(self) -> Tensor:
+        return torch.stack([p.log() * self.means[name].numel() for name, p in self._by_name.items()]).sum()
+
+    def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
+        return Tikhonov(self._by_name[name]).invert(block.scaled(scale))
+
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)
+
+    def least(self, name: str) -> Tensor:
+        return self._by_name[name]
+
+    @property
+    def multiples(self) -> Tensor:
+        return torch.stack(list(self._by_name.values()))
+
+    def with_multiples(self, multiples: Tensor) -> Prior:
+        return prior_from_multiples(multiples, self.means)
 
 
-def structure_of(precision: Tensor, n_layers: int) -> PriorStructure:
-    """The structure of what `precision_tensor` returned."""
+@dataclass(frozen=True, eq=False, repr=False)
+class DiagonalPrior(Prior):
+    """A prior with one precision for each weight.
+
+    Args:
+        precision: The precisions, positive: the row-major flattened matrices of all layers joined, shape ``(P,)``, or
+            ``{parameter name: tensor of its shape}``. See `kronlaplace.damping.plus_diagonal.PlusDiagonal` for where that
+            is exact.
+        mean: As in `IsotropicPrior`.
+    """
+
+    precision: Tensor | Mapping[str, Tensor]
+    mean: PriorMean = 0.0
+    kind: ClassVar[str] = "diagonal"
+
+    def over(self, layers: Sequence[Layer]) -> DiagonalPrior:
+        precision = precision_tensor(self.precision, layers)
+        shapes = [layer.shape for layer in layers]
+        if precision.shape != (sum(map(math.prod, shapes)),):
+            raise ValueError(
+                f"DiagonalPrior needs {sum(map(math.prod, shapes))} precisions, one for each weight; got shape "
+                f"{tuple(precision.shape)}."
+            )
+        parts = zip([layer.name for layer in layers], by_layer(precision, shapes), strict=True)
+        return DiagonalPrior(dict(parts), mean_by_layer(self.mean, layers))
+
+    @property
+    def _by_name(self) -> Mapping[str, Tensor]:
+        assert isinstance(self.precision, Mapping)
+        return self.precision
+
+    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+        return (self._by_name[name] * deviation.square()).sum()
+
+    def logdet(self) -> Tensor:
+        return torch.stack([p.log().sum() for p in self._by_name.values()]).sum()
+
+    def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
+        return Tikhonov(self._by_name[name]).invert(block.scaled(scale))
+
+    def inexact(self, name: str, block: Block) -> bool:
+        return not PlusDiagonal(block).exact
+
+    def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
+        precision = self._by_name[name]
+        return DiagonalBlock(precision.to(self.means[name].dtype), name), precision.new_zeros(())
+
+    def least(self, name: str) -> Tensor:
+        return self._by_name[name].amin()
+
+    @property
+    def multiples(self) -> Tensor:
+        return joined(list(self._by_name.values()))
+
+    def with_multiples(self, multiples: Tensor) -> Prior:
+        return prior_from_multiples(multiples, self.means)
+
+
+DIAGONAL_KINDS = (IsotropicPrior.kind, LayerwisePrior.kind, DiagonalPrior.kind)
+
+
+def prior_from_multiples(precision: Tensor, means: Mapping[str, Tensor]) -> Prior:
+    """Return the prior with these precisions, 0-dim, ``(L,)`` or ``(P,)``, and means by layer."""
     if precision.ndim == 0:
-        return PriorStructure.SCALAR
-    return PriorStructure.LAYERWISE if len(precision) == n_layers else PriorStructure.DIAGONAL
-
-
-def precision_by_layer(precision: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Each layer's precision: a 0-dim tensor, or one for every weight, ``(q, p)``."""
-    structure = structure_of(precision, len(shapes))
-    if structure is PriorStructure.SCALAR:
-        return [precision] * len(shapes)
-    if structure is PriorStructure.LAYERWISE:
-        return list(precision)
-    return by_layer(precision, shapes)
-
-
-def by_layer(joined: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Cut a joined vector ``(P,)`` into the layers' matrices ``(q, p)``."""
-    parts = joined.split([math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> list[Tensor]:
-    """The prior mean as each layer's matrix, ``(q, p)``, in the layer's dtype, at least float32.
-
-    Args:
-        value: One number for all weights; one per weight, as the row-major flattened matrices of all blocks joined, shape
-            ``(P,)``; or ``{parameter name: tensor of its shape}``, such as a state dict, of which only the parameters with a
-            posterior are looked at. (The two biases of recurrent layers act through their sum, whose mean is the sum.)
-        layers: The layers.
-
-    Raises:
-        TypeError: If it is nothing of the kind.
-        ValueError: For missing parameters, other shapes, or values that are not finite.
-    """
-    shapes = [layer.shape for layer in layers]
-    if isinstance(value, Mapping):
-        means = _from_parameters(value, layers, "prior_mean")
-        means = [_with_redundant(mean, layer, value) for mean, layer in zip(means, layers, strict=True)]
-    elif isinstance(value, Tensor) and value.ndim == 1:
-        count = sum(map(math.prod, shapes))
-        if len(value) != count:
-            raise ValueError(f"prior_mean must be one number or {count} (one per weight), got {len(value)}.")
-        means = by_layer(value.detach(), shapes)
-    elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
-        means = [torch.full(shape, float(value), dtype=torch.float64) for shape in shapes]
-    else:
-        raise TypeError(
-            "prior_mean must be a number, a flat tensor with one per weight, or a dict of tensors by parameter name; got "
-            f"{_shown(value)}."
-        )
-    if not all(torch.isfinite(mean).all() for mean in means):
-        raise ValueError("prior_mean has NaN or infinite values.")
-    return [mean.detach().to(layer.device, layer.dtype) for mean, layer in zip(means, layers, strict=True)]
-
-
-def _from_parameters(values: Mapping[str, Tensor], layers: Sequence[Layer], what: str) -> list[Tensor]:
-    matrices = []
-    for layer in layers:
-        for name, parameter in layer.parameters.items():
-            if name not in values:
-                raise ValueError(f"{what} has no entry for the parameter {name!r}; there are {list(values)}.")
-            if not isinstance(values[name], Tensor) or values[name].shape != parameter.shape:
-                got = tuple(values[name].shape) if isinstance(values[name], Tensor) else type(values[name]).__name__
-                raise ValueError(f"{what} of {name!r} must be a tensor of shape {tuple(parameter.shape)}, got {got}.")
-        matrices.append(layer.assemble({name: values[name].to(layer.device) for name in layer.parameters}))
-    return matrices
-
-
-def _with_redundant(mean: Tensor, layer: Layer, values: Mapping[str, Tensor]) -> Tensor:
-    """Add the mean of a parameter that acts only through its sum with the block's last column (recurrent biases)."""
-    for name in layer.redundant:
-        if name in values:
-            last = (mean[:, -1] + values[name].to(mean)).unsqueeze(1)
-            mean = torch.cat([mean[:, :-1], last], dim=1)
-    return mean
-
-
-def _joined(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.cat([matrix.flatten() for matrix in matrices])
+        return IsotropicPrior(precision, means)
+    parts = multiples_by_layer(precision, [(m.shape[0], m.shape[1]) for m in means.values()])
+    by_name = dict(zip(means, parts, strict=True))
+    return DiagonalPrior(by_name, means) if parts[0].ndim else LayerwisePrior(by_name, means)
 
 
 def _shown(value: object) -> str:
-    return f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    """Describe a precision or a mean in a repr: numbers as they are, tensors by their shape."""
+    if isinstance(value, Mapping):
+        return f"values for {list(value)}"
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{'x'.join(map(str, value.shape))} values"
+    return f"{float(value):.4g}" if isinstance(value, (Tensor, int, float)) else repr(value)

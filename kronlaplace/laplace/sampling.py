@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.batches import Inputs
-from kronlaplace.inversion import DampedInverse
+from kronlaplace._replica import Replica
+from kronlaplace.damping import DampedInverse
+from kronlaplace.data.inputs import Inputs
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.replica import Replica
 
 __all__ = ["WeightSampler"]
 
@@ -56,7 +56,7 @@ class WeightSampler:
             deviations = inverse.sqrt_solve(noise)
             if self._step == 2:
                 deviations = torch.stack([deviations, -deviations], dim=1).flatten(0, 1)
-            parts = layer.split(mean + deviations)
+            parts = layer.split_values(mean + deviations)
             draws |= {name: part.to(layer.parameters[name].dtype) for name, part in parts.items()}
         return draws
 

@@ -7,23 +7,25 @@ state before or the one after, nothing in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kronlaplace.damping import Tikhonov
-from kronlaplace.fingerprint import WeightsGuard
-from kronlaplace.inversion import LARGEST_DENSE, DampedInverse, PlusDiagonal
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace._arguments import warn
+from kronlaplace.damping import DampedInverse
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, noise_rescaling
-from kronlaplace.laplace.functional import Known
-from kronlaplace.laplace.prior import precision_by_layer
+from kronlaplace.laplace.given_prior import GivenPrior
+from kronlaplace.laplace.hyperparameters import Hyperparameters
+from kronlaplace.laplace.linearized import ShapeCache
+from kronlaplace.laplace.prior import Prior
 from kronlaplace.layers import Layer
-from kronlaplace.likelihoods import Gaussian, Likelihood
-from kronlaplace.options import warn
+from kronlaplace.likelihoods import Likelihood
+from kronlaplace.network.fingerprint import WeightsGuard
 
 __all__ = ["Fit", "State"]
 
@@ -43,8 +45,13 @@ class Fit:
     fisher: KroneckerFisher
     mean: Mapping[str, Tensor]
     guard: WeightsGuard
-    known: dict[Hashable, Known] = field(default_factory=dict)
+    known: dict[Hashable, ShapeCache] = field(default_factory=dict)
     unclear: set[str] = field(default_factory=set)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fit is."""
+        return next(iter(self.mean.values())).device
 
     @cached_property
     def unresolved(self) -> Tensor | None:
@@ -61,18 +68,16 @@ class State:
     """The layers of a posterior, its hyperparameters, and its fit.
 
     Attributes:
-        layers: The layers that have a posterior.
-        likelihood: The likelihood.
-        prior_precision: ``δ``, 0-dim, ``(L,)`` or ``(P,)``, float64.
-        prior_mean: Mean of the prior, each block's matrix ``(q, p)``.
+        layers: The layers that have a posterior; none before a fit has found the last layer.
+        likelihood: The likelihood, with the noise that predictions use.
+        given: The prior, tied to the layers if they are known.
         temperature: ``τ``.
         fit: What came of the data, None before.
     """
 
     layers: Sequence[Layer]
     likelihood: Likelihood
-    prior_precision: Tensor
-    prior_mean: Mapping[str, Tensor]
+    given: Prior | GivenPrior
     temperature: float
     fit: Fit | None = None
 
@@ -87,46 +92,92 @@ class State:
             raise RuntimeError("the posterior is not fitted yet: call fit(loader) first.")
         return self.fit
 
+    @property
+    def prior(self) -> Prior:
+        """The prior over the layers.
+
+        Raises:
+            RuntimeError: If the layers are not known yet.
+        """
+        if not isinstance(self.given, Prior):
+            raise RuntimeError(
+                'layers="last" is found by the fit; before that it is not known. Call fit(loader) first.'
+            )
+        return self.given
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Prior, noise and temperature.
+
+        Raises:
+            RuntimeError: If the layers are not known yet.
+        """
+        return Hyperparameters(self.prior, self.likelihood.noise_std, self.temperature)
+
+    def with_hyperparameters(self, new: Hyperparameters) -> State:
+        """Return the state with other hyperparameters and the same fit.
+
+        Raises:
+            ValueError: If a noise is given and the likelihood has none.
+        """
+        noise = new.noise_std
+        likelihood = self.likelihood if noise is None else self.likelihood.with_noise_std(noise)
+        return replace(self, given=new.prior, likelihood=likelihood, temperature=new.temperature)
+
+    def over(self, layers: Sequence[Layer]) -> State:
+        """Return the state over other layers: some of its own, its own after the network moved, or the last one."""
+        return replace(self, layers=layers, given=self.given.over(layers))
+
+    def only(self, names: Sequence[str]) -> State:
+        """Return the state without the layers that are not among ``names``.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        kept = [layer for layer in self.layers if layer.name in names]
+        if not kept:
+            raise ValueError(
+                f"none of the posterior's layers {[layer.name for layer in self.layers]} is left: what this fit could use "
+                f"are {list(names)}. Layers that an earlier fit has left out stay left out; make a new KronLaplace."
+            )
+        return self if len(kept) == len(self.layers) else self.over(kept)
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What the Fisher is multiplied with."""
+        fisher = self.fitted.fisher
+        return fisher.n_examples / self.temperature * noise_rescaling(fisher, self.likelihood.noise_std)
+
     @cached_property
     def inverses(self) -> dict[str, DampedInverse]:
         """The posterior covariance by layer, ``(N · F / τ + D)⁻¹``.
 
         Warns:
-            UserWarning: If weights of a large layer have precisions of their own, which is not exact there.
+            UserWarning: If the prior makes the precision of a large layer inexact.
         """
-        fisher = self.fitted.fisher
+        fisher, prior, scale = self.fitted.fisher, self.prior, self.scale
         fisher.decompose()
-        noise = self.likelihood.noise_std if isinstance(self.likelihood, Gaussian) else None
-        scale = fisher.n_examples / self.temperature * noise_rescaling(fisher, noise)
-        precisions = precision_by_layer(self.prior_precision, [block.shape for block in fisher.values()])
         inexact = [
-            f"{name!r} ({precision.numel():,} weights)"
-            for (name, block), precision in zip(fisher.items(), precisions, strict=True)
-            if precision.ndim and not PlusDiagonal(block).exact
+            f"{name!r} ({math.prod(block.shape):,} weights)"
+            for name, block in fisher.items()
+            if prior.inexact(name, block)
         ]
         if inexact:
-            warn(
-                f"precisions of single weights are added to the curvature of {', '.join(inexact)} in its Kronecker "
-                f"eigenbasis, which is exact up to {LARGEST_DENSE:,} weights only. Exact for all are one precision per "
-                "layer, or the estimator kl.Diagonal()."
-            )
-        self.warn_of_rounding(precisions, scale)
-        return {
-            name: Tikhonov(precision).invert(block.scaled(scale))
-            for (name, block), precision in zip(fisher.items(), precisions, strict=True)
-        }
+            warn(prior.inexactness.format(layers=", ".join(inexact)))
+        self.warn_of_rounding(prior, scale)
+        return {name: prior.damped(name, block, scale) for name, block in fisher.items()}
 
-    def warn_of_rounding(self, precisions: Sequence[Tensor], scale: Tensor | float) -> None:
+    def warn_of_rounding(self, prior: Prior, scale: Tensor | float) -> None:
         """Warn, once for each layer, where float32 does not resolve curvature that is more than the prior's precision.
 
         Args:
-            precisions: The prior's, layer by layer.
+            prior: The prior.
             scale: What the Fisher is multiplied with.
         """
         fit = self.fitted
         if fit.unresolved is None:
             return
-        least = torch.stack([precision.detach().cpu().amin() for precision in precisions])
+        least = torch.stack([prior.least(name).detach().cpu() for name in fit.fisher])
         exceeds = (fit.unresolved * torch.as_tensor(scale).detach().cpu() > least).tolist()
         names = [name for name, flag in zip(fit.fisher, exceeds, strict=True) if flag and name not in fit.unclear]
         if names:
@@ -141,8 +192,11 @@ class State:
 
     @cached_property
     def evidence(self) -> Evidence:
-        """The Laplace evidence as a function of the hyperparameters."""
+        """The Laplace evidence as a function of multiples of the prior's unit."""
+        return self.evidence_of(self.prior)
+
+    def evidence_of(self, prior: Prior) -> Evidence:
+        """Return the evidence as a function of multiples of another prior's unit."""
         fit = self.fitted
         with torch.inference_mode(False), torch.no_grad():
-            deviations = [fit.mean[name].double() - self.prior_mean[name].double() for name in fit.fisher]
-            return Evidence(fit.fisher, deviations)
+            return Evidence(fit.fisher, fit.mean, prior)

@@ -18,19 +18,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from kronlaplace.alignment import Alignment
-from kronlaplace.batches import DeferredChecks, Rewind, device_of, iterate, preserved_random_state, warn_of_share
+from kronlaplace._arguments import choice, positive_integer
+from kronlaplace.data.deferred_checks import DeferredChecks
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.estimators import Estimator
-from kronlaplace.fisher import check_batch
-from kronlaplace.forward_errors import explained_errors
-from kronlaplace.kronecker import KroneckerFisher
+from kronlaplace.fisher.curvature_pass import check_batch
+from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
-from kronlaplace.laplace.prior import Precision, PriorStructure, precision_by_layer
+from kronlaplace.laplace.prior import Prior, PriorStructure
+from kronlaplace.laplace.prior_precision import Precision
 from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.options import choice, positive_integer
+from kronlaplace.network.alignment import Alignment
+from kronlaplace.network.forward_errors import explained_errors
 
 __all__ = ["EvidenceRecord", "EvidenceTraining", "train_by_evidence"]
 
@@ -43,15 +46,20 @@ class EvidenceRecord:
         epoch: Number of epochs before it.
         log_marginal_likelihood: The evidence in nats, at the hyperparameters that maximise it.
         log_likelihood: Its first term, of the training data at the weights.
-        prior_precision: The prior precision(s) that training goes on with, as in `KronLaplace.prior_precision`.
+        prior: The prior that training goes on with.
         likelihood: The likelihood, with its noise.
     """
 
     epoch: int
     log_marginal_likelihood: float
     log_likelihood: float
-    prior_precision: Tensor
+    prior: Prior
     likelihood: Likelihood
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Precision(s) of the prior, as in `KronLaplace.prior_precision`."""
+        return self.prior.precisions
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def train_by_evidence(
     patience: int | None = None,
     structure: PriorStructure | str = PriorStructure.LAYERWISE,
     noise: NoiseTuning | str = NoiseTuning.TUNED,
-    prior_precision: Precision = 1.0,
+    prior_precision: Prior | Precision = 1.0,
     temperature: float = 1.0,
     unsupported: Unsupported | str = Unsupported.ERROR,
     sampling: Sampling | str = Sampling.EXACT,
@@ -191,7 +199,7 @@ def train_by_evidence(
     record, weights, fisher = best
     model.load_state_dict(weights)
     posterior.likelihood = record.likelihood
-    posterior.prior_precision = record.prior_precision
+    posterior.prior = record.prior
     posterior.fit(fisher=fisher)
     return EvidenceTraining(posterior, tuple(history), record)
 
@@ -217,7 +225,6 @@ def _epoch(
     epoch: int,
 ) -> None:
     """One pass of gradient steps on the negative log-posterior, per example."""
-    precisions = precision_by_layer(posterior.prior_precision, [layer.shape for layer in layers])
     total: Tensor | None = None
     for batch in iterate(data, device_of(model), alignment=alignment, progress=False, description=""):
         assert batch.targets is not None
@@ -226,11 +233,8 @@ def _epoch(
         log_likelihood = posterior.likelihood.log_likelihood(
             posterior.likelihood.statistics(outputs, _ordinary(batch.targets))
         )
-        squares = [
-            (precision * layer.matrix(detach=False).double().square()).sum()
-            for layer, precision in zip(layers, precisions, strict=True)
-        ]
-        loss = -log_likelihood / (len(outputs) * posterior.temperature) + 0.5 * torch.stack(squares).sum() / n_examples
+        penalty = posterior.prior.penalty({layer.name: layer.matrix(detach=False) for layer in layers})
+        loss = -log_likelihood / (len(outputs) * posterior.temperature) + 0.5 * penalty / n_examples
         loss.backward()
         optimizer.step()
         total = loss.detach() if total is None else total + loss.detach()
@@ -272,6 +276,6 @@ def _record(epoch: int, posterior: KronLaplace) -> EvidenceRecord:
         epoch,
         float(posterior.log_marginal_likelihood()),
         float(posterior.likelihood.log_likelihood(statistics)),
-        posterior.prior_precision,
+        posterior.prior,
         posterior.likelihood,
     )

@@ -1,4 +1,8 @@
-"""Tuning the hyperparameters by the evidence: prior precision(s) and, in regression, the noise with them."""
+"""Tuning the hyperparameters by the evidence: prior precision(s) and, in regression, the noise with them.
+
+Precisions are multiples of the prior's unit (see `kronlaplace.laplace.prior`), which is the identity for all but Kronecker
+priors.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from kronlaplace._arguments import Choice, choice, warn
 from kronlaplace.laplace.evidence import Evidence
+from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.prior import PriorStructure
-from kronlaplace.likelihoods import Gaussian, Likelihood
-from kronlaplace.options import Choice, choice
+from kronlaplace.laplace.state import State
+from kronlaplace.likelihoods import Likelihood
 
 __all__ = [
     "DIAGONAL_RANGE",
@@ -24,8 +30,10 @@ __all__ = [
     "SUSPICIOUS_NOISE",
     "NoiseTuning",
     "Tuned",
+    "by_evidence",
+    "check_noise",
     "known_noise",
-    "maximise_evidence",
+    "maximize_evidence",
 ]
 
 PRECISION_BOUNDS = (1e-10, 1e10)
@@ -77,7 +85,7 @@ def known_noise(noise: NoiseTuning | str, likelihood: Likelihood) -> float | Non
     """
     if choice(NoiseTuning, noise, "noise") is NoiseTuning.TUNED:
         return None
-    if not isinstance(likelihood, Gaussian):
+    if likelihood.noise_std is None:
         raise ValueError(f'noise="fixed" would have no effect: {likelihood} has no noise_std. Leave it out.')
     return likelihood.noise_std
 
@@ -87,20 +95,71 @@ class Tuned:
     """Tuned hyperparameters.
 
     Attributes:
-        prior_precision: 0-dim, ``(L,)`` or ``(P,)``.
+        multiples: Multiples of the prior's unit, 0-dim, ``(L,)`` or ``(P,)``.
         noise_std: The noise, or None if there is none or it was known.
         at_the_edge: The hyperparameters that could as well be at a bound: the evidence has no maximum inside.
     """
 
-    prior_precision: Tensor
+    multiples: Tensor
     noise_std: float | None
     at_the_edge: tuple[str, ...] = ()
 
 
-def maximise_evidence(
+def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | str) -> Hyperparameters:
+    """Return the hyperparameters with the largest evidence.
+
+    Args:
+        state: A fitted posterior's state.
+        structure: What has a precision, or a multiple of the prior's unit, of its own.
+        noise: Whether the noise is tuned, too, or known.
+
+    Raises:
+        ValueError: For a fixed noise where there is none, or weights of a prior whose unit is not the identity.
+
+    Warns:
+        UserWarning: If the optimum is at the edge of what was searched, or the noise is much larger than the errors.
+    """
+    known = known_noise(noise, state.likelihood)
+    tuned = maximize_evidence(state.evidence, structure, state.temperature, known)
+    if tuned.at_the_edge:
+        warn(
+            f"the evidence is largest at the edge of the range searched for: {', '.join(tuned.at_the_edge)}. It has "
+            "no maximum inside; check that the network is trained and that the prior suits its weights."
+        )
+    check_noise(
+        state,
+        tuned.noise_std,
+        "the network has nearly as many effective parameters as there are targets and follows their noise, so that "
+        "its training errors do not tell it",
+    )
+    noise_std = state.likelihood.noise_std if tuned.noise_std is None else tuned.noise_std
+    return Hyperparameters(state.prior.with_multiples(tuned.multiples), noise_std, state.temperature)
+
+
+def check_noise(state: State, tuned: float | None, meaning: str) -> None:
+    """Warn if the tuned noise is far from the errors on the training data.
+
+    Args:
+        state: A fitted posterior's state.
+        tuned: The noise, None if there is none or it was known.
+        meaning: What that would mean.
+    """
+    statistics = state.fitted.fisher.statistics
+    if tuned is None or statistics is None:
+        return
+    error = state.likelihood.training_error(statistics)
+    if 0 < error < tuned / SUSPICIOUS_NOISE:
+        warn(
+            f"the tuned noise_std, {tuned:.3g}, is {tuned / error:.3g} times the network's root mean square error on "
+            f"the training data, {error:.3g}: {meaning}. Train with more data or weight decay, or stop earlier; if the "
+            'noise is known set it, posterior.likelihood = kl.Gaussian(noise_std), and tune with noise="fixed".'
+        )
+
+
+def maximize_evidence(
     evidence: Evidence, structure: PriorStructure, temperature: float, noise_std: float | None = None
 ) -> Tuned:
-    """Maximise the evidence over prior precision(s) and noise, in log space with bounds.
+    """Maximize the evidence over prior precision(s) and noise, in log space with bounds.
 
     It is concave there (see `kronlaplace.laplace.evidence`), so the maximum is found from anywhere: no learning rate, no
     number of steps, no dependence on the present values. With one precision in all or one per block by Newton's method
@@ -116,14 +175,19 @@ def maximise_evidence(
         noise_std: The noise if it is known, and only the prior is to be found (Gaussian likelihood only).
     """
     if structure is PriorStructure.DIAGONAL:
-        of_all = maximise_evidence(evidence, PriorStructure.SCALAR, temperature, noise_std)
+        if not evidence.unit_is_identity:
+            raise ValueError(
+                'structure="diagonal" tunes a precision for every weight, and this prior ties the weights of a layer '
+                'together. Use "scalar" or "layerwise", which tune a factor of the prior, or another prior.'
+            )
+        of_all = maximize_evidence(evidence, PriorStructure.SCALAR, temperature, noise_std)
         return _by_weight(evidence, temperature, of_all, noise_std)
     scalar = structure is PriorStructure.SCALAR
     n = 1 if scalar else len(evidence.blocks)
     low, high = map(math.log, PRECISION_BOUNDS)
     bounds = [(low, high)] * n
     start = [min(max(math.log(evidence.n_weights / max(evidence.squared_norm, 1e-12)), low), high)] * n
-    if isinstance(evidence.likelihood, Gaussian) and noise_std is None:
+    if evidence.likelihood.noise_std is not None and noise_std is None:
         start.append(_log_error(evidence))
         bounds.append(_noise_bounds(evidence))
 
@@ -137,7 +201,7 @@ def maximise_evidence(
     u = _newton(derivatives, torch.tensor(start).double(), bounds)
     precision = u[:n].exp().to(evidence.statistics.device)
     return Tuned(
-        prior_precision=precision[0] if scalar else precision,
+        multiples=precision[0] if scalar else precision,
         noise_std=float(u[-1].exp()) if len(u) > n else None,
         at_the_edge=_at_the_edge(evidence, u, bounds, n, temperature, noise_std),
     )
@@ -181,7 +245,7 @@ def _newton(
 
 
 def _log_error(evidence: Evidence) -> float:
-    return math.log(max(Gaussian.root_mean_square_error(evidence.statistics), 1e-12))
+    return math.log(max(evidence.likelihood.training_error(evidence.statistics), 1e-12))
 
 
 def _noise_bounds(evidence: Evidence) -> tuple[float, float]:
@@ -219,7 +283,7 @@ def _by_weight(evidence: Evidence, temperature: float, start: Tuned, known_noise
     """One precision per weight, by L-BFGS-B with gradients by autograd."""
     device = evidence.statistics.device
     count = evidence.n_weights
-    center = math.log(float(start.prior_precision))
+    center = math.log(float(start.multiples))
     bounds = [(center - math.log(DIAGONAL_RANGE), center + math.log(DIAGONAL_RANGE))] * count
     u = np.full(count, center)
     if start.noise_std is not None:
@@ -238,6 +302,6 @@ def _by_weight(evidence: Evidence, temperature: float, start: Tuned, known_noise
     options = {"ftol": _GAIN_BY_WEIGHT / max(1.0, abs(loss_and_gradient(u)[0])), "maxiter": _STEPS_BY_WEIGHT}
     result = minimize(loss_and_gradient, u, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return Tuned(
-        prior_precision=torch.tensor(np.exp(result.x[:count]), dtype=torch.float64, device=device),
+        multiples=torch.tensor(np.exp(result.x[:count]), dtype=torch.float64, device=device),
         noise_std=None if start.noise_std is None else float(np.exp(result.x[-1])),
     )

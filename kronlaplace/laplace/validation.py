@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kronlaplace.alignment import Alignment
-from kronlaplace.batches import Batch, DeferredChecks, Rewind, device_of, iterate, preserved_random_state
+from kronlaplace._arguments import positive_number, warn
+from kronlaplace.data.deferred_checks import Batch, DeferredChecks
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.loader import Rewind, iterate, warn_of_share
+from kronlaplace.laplace.evidence import noise_exponent
+from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.predictive import Predictive
-from kronlaplace.likelihoods import HeteroscedasticGaussian, Likelihood, Prediction
+from kronlaplace.laplace.predictor import Predictor
+from kronlaplace.laplace.prior import PriorStructure
+from kronlaplace.laplace.state import State
+from kronlaplace.laplace.tuning import NoiseTuning, check_noise, known_noise, maximize_evidence
+from kronlaplace.likelihoods import Prediction
+from kronlaplace.network.alignment import Alignment
 
-__all__ = ["Candidate", "Validator", "best_of_grid", "default_grid"]
+__all__ = ["Candidate", "Validator", "best_of_grid", "by_validation", "default_grid"]
 
 _NOISE_RANGE = 1e3
 """Factor by which the noise may differ from the root mean square error."""
@@ -35,75 +44,145 @@ class Candidate:
 
     Attributes:
         loss: Mean negative log-likelihood, in nats per target.
-        prior_precision: As in `KronLaplace.prior_precision`.
-        noise_std: The noise that is best there (Gaussian likelihood), or None.
+        hyperparameters: The hyperparameters, with the noise that is best there if it is tuned.
     """
 
     loss: float
-    prior_precision: Tensor
-    noise_std: float | None
+    hyperparameters: Hyperparameters
 
 
-class Predictor(Protocol):
-    """What the validator needs of a posterior."""
+def by_validation(
+    model: nn.Module,
+    state: State,
+    predictor: Callable[[Hyperparameters], Predictor],
+    data: Iterable[Any] | None,
+    structure: PriorStructure,
+    noise: NoiseTuning | str,
+    predictive: Predictive | None,
+    grid: Sequence[float] | None,
+    progress: bool,
+) -> Hyperparameters:
+    """Return the hyperparameters under which validation data are most likely; arguments as of `KronLaplace.tune`.
 
-    model: torch.nn.Module
-    likelihood: Likelihood
+    Args:
+        model: The network.
+        state: A fitted posterior's state.
+        predictor: Predicts with the posterior at other hyperparameters.
+        data: Batches with targets.
+        structure: What has a precision of its own.
+        noise: Whether the noise is tuned, too, or known.
+        predictive: How predictions will be made.
+        grid: Precisions or factors to try.
+        progress: Whether to show a progress bar.
 
-    def set_hyperparameters(self, prior_precision: Tensor, noise_std: float | None) -> None: ...
+    Raises:
+        TypeError, ValueError: As `KronLaplace.tune`.
+    """
+    relative = structure is not PriorStructure.SCALAR or not state.prior.unit_is_identity
+    known = known_noise(noise, state.likelihood)
+    values = _checked_grid(data, relative, grid)
+    assert data is not None
+    predictive = Predictive() if predictive is None else predictive
+    if not isinstance(predictive, Predictive):
+        raise TypeError(f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.')
+    predictive.check(state.likelihood)
+    warn_of_share(data)
+    base = torch.ones((), dtype=torch.float64)
+    if structure is not PriorStructure.SCALAR:
+        base = maximize_evidence(state.evidence, structure, state.temperature, known).multiples
+    start = _training_error(state) if known is None else None
+    validator = Validator(model, state, predictor, data, predictive, start)
+    index, best = best_of_grid([base * factor for factor in values], validator, progress)
+    if index in (0, len(values) - 1) and len(values) > 1:
+        what = "factor of the prior precisions" if relative else "prior precision"
+        warn(
+            f"the validation loss is smallest at the edge of the grid, for the {what} {values[index]:.3g} of "
+            f"{values[0]:.3g} to {values[-1]:.3g}; give a wider grid= or more validation data"
+            + (", unless the trained network itself predicts best." if index else ".")
+        )
+    check_noise(
+        state,
+        best.hyperparameters.noise_std if start is not None else None,
+        "its errors on the validation data are so much larger. It follows the noise of the training data, or the "
+        "validation data are of another kind, or in another unit",
+    )
+    return best.hyperparameters
 
-    def predict_batch(self, x: Any, predictive: Predictive) -> Tensor | Prediction: ...
+
+def _checked_grid(data: Iterable[Any] | None, relative: bool, grid: Sequence[float] | None) -> list[float]:
+    if data is None or isinstance(data, Iterator):
+        got = "none" if data is None else "an iterator, which can be read only once"
+        raise TypeError(f'method="validation" needs data=, batches (inputs, targets) such as a DataLoader; got {got}.')
+    grid = default_grid(relative) if grid is None else grid
+    if not isinstance(grid, Iterable):
+        raise TypeError(f"grid must be a list of prior precisions, such as [0.1, 1, 10]; got {grid!r}.")
+    values = sorted(positive_number(value, "an entry of grid") for value in grid)
+    if not values:
+        raise ValueError("grid is empty; give at least one prior precision.")
+    return values
+
+
+def _training_error(state: State) -> float | None:
+    """Error on the training data, to start the search for the noise from; the noise itself if there were no targets."""
+    if state.likelihood.noise_std is None:
+        return None
+    statistics = state.fitted.fisher.statistics
+    error = 0.0 if statistics is None else state.likelihood.training_error(statistics)
+    return error if error > 0 else state.likelihood.noise_std
 
 
 class Validator:
-    """The validation loss as a function of the prior precision; in regression at the noise that is best with it.
+    """The validation loss as a function of multiples of the prior's unit; in regression at the noise that is best there.
 
     The noise is searched for with the ratio of curvature and prior precision kept: the prior precision goes with
-    ``(σ₀ / σ)ᵏ``, the variance of the linearised function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀``
+    ``(σ₀ / σ)ᵏ``, the variance of the linearized function then exactly with ``(σ / σ₀)ᵏ``, and one prediction for ``σ₀``
     (the root mean square error on the training data) is enough.
 
     Args:
-        posterior: The posterior, whose hyperparameters are changed.
+        model: The network.
+        state: The posterior's state.
+        predictor: Predicts with the posterior at other hyperparameters.
         data: Batches with targets.
         predictive: How predictions are made.
         noise_std: ``σ₀``, or None for a likelihood without noise to be tuned.
-        exponent: ``k``; the Fisher goes with ``σ⁻ᵏ``.
     """
 
     def __init__(
         self,
-        posterior: Predictor,
+        model: nn.Module,
+        state: State,
+        predictor: Callable[[Hyperparameters], Predictor],
         data: Iterable[Any],
         predictive: Predictive,
         noise_std: float | None,
-        exponent: int,
     ) -> None:
-        self._posterior = posterior
+        self._state = state
+        self._predictor = predictor
         self._data = data
         self._predictive = predictive
-        self._exponent = exponent
+        self._exponent = -noise_exponent(state.fitted.fisher)
+        self._model = model
         self._checks = DeferredChecks()
-        self._alignment = Alignment(posterior.model, posterior.likelihood)
+        self._alignment = Alignment(self._model, state.likelihood)
         self._noise = noise_std
 
-    def __call__(self, prior_precision: Tensor) -> Candidate:
-        """The loss at a prior precision, and the best noise."""
+    def __call__(self, multiples: Tensor) -> Candidate:
+        """Return the loss at multiples of the prior's unit, with the noise that is best there."""
         noise = self._noise
-        self._posterior.set_hyperparameters(prior_precision, noise)
         if noise is None:
-            return Candidate(self._loss(), prior_precision, None)
+            known = self._at(multiples, self._state.likelihood.noise_std)
+            return Candidate(self._loss(known), known)
 
-        def with_noise(log_factor: float) -> tuple[Tensor, float]:
-            return prior_precision * math.exp(-self._exponent * log_factor), noise * math.exp(log_factor)
+        def with_noise(log_factor: float) -> Hyperparameters:
+            return self._at(multiples * math.exp(-self._exponent * log_factor), noise * math.exp(log_factor))
 
         def by_predicting(log_factor: float) -> float:
-            self._posterior.set_hyperparameters(*with_noise(log_factor))
-            return self._loss()
+            return self._loss(with_noise(log_factor))
 
-        squares, variances = self._errors()
+        squares, variances = self._errors(self._at(multiples, noise))
         center = math.log(max(math.sqrt(float(squares.mean())), 1e-12) / noise)
         if not math.isfinite(center):
-            return Candidate(math.nan, prior_precision, noise)
+            return Candidate(math.nan, self._at(multiples, noise))
 
         def by_scaling(log_factor: float) -> float:
             total = variances * math.exp(self._exponent * log_factor) + noise**2 * math.exp(2 * log_factor)
@@ -116,36 +195,41 @@ class Validator:
             method="bounded",
             options={"xatol": 0.05 if sampled else 1e-6},
         )
-        return Candidate(float(result.fun), *with_noise(float(result.x)))
+        return Candidate(float(result.fun), with_noise(float(result.x)))
 
-    def _errors(self) -> tuple[Tensor, Tensor]:
+    def _at(self, multiples: Tensor, noise_std: float | None) -> Hyperparameters:
+        return Hyperparameters(self._state.prior.with_multiples(multiples), noise_std, self._state.temperature)
+
+    def _errors(self, at: Hyperparameters) -> tuple[Tensor, Tensor]:
         """Squared errors and variances of the function, of all targets, on the CPU."""
         squares, variances = [], []
-        for prediction, targets in self._predictions():
+        for prediction, targets in self._predictions(at):
             assert isinstance(prediction, Prediction)
             squares.append((prediction.mean - targets.to(prediction.mean)).double().square().flatten().cpu())
             variances.append(prediction.variance.double().flatten().cpu())
         return torch.cat(squares), torch.cat(variances)
 
-    def _loss(self) -> float:
-        sums = [self._posterior.likelihood.predictive_nll(p, y) for p, y in self._predictions()]
+    def _loss(self, at: Hyperparameters) -> float:
+        likelihood = self._state.with_hyperparameters(at).likelihood
+        sums = [likelihood.predictive_nll(p, y) for p, y in self._predictions(at)]
         total, count = torch.stack(sums).sum(0).tolist()
         return total / count if count else math.nan
 
-    def _predictions(self) -> Iterator[tuple[Tensor | Prediction, Tensor]]:
-        device = device_of(self._posterior.model)
+    def _predictions(self, at: Hyperparameters) -> Iterator[tuple[Tensor | Prediction, Tensor]]:
+        device = device_of(self._model)
+        predictor = self._predictor(at)
         with preserved_random_state(device), Rewind(self._data):
             for batch in iterate(self._data, device, alignment=self._alignment, progress=False, description=""):
                 if batch.targets is None:
                     raise TypeError('method="validation" needs data with targets, batches (inputs, targets).')
-                prediction = self._posterior.predict_batch(batch.inputs.value, self._predictive)
+                prediction = predictor.predict(batch.inputs.value, self._predictive)
                 self._check(prediction, batch)
                 yield prediction, batch.targets
         self._checks.settle()
 
     def _check(self, prediction: Tensor | Prediction, batch: Batch) -> None:
-        likelihood = self._posterior.likelihood
-        if isinstance(likelihood, HeteroscedasticGaussian) or batch.targets is None:
+        likelihood = self._state.likelihood
+        if not likelihood.predictions_match_outputs or batch.targets is None:
             return  # its predictions have another shape than its outputs; `predictive_nll` checks that
         outputs = prediction.mean if isinstance(prediction, Prediction) else prediction
         allowed, message = likelihood.check_targets(outputs, batch.targets)

@@ -1,35 +1,37 @@
 """How each layer type turns its input and its output gradient into ``a`` and ``g``; which modules get a block."""
 
-from kronlaplace.layers.base import Layer, LinearLayer, Sums
-from kronlaplace.layers.calls import Call, Calls
+from kronlaplace.layers.base import Layer, LinearLayer, Report, Sums
 from kronlaplace.layers.convolution import ConvolutionLayer
-from kronlaplace.layers.find import (
-    SUPPORTED_LAYERS,
-    LayerSearch,
-    LeftOut,
-    Unsupported,
-    find_layers,
-    search_layers,
-    written_out,
-)
+from kronlaplace.layers.embedding import EmbeddingLayer
+from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
+from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
+from kronlaplace.layers.layer_batch import LayerBatch, LayerCall, LayerGradients
 from kronlaplace.layers.names import NOT_WANTED, entries_of
+from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
+    "LAYERS",
     "NOT_WANTED",
     "SUPPORTED_LAYERS",
-    "Call",
-    "Calls",
     "ConvolutionLayer",
+    "EmbeddingLayer",
     "Layer",
+    "LayerBatch",
+    "LayerCall",
+    "LayerGradients",
     "LayerSearch",
     "LeftOut",
     "LinearLayer",
+    "NormalizationLayer",
+    "Report",
     "Sums",
     "Unsupported",
     "UnusableLayersError",
     "entries_of",
+    "family_of",
     "find_layers",
+    "register_layer",
     "search_layers",
     "written_out",
 ]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlaplace.precision import wide_dtype
+from kronlaplace._precision import wide_dtype
 
 __all__ = ["Layer", "LinearLayer", "Report", "Sums"]
 
@@ -57,6 +57,9 @@ class Layer(ABC):
 
     factors: ClassVar[bool] = True
     """Whether it has ``a`` and ``g``, so that a Kronecker block is possible."""
+
+    shares_weights_over_space: ClassVar[bool] = False
+    """Whether it is a convolution, to which rules of the papers for spatially shared weights apply."""
 
     def __init__(
         self, name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], also: Sequence[nn.Module] = ()
@@ -128,8 +131,34 @@ class Layer(ABC):
         return self.assemble({name: p.detach() if detach else p for name, p in self.parameters.items()})
 
     @abstractmethod
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
-        """Cut matrices ``(..., q, p)`` into parameters ``{name: (..., *shape of the parameter)}`` whose ``W̄`` they are."""
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
+        """Cut directions in the space of ``W̄``, such as gradients or steps, into those of the parameters; linear.
+
+        Args:
+            matrices: Shape ``(..., q, p)``.
+
+        Returns:
+            By parameter name, each of shape ``(..., *shape of the parameter)``.
+        """
+
+    def split_values(self, matrices: Tensor) -> dict[str, Tensor]:
+        """Cut values of ``W̄`` into those of the parameters; inverse of `matrix`.
+
+        Differs from `split_directions` where parameters outside the block act through their sum with it: they stay as they
+        are in the network, and are subtracted.
+
+        Args:
+            matrices: Shape ``(..., q, p)``.
+
+        Returns:
+            By parameter name, each of shape ``(..., *shape of the parameter)``.
+        """
+        return self.split_directions(matrices)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether examples can be taken a few at a time: not where a layer's statistics are those of the whole batch."""
+        return True
 
     def example_axes(self, x: Tensor) -> tuple[int, ...]:
         """The axes of an input on which the examples may be; the first is where they usually are."""
@@ -221,7 +250,7 @@ class LinearLayer(Layer):
         weights: The parameters that are matrices, side by side in ``W̄``.
         bias: The bias, or None.
         redundant: A second bias that the layer adds to the first, and not part of the block (recurrent layers: both
-            act through their sum only). The block's last column is the sum, and `split` attributes it to ``bias``.
+            act through their sum only). The block's last column is the sum, which is attributed to ``bias``.
     """
 
     def __init__(
@@ -267,15 +296,20 @@ class LinearLayer(Layer):
         result = result.to(self.dtype)
         return torch.cat([result[:, :-1], (result[:, -1] + constant).unsqueeze(1)], dim=1)
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         widths = [w[0].numel() for w in self._weights.values()]
         *parts, rest = matrices.split([*widths, int(self.bias)], dim=-1)
         result = {
             name: part.unflatten(-1, w.shape[1:]) for (name, w), part in zip(self._weights.items(), parts, strict=True)
         }
         if self._bias is not None:
-            bias = rest.squeeze(-1)
-            result[self._bias[0]] = bias if self._constant is None else bias - self._constant.detach()
+            result[self._bias[0]] = rest.squeeze(-1)
+        return result
+
+    def split_values(self, matrices: Tensor) -> dict[str, Tensor]:
+        result = self.split_directions(matrices)
+        if self._bias is not None and self._constant is not None:
+            result[self._bias[0]] = result[self._bias[0]] - self._constant.detach()
         return result
 
     def example_axes(self, x: Tensor) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class ConvolutionLayer(Layer):
 
     ``p = C_in/groups · k_h · k_w`` (+ 1 with a bias); the groups of the convolution are the groups of rows of ``W̄``.
     """
+
+    shares_weights_over_space: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class ConvolutionLayer(Layer):
             dim=1,
         )
 
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+    def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
         shape = self.module.weight.shape[1:]
         if not self.bias:
             return {self.parameter_names[0]: matrices.unflatten(-1, shape)}
@@ -77,7 +79,7 @@ class ConvolutionLayer(Layer):
         return grad[0, 0].numel()
 
     def activations(self, x: Tensor) -> Tensor:
-        view = self._windows(self.padded(x))  # (N, C, *kernel, *out)
+        view = self.windows(self.padded(x))  # (N, C, *kernel, *out)
         dims = self._n_dims
         n, channels = view.shape[:2]
         kernel, out = view.shape[2 : 2 + dims], view.shape[2 + dims :]
@@ -249,7 +251,7 @@ class ConvolutionLayer(Layer):
                 pixels.unflatten(1, (channels, width)).transpose(0, 1),
                 [w for pair in reversed(self._padding()) for w in pair],
             )
-            sums = self._windows(image.unsqueeze(0)).flatten(4).sum(-1).flatten()
+            sums = self.windows(image.unsqueeze(0)).flatten(4).sum(-1).flatten()
             total[:flat, -1] = sums
             total[-1, :flat] = sums
             total[-1, -1] = count * (out_h * out_w)
@@ -315,55 +317,6 @@ class ConvolutionLayer(Layer):
             total[-1, :flat] += ones.flatten()
             total[-1, -1] += len(x) * out_h * out_w
 
-    def add_pixel_moments(self, x: Tensor, sums: Sums, weight: float) -> None:
-        """Add ``weight`` times the sums over examples that `uncorrelated_moment` needs: moments of a pixel's channels.
-
-        Args:
-            x: The input of a call. Where padding repeats pixels, the padded image counts as the image.
-            sums: Where to.
-            weight: One over the number of calls.
-        """
-        n = len(x)
-        image = x if self.module.padding_mode == "zeros" else self.padded(x)
-        pixels = image.flatten(2).to(self.dtype)
-        count = pixels.shape[2]
-        grouped = pixels.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (K, C/K, n·pixels)
-        inside = torch.ones(1, 1, *x.shape[2:], dtype=self.dtype, device=x.device)
-        taps = self._windows(self.padded(inside)).reshape(math.prod(self.module.kernel_size), -1)
-        parts = {
-            "pixel": grouped @ grouped.mT * (weight / count),
-            "mean": grouped.sum(2) * (weight / count),
-            "overlap": taps @ taps.T * (n * weight),
-            "inside": taps.sum(1) * (n * weight),
-            "positions": taps.new_full((), float(n * weight * taps.shape[1])),
-        }
-        for key, value in parts.items():
-            sums[key] = sums[key].add_(value) if key in sums else value
-
-    def uncorrelated_moment(self, sums: Sums, weight: float) -> Tensor:
-        """``E[Σ_t a aᵀ]`` if pixels were uncorrelated (KFC Theorem 4), shape ``(K, p, p)``, from `add_pixel_moments`.
-
-        Args:
-            sums: The sums; used up.
-            weight: Number of examples.
-        """
-        pixel, mean, overlap, inside, positions = (
-            sums.pop(key) / weight for key in ("pixel", "mean", "overlap", "inside", "positions")
-        )
-        taps = len(overlap)
-        means = torch.einsum("kc,kd->kcd", mean, mean)
-        same = torch.eye(taps, dtype=pixel.dtype, device=pixel.device)
-        moment = torch.einsum("st,kcd->kcsdt", overlap * (1 - same), means)
-        moment += torch.einsum("st,kcd->kcsdt", overlap * same, pixel)
-        flat = moment.flatten(3).flatten(1, 2)
-        if not self.bias:
-            return flat
-        total = flat.new_empty(self.groups, self.shape[1], self.shape[1])
-        total[:, :-1, :-1] = flat
-        total[:, :-1, -1] = total[:, -1, :-1] = torch.einsum("kc,s->kcs", mean, inside).flatten(1)
-        total[:, -1, -1] = positions
-        return total
-
     def _patches(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the patches ``a``, transposed: ``(K, p, n·T)`` for a few examples at a time.
 
@@ -380,7 +333,7 @@ class ConvolutionLayer(Layer):
         budget = max(x.numel() + n * self.module.out_channels * positions, _SMALL)
         chunk = max(1, min(n, budget // (groups * p * positions)))
         for part in padded.split(chunk):
-            view = self._windows(part)
+            view = self.windows(part)
             view = view.movedim(0, 1 + self._n_dims).unflatten(0, (groups, -1))  # (K, C/K, *kernel, n, *out)
             patches = torch.empty(groups, p, len(part) * positions, dtype=self.dtype, device=x.device)
             patches[:, : p - self.bias].view(view.shape).copy_(view)
@@ -388,7 +341,7 @@ class ConvolutionLayer(Layer):
                 patches[:, -1] = 1
             yield patches
 
-    def _windows(self, padded: Tensor) -> Tensor:
+    def windows(self, padded: Tensor) -> Tensor:
         """All windows of a padded input, as a view of shape ``(N, C, *kernel, *out)``."""
         kernel, stride, dilation = self.module.kernel_size, self.module.stride, self.module.dilation
         out = self._output_size(padded.shape[2:])

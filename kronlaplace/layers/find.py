@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from torch import nn
 
-from kronlaplace.layers.attention import attention_forward, attention_layers, attention_refusal
-from kronlaplace.layers.base import Layer, LinearLayer
-from kronlaplace.layers.convolution import ConvolutionLayer
+from kronlaplace._arguments import Choice
+from kronlaplace.layers.base import Layer
+from kronlaplace.layers.families import LAYERS, Family, family_of
 from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
-from kronlaplace.layers.pointwise import EmbeddingLayer, NormalizationLayer, embedding_refusal
-from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 
-__all__ = ["SUPPORTED_LAYERS", "LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layers", "written_out"]
+__all__ = ["LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layers"]
 
 
-class Unsupported(str, Enum):
+class Unsupported(Choice):
     """What happens to trainable parameters that cannot have a block.
 
     ``ERROR`` names them, with the ways out; ``FIXED`` keeps them at their trained values and lists them in
@@ -63,77 +60,6 @@ class LayerSearch:
             if layer.name in reasons
         ]
         return LayerSearch(rest, [*self.left_out, *new])
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How modules of one type become layers."""
-
-    make: Callable[..., list[Layer]]
-    refusal: Callable[[Any], str | None] = lambda module: None
-    forward: Callable[..., Any] | None = None
-    only_weight_and_bias: bool = True
-
-
-def _weight_and_bias(kind: Any) -> Callable[..., list[Layer]]:
-    def make(name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
-        prefix = f"{name}." if name else ""
-        bias = getattr(module, "bias", None)
-        has_bias = bias is not None and bias.requires_grad
-        return [
-            kind(
-                name,
-                module,
-                {f"{prefix}weight": module.weight},
-                {f"{prefix}bias": bias} if has_bias else {},
-                also=also,
-            )
-        ]
-
-    return make
-
-
-def _embedding(name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
-    return [EmbeddingLayer(name, module, {f"{name}.weight" if name else "weight": module.weight}, also)]
-
-
-_LINEAR = _Family(_weight_and_bias(LinearLayer))
-_CONVOLUTION = _Family(_weight_and_bias(ConvolutionLayer))
-_NORMALIZATION = _Family(_weight_and_bias(NormalizationLayer))
-_RECURRENT = _Family(recurrent_layers, recurrent_refusal, recurrent_forward, only_weight_and_bias=False)
-_FAMILIES: dict[type[nn.Module], _Family] = {
-    nn.Linear: _LINEAR,
-    nn.Conv1d: _CONVOLUTION,
-    nn.Conv2d: _CONVOLUTION,
-    nn.Conv3d: _CONVOLUTION,
-    nn.RNN: _RECURRENT,
-    nn.LSTM: _RECURRENT,
-    nn.GRU: _RECURRENT,
-    nn.RNNCell: _RECURRENT,
-    nn.LSTMCell: _RECURRENT,
-    nn.GRUCell: _RECURRENT,
-    nn.MultiheadAttention: _Family(attention_layers, attention_refusal, attention_forward, only_weight_and_bias=False),
-    nn.LayerNorm: _NORMALIZATION,
-    nn.RMSNorm: _NORMALIZATION,
-    nn.GroupNorm: _NORMALIZATION,
-    nn.BatchNorm1d: _NORMALIZATION,
-    nn.BatchNorm2d: _NORMALIZATION,
-    nn.BatchNorm3d: _NORMALIZATION,
-    nn.SyncBatchNorm: _NORMALIZATION,
-    nn.InstanceNorm1d: _NORMALIZATION,
-    nn.InstanceNorm2d: _NORMALIZATION,
-    nn.InstanceNorm3d: _NORMALIZATION,
-    nn.Embedding: _Family(_embedding, embedding_refusal),
-}
-
-SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = tuple(_FAMILIES)
-"""The layer types that get a block, for ``isinstance``."""
-
-
-def written_out(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward pass that replaces the module's own while a pass is recorded, or None if the module can be observed."""
-    family = _family_of(module)
-    return None if family is None else _FAMILIES[family].forward
 
 
 def find_layers(
@@ -227,7 +153,7 @@ def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str
             refusals.update({name: reason for name, _ in members})
             continue
         # An embedding that is also an output layer is a table first: no Kronecker factors.
-        first = next((m for m in members if isinstance(m[1], nn.Embedding)), members[0])
+        first = next((m for m in members if _family(m[1]).kind == "embedding"), members[0])
         layers += _made(*first, also=[module for _, module in members if module is not first[1]])
     order = {id(module): i for i, module in enumerate(owners.values())}
     layers.sort(key=lambda layer: min(order[id(m)] for m in layer.modules))
@@ -235,36 +161,39 @@ def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str
 
 
 def _made(name: str, module: nn.Module, also: Sequence[nn.Module] = ()) -> list[Layer]:
-    family = _family_of(module)
-    assert family is not None
-    layers = _FAMILIES[family].make(name, module, also)
+    layers = _family(module).make(name, module, also)
     for slot, layer in enumerate(layers):
         layer.slot = slot
     return layers
 
 
-def _family_of(module: nn.Module) -> type[nn.Module] | None:
-    return next((family for family in _FAMILIES if isinstance(module, family)), None)
+def _family(module: nn.Module) -> Family:
+    """The family of a module that has one."""
+    found = family_of(module)
+    assert found is not None
+    return found[1]
 
 
 def _refusal(module: nn.Module) -> str | None:
     """Why the module cannot have a block, or None."""
-    family = _family_of(module)
+    found = family_of(module)
     own = dict(module.named_parameters(recurse=False))
     trainable = {key for key, p in own.items() if p.requires_grad}
-    if family is None:
+    if found is None:
         return f"this layer type is not supported; its parameters: {', '.join(sorted(trainable))}"
-    if type(module).forward is not family.forward or "forward" in vars(module):
-        return f"it overrides {family.__name__}.forward, so its gradient is unknown"
-    if not _FAMILIES[family].only_weight_and_bias:
+    kind, family = found
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return f"it overrides {kind.__name__}.forward, so its gradient is unknown"
+    if family.weight is None:
         if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):
             return f"either all of its parameters must be trainable or none; only {sorted(trainable)} are"
-    elif "weight" not in trainable or not trainable <= {"weight", "bias"}:
+    elif family.weight not in trainable or not trainable <= {family.weight, family.bias}:
+        names = ["the weight", "the bias"] if family.weight == "weight" else [repr(family.weight), repr(family.bias)]
         return (
-            f"its trainable parameters must be the weight, with or without the bias; they are {sorted(trainable)} "
+            f"its trainable parameters must be {names[0]}, with or without {names[1]}; they are {sorted(trainable)} "
             "(if that is weight_norm or the like, bake it in: torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    return _FAMILIES[family].refusal(module)
+    return family.refusal(module)
 
 
 def _tied(modules: dict[str, nn.Module]) -> list[list[tuple[str, nn.Module]]]:
@@ -283,12 +212,13 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
     sets = [{id(p) for p in module.parameters(recurse=False)} for _, module in members]
     if any(s != sets[0] for s in sets):
         return f"{names} share some of their parameters but not all; only modules that share all of them are supported"
-    kinds = {_family_of(module) for _, module in members}
-    if len(kinds) > 1 and kinds != {nn.Linear, nn.Embedding}:
+    kinds = {found[0] for _, module in members if (found := family_of(module)) is not None}
+    families = [_family(module) for _, module in members]
+    if len(kinds) > 1 and not all(family.is_matrix for family in families):
         return f"{names} share parameters but are of different types"
-    if kinds <= {nn.Conv1d, nn.Conv2d, nn.Conv3d} and len({_geometry(module) for _, module in members}) > 1:
+    if families[0].kind == "convolution" and len({_geometry(module) for _, module in members}) > 1:
         return f"{names} share a weight but not stride, padding and dilation"
-    if any(_FAMILIES[kind].forward is not None for kind in kinds if kind is not None):
+    if any(family.forward is not None for family in families):
         return f"{names} share parameters, which is not supported for this layer type"
     return None
 
@@ -304,10 +234,11 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
     return (
         "no block for\n"
         + "\n".join(lines)
-        + f"\nSupported: {', '.join(family.__name__ for family in _FAMILIES)}. The ways out: leave the module out with "
+        + f"\nSupported: {', '.join(kind.__name__ for kind in LAYERS)}. The ways out: leave the module out with "
         "layers=[...] (names of the modules that get a block) or exclude=[...], freeze it with "
         "requires_grad_(False) on those parameters, or ask for "
-        'unsupported="fixed". Its parameters then stay at their trained values.'
+        'unsupported="fixed". Its parameters then stay at their trained values. If a type of your own does what a supported '
+        "one does, say so: kl.register_layer(type, family)."
     )
 
 

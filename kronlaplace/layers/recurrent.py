@@ -100,6 +100,8 @@ def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) ->
             outputs.append(steps.flip(1) if d else steps)
             finals.append(final)
         x = torch.cat(outputs, dim=2) if directions == 2 else outputs[0]
+        if module.training and module.dropout and i + 1 < module.num_layers:  # drawn in torch's own order, time first
+            x = F.dropout(x.transpose(0, 1).contiguous(), module.dropout).transpose(0, 1)
     last = tuple(torch.stack(states) for states in zip(*finals, strict=True))
     return x if module.batch_first else x.transpose(0, 1), last if isinstance(module, nn.LSTM) else last[0]
 

@@ -25,15 +25,14 @@ waits for an accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kronlaplace.likelihoods.base import Likelihood, Prediction, Sampling, register_likelihood
+from kronlaplace._arguments import resolve
+from kronlaplace.likelihoods.base import Likelihood, Sampling, register_likelihood
 from kronlaplace.likelihoods.bernoulli import Bernoulli
 from kronlaplace.likelihoods.categorical import Categorical
 from kronlaplace.likelihoods.euclidean import Euclidean
 from kronlaplace.likelihoods.gaussian import Gaussian
 from kronlaplace.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from kronlaplace.options import resolve
+from kronlaplace.likelihoods.prediction import Prediction
 
 __all__ = [
     "Bernoulli",
@@ -51,7 +50,7 @@ __all__ = [
 for _likelihood in (Categorical, Bernoulli, Gaussian, Euclidean, HeteroscedasticGaussian):
     register_likelihood(_likelihood)
 
-_SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
+_SHORTHANDS = {
     "classification": Categorical,
     "binary": Bernoulli,
     "regression": Gaussian,
@@ -61,7 +60,7 @@ _SHORTHANDS: dict[str, Callable[[], Likelihood]] = {
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
-    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace.options.resolve`."""
+    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace._arguments.resolve`."""
     return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]
 
 

@@ -1,41 +1,25 @@
-"""What all likelihoods share: `Sampling`, `Prediction`, the base class, and operations on outputs of any shape."""
+"""What a likelihood is: the five questions that it answers, and how it becomes known by name."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from enum import Enum
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from kronlaplace.links import Link
+from kronlaplace._arguments import Choice
+from kronlaplace._registry import ClassRegistry
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.likelihoods.prediction import Prediction
 
-__all__ = [
-    "BY_NAME",
-    "Likelihood",
-    "Prediction",
-    "Sampling",
-    "check_same_shape",
-    "columns",
-    "finite",
-    "gaussian_nll",
-    "log_at_least_tiny",
-    "positions",
-    "probabilities",
-    "register_likelihood",
-    "standard_normal",
-    "sum_and_count",
-    "without",
-]
+__all__ = ["LIKELIHOODS", "Likelihood", "Sampling", "register_likelihood"]
 
 
-class Sampling(str, Enum):
+class Sampling(Choice):
     """How the directions of one output metric are chosen.
 
     ``EXACT`` takes a complete square root of the metric (Fisher type 2, equal to the generalized Gauss-Newton
@@ -49,29 +33,99 @@ class Sampling(str, Enum):
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A regression prediction: a Gaussian for every output of every example, in at least float32.
+class Likelihood(ABC):
+    """Base class; see the package's docstring for the five questions.
 
-    Attributes:
-        mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that).
-        variance: Variance of the *function value*, same shape. It does **not** contain the noise.
-        noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` where it is the same everywhere
-            (`Gaussian`), or of the shape of ``mean`` where the network predicts it (`HeteroscedasticGaussian`).
+    A likelihood whose noise can be tuned is a dataclass with a field ``noise_std`` and takes a second argument in
+    ``log_likelihood(statistics, noise_std=None)``, a number or 0-dim tensor that replaces its own and may carry a gradient.
     """
 
-    mean: Tensor
-    variance: Tensor
-    noise_variance: Tensor
+    @property
+    def noise_std(self) -> float | None:
+        """Standard deviation (or another scale) of the observation noise, in the targets' unit; None if there is no such
+        number.
+        """
+        return None
+
+    def with_noise_std(self, noise_std: float) -> Likelihood:
+        """Return a copy with another noise.
+
+        Raises:
+            ValueError: If this likelihood has no ``noise_std``.
+        """
+        if self.noise_std is None:
+            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self}.")
+        return replace(self, noise_std=noise_std)  # type: ignore[call-arg]  # a field of those that have it
+
+    def log_likelihood_at(self, statistics: Tensor, noise_std: Tensor | float | None) -> Tensor:
+        """Log-likelihood of all data with another noise; None stands for the likelihood's own.
+
+        Args:
+            statistics: The summed `statistics`.
+            noise_std: A number or 0-dim tensor, which may carry a gradient.
+        """
+        if noise_std is None or self.noise_std is None:
+            return self.log_likelihood(statistics)
+        return self.log_likelihood(statistics, noise_std)  # type: ignore[call-arg]
+
+    def noise_derivatives(self, statistics: Tensor, noise_std: float) -> tuple[float, float]:
+        """First and second derivative of the log-likelihood of all data in the logarithm of the noise."""
+        with torch.inference_mode(False), torch.enable_grad():
+            log = torch.tensor(math.log(noise_std), dtype=torch.float64, device=statistics.device, requires_grad=True)
+            value = self.log_likelihood_at(statistics.clone(), log.exp())
+            (first,) = torch.autograd.grad(value, log, create_graph=True)
+            second = torch.autograd.grad(first, log)[0] if first.requires_grad else torch.zeros(())
+        return float(first.detach()), float(second)
+
+    def training_error(self, statistics: Tensor) -> float:
+        """Typical error of the outputs on the data, in the targets' unit: about this the noise is searched for.
+
+        Args:
+            statistics: The summed `statistics`.
+
+        Raises:
+            ValueError: If this likelihood has no ``noise_std``.
+        """
+        if self.noise_std is None:
+            raise ValueError(f"{self} has no noise_std.")
+        return self.noise_std
+
+    def noise_exponent(self, sampling: Sampling) -> int:
+        """The power of the noise that the Fisher is proportional to; 0 if there is no noise.
+
+        With residuals over ``σ²`` as gradients the empirical Fisher goes with ``σ⁻⁴``, all others with ``σ⁻²``.
+        """
+        if self.noise_std is None:
+            return 0
+        return -4 if sampling is Sampling.EMPIRICAL else -2
 
     @property
-    def total_variance(self) -> Tensor:
-        """Variance of a new observation: function variance plus noise, same shape as ``mean``."""
-        return self.variance + self.noise_variance
+    def has_normalizer(self) -> bool:
+        """Whether `log_likelihood` is that of a normalized density, so that there is an evidence."""
+        return True
 
+    @property
+    def predictions_match_outputs(self) -> bool:
+        """Whether predictions have the shape of the network's outputs."""
+        return True
 
-@dataclass(frozen=True)
-class Likelihood(ABC):
-    """Base class; see the package's docstring for the five questions."""
+    def completed_by(self, other: Likelihood) -> Likelihood:
+        """Return this likelihood with what it leaves open taken from another, such as one that `informed_by` returned.
+
+        That is the ``class_axis`` of a `Categorical`; all else stays as it is.
+        """
+        return self
+
+    accepts_logits: ClassVar[bool] = False
+    """Whether the outputs are logits, so that a network that ends with a softmax or sigmoid is refused."""
+
+    accepts_log_softmax: ClassVar[bool] = False
+    """Whether outputs that come out of a log-softmax are as good as logits."""
+
+    @property
+    def ignored_target(self) -> int | None:
+        """The integer that targets have where they are ignored, as labels of padded tokens are; None if there is none."""
+        return None
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Check the shape of the network's outputs, ``(N, ...)``.
@@ -162,6 +216,38 @@ class Likelihood(ABC):
             )
         else:
             yield self._gradient(outputs, targets)
+
+    def metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Multiply the Fisher information of each example's outputs with vectors: ``M(f) v``, as in ``vᵀFv = (Jv)ᵀM(Jv)``.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without graph.
+            vectors: ``v``, one or several for each example, shape ``(..., N, ...)`` that ends with the outputs' shape.
+            targets: The data's targets, which only tell `Categorical` which positions are ignored and which axis holds the
+                classes.
+
+        Returns:
+            The products, of the shape of ``vectors``.
+
+        Raises:
+            ValueError: If the vectors have another shape; and as `check_outputs`.
+        """
+        self.check_outputs(outputs)
+        if vectors.shape[max(0, vectors.ndim - outputs.ndim) :] != outputs.shape:
+            raise ValueError(
+                f"vectors must have the shape of the outputs, {tuple(outputs.shape)}, with any axes in front; got "
+                f"{tuple(vectors.shape)}."
+            )
+        return self._metric_product(outputs, vectors, targets)
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        """``M(f) v`` for vectors of a shape that fits; from the exact directions unless overridden."""
+        axes = tuple(range(1 - outputs.ndim, 0))
+        total = torch.zeros_like(vectors)
+        for direction in self._exact_directions(outputs, targets):
+            product = direction * vectors
+            total += direction * (product.sum(axes, keepdim=True) if axes else product)
+        return total
 
     def class_axis_of(self, outputs: Tensor) -> int | None:
         """The axis of the outputs that holds the classes, not negative; None if the outputs are not classes.
@@ -264,45 +350,26 @@ class Likelihood(ABC):
     @abstractmethod
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
-    def to_metadata(self) -> dict[str, Any]:
-        """Name and parameters, as JSON-compatible values.
+    def to_json(self) -> dict[str, Any]:
+        """Return its name and parameters as JSON-compatible values; see `kronlaplace._registry.ClassRegistry.to_json`.
 
         Raises:
-            TypeError: If a parameter is something else.
+            TypeError: If a parameter is something that JSON cannot hold.
         """
-        parameters = asdict(self)
-        try:
-            json.dumps(parameters)
-        except TypeError as error:
-            raise TypeError(
-                f"{self!r} cannot be saved: {error}. Let its fields be numbers, strings, None, or lists and dicts of these."
-            ) from None
-        return {"name": type(self).__name__, **parameters}
+        return LIKELIHOODS.to_json(self)
 
     @staticmethod
-    def from_metadata(metadata: dict[str, Any]) -> Likelihood:
-        """Inverse of `to_metadata`.
+    def from_json(values: Mapping[str, Any]) -> Likelihood:
+        """Inverse of `to_json`.
 
         Raises:
-            ValueError: If the name is unknown, or the class has other parameters.
+            ValueError: If the likelihood is not registered, or has other parameters.
         """
-        parameters = dict(metadata)
-        name = parameters.pop("name")
-        if name not in BY_NAME:
-            raise ValueError(
-                f"the likelihood {name!r} is not known here; known are {list(BY_NAME)}. If it is your own, import the "
-                f"module that defines it and call kl.register_likelihood({name}) before loading."
-            )
-        try:
-            return BY_NAME[name](**parameters)
-        except TypeError as error:
-            raise ValueError(
-                f"the likelihood {name!r} was saved with {parameters}, which it does not take: {error}"
-            ) from None
+        return LIKELIHOODS.from_json(values)
 
 
-BY_NAME: dict[str, type[Likelihood]] = {}
-"""The likelihoods that `Likelihood.from_metadata` knows, by the name of their class."""
+LIKELIHOODS: ClassRegistry[Likelihood] = ClassRegistry(Likelihood, "likelihood", lambda cls: cls.__name__)  # type: ignore[type-abstract]
+"""The likelihoods that files can name, by the name of their class."""
 
 _Class = TypeVar("_Class", bound=type[Likelihood])
 
@@ -310,8 +377,8 @@ _Class = TypeVar("_Class", bound=type[Likelihood])
 def register_likelihood(likelihood: _Class) -> _Class:
     """Make a likelihood of your own known by its name, so that what was saved with it can be loaded.
 
-    May be used as a decorator, above that of the dataclass. A class that is defined once more, as in a notebook, replaces
-    the one before.
+    May be used as a decorator, above that of the dataclass. A class that is defined again, as in a notebook, replaces the
+    one before. `kronlaplace.testing.check_likelihood` tells whether it keeps the laws of a likelihood.
 
     Args:
         likelihood: The class, a frozen dataclass derived from `Likelihood`, with fields that JSON can hold.
@@ -320,107 +387,8 @@ def register_likelihood(likelihood: _Class) -> _Class:
         The class.
 
     Raises:
-        TypeError: If it is no such class.
-        ValueError: If another likelihood has that name.
+        TypeError: If it is not such a class.
+        ValueError: If another likelihood has that name, or a field is called ``name`` or ``defined_in``.
     """
-    if not (isinstance(likelihood, type) and issubclass(likelihood, Likelihood)):
-        raise TypeError(f"register_likelihood takes a class derived from kl.Likelihood, got {likelihood!r}.")
-    if "__init__" in vars(likelihood) and "__dataclass_fields__" not in vars(likelihood):
-        raise TypeError(
-            f"{likelihood.__name__} must be a dataclass, or its parameters would not be saved: declare them as fields and "
-            "put @dataclass(frozen=True) above the class."
-        )
-    known = BY_NAME.get(likelihood.__name__, likelihood)
-    if (known.__module__, known.__qualname__) != (likelihood.__module__, likelihood.__qualname__):
-        raise ValueError(
-            f"there is a likelihood {likelihood.__name__!r} already, {known.__module__}.{known.__qualname__}."
-        )
-    BY_NAME[likelihood.__name__] = likelihood
+    LIKELIHOODS.register(likelihood)
     return likelihood
-
-
-def without(shape: torch.Size, axis: int) -> torch.Size:
-    """``shape`` with one axis left out."""
-    return shape[:axis] + shape[axis + 1 :]
-
-
-def positions(shape: torch.Size) -> Iterator[tuple[slice | int, ...]]:
-    """Indices of the elements of one example, each of them taken in all examples; ``shape`` is ``(N, ...)``."""
-    for index in itertools.product(*map(range, shape[1:])):
-        yield (slice(None), *index)
-
-
-def columns(values: Tensor) -> Iterator[Tensor]:
-    """Yield, for each output element of an example, a tensor that holds ``values`` there and zeros elsewhere."""
-    for position in positions(values.shape):
-        column = torch.zeros_like(values)
-        column[position] = values[position]
-        yield column
-
-
-def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent standard normal numbers of the shape, dtype and device of ``like``."""
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def probabilities(likelihood: Likelihood, prediction: Tensor | Prediction) -> Tensor:
-    """The prediction of a classifier, which is a tensor.
-
-    Raises:
-        TypeError: If it is none.
-    """
-    if isinstance(prediction, Tensor):
-        return prediction
-    raise TypeError(
-        f"{likelihood} predicts probabilities, a tensor of the shape of the network's outputs; got a "
-        f"{type(prediction).__name__}. Give what its predictive returned."
-    )
-
-
-def log_at_least_tiny(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """``log p`` in float64, with ``p`` clamped at the smallest positive normal number of ``dtype``."""
-    return p.double().clamp_min(torch.finfo(dtype).tiny).log()
-
-
-def gaussian_nll(likelihood: Likelihood, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-    """Negative log density of each target, float64, where the prediction is a Gaussian; targets of its mean's shape.
-
-    Raises:
-        TypeError: If the prediction is no `Prediction`.
-    """
-    if not isinstance(prediction, Prediction):
-        raise TypeError(
-            f"{likelihood} predicts a Prediction, with mean and variance; got a {type(prediction).__name__}. Give what its "
-            "predictive returned."
-        )
-    variance = prediction.total_variance.double()
-    squared_error = (targets.double() - prediction.mean.double()).square()
-    return 0.5 * (squared_error / variance + torch.log(2 * math.pi * variance))
-
-
-def sum_and_count(values: Tensor) -> Tensor:
-    """Shape ``(2,)``, float64; the count is filled in on the device, which a copy from the host would wait for."""
-    total = values.double().sum()
-    return torch.stack([total, torch.full_like(total, values.numel())])
-
-
-def finite(targets: Tensor) -> tuple[Tensor, str]:
-    """What `Likelihood.check_targets` returns where any finite number is allowed."""
-    return torch.isfinite(targets).all(), "targets contain NaN or infinite values; drop or repair those rows."
-
-
-def check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    """Check that the targets have the shape of the outputs.
-
-    Raises:
-        ValueError: If they do not, with the ``name`` of the likelihood.
-    """
-    if targets.shape != outputs.shape:
-        raise ValueError(
-            f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
-            f"{tuple(targets.shape)}. Use targets.unsqueeze(1) or targets.reshape({tuple(outputs.shape)}): "
-            "broadcasting would silently compare every output with every target."
-            if targets.numel() == outputs.numel()
-            else f"{name} targets must have the shape of the network's outputs, {tuple(outputs.shape)}; got "
-            f"{tuple(targets.shape)}. Check the number of columns of the targets and of the last layer."
-        )

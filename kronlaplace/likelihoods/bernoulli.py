@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
-    check_same_shape,
-    columns,
-    log_at_least_tiny,
-    probabilities,
-    sum_and_count,
-)
-from kronlaplace.links import Link, mean_over_samples, probit_scaled
-from kronlaplace.precision import wide
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link, mean_over_samples, probit_scaled
+from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
+from kronlaplace.likelihoods.tensors import check_same_shape, log_at_least_tiny, one_element_at_a_time, sum_and_count
 
 __all__ = ["Bernoulli"]
 
@@ -27,6 +22,8 @@ __all__ = ["Bernoulli"]
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     """Independent yes/no outputs: logits of any shape ``(N, ...)``, targets in ``[0, 1]`` of that shape."""
+
+    accepts_logits: ClassVar[bool] = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Bernoulli", outputs, targets)
@@ -46,7 +43,11 @@ class Bernoulli(Likelihood):
         """``√(π_c (1 − π_c))`` in output ``c``, nothing elsewhere; in log space, so exact in the tails."""
         logits = wide(outputs)
         root = torch.exp(0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).to(outputs.dtype)
-        yield from columns(root)
+        yield from one_element_at_a_time(root)
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        logits = wide(outputs)
+        return (torch.sigmoid(logits) * torch.sigmoid(-logits) * vectors).to(vectors.dtype)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         probability = torch.sigmoid(wide(outputs))
@@ -71,7 +72,7 @@ class Bernoulli(Likelihood):
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
         """``−y log p − (1 − y) log(1 − p)``, for targets between 0 and 1, too."""
-        p = probabilities(self, prediction)
+        p = require_probabilities(self, prediction)
         check_same_shape("Bernoulli", p, targets)
         y = targets.double()
         return sum_and_count(-y * log_at_least_tiny(p, p.dtype) - (1 - y) * log_at_least_tiny(1 - p.double(), p.dtype))

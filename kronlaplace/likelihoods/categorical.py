@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
-    log_at_least_tiny,
-    positions,
-    probabilities,
-    without,
-)
-from kronlaplace.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
-from kronlaplace.precision import wide
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
+from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
+from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements
 
 __all__ = ["Categorical"]
 
@@ -42,6 +38,8 @@ class Categorical(Likelihood):
         ValueError, TypeError: For another axis, or an index that is not an integer.
     """
 
+    accepts_logits: ClassVar[bool] = True
+    accepts_log_softmax: ClassVar[bool] = True
     ignore_index: int = -100
     class_axis: int | None = None
 
@@ -59,6 +57,10 @@ class Categorical(Likelihood):
         given = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"Categorical({', '.join(given)})"
 
+    @property
+    def ignored_target(self) -> int:
+        return self.ignore_index
+
     def check_outputs(self, outputs: Tensor) -> None:
         if outputs.ndim < 2:
             raise self._too_few_classes(outputs)
@@ -72,7 +74,7 @@ class Categorical(Likelihood):
         if c < 2:
             raise self._too_few_classes(outputs)
         integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-        if targets.shape != without(outputs.shape, axis) or not integer:
+        if targets.shape != drop_axis(outputs.shape, axis) or not integer:
             raise self._bad_targets(outputs, targets, [axis])
         message = (
             f"class labels must lie in 0 … {c - 1} for a network with {c} outputs; some do not. "
@@ -98,7 +100,7 @@ class Categorical(Likelihood):
 
     def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:
         axis = self._axis(outputs, targets)
-        return math.prod(without(outputs.shape, axis)[1:]) * (outputs.shape[axis] - 1)
+        return math.prod(drop_axis(outputs.shape, axis)[1:]) * (outputs.shape[axis] - 1)
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         """At one position after the other, the ``C − 1`` non-zero columns of the Cholesky factor of ``diag(π) − ππᵀ``.
@@ -111,7 +113,7 @@ class Categorical(Likelihood):
         log_pi_everywhere = F.log_softmax(wide(outputs), dim=axis).clamp_min(-1e30).movedim(axis, -1)
         log_tail_everywhere = log_pi_everywhere.flip(-1).logcumsumexp(-1).flip(-1)
         ignored = None if targets is None else self._ignored(targets)
-        for position in positions(log_pi_everywhere.shape[:-1]):
+        for position in output_elements(log_pi_everywhere.shape[:-1]):
             log_pi, log_tail = log_pi_everywhere[position], log_tail_everywhere[position]  # (N, C)
             for j in range(log_pi.shape[1] - 1):
                 column = torch.zeros_like(log_pi)
@@ -123,6 +125,16 @@ class Categorical(Likelihood):
                 direction = torch.zeros_like(outputs)
                 direction.movedim(axis, -1)[position] = column.to(outputs.dtype)
                 yield direction
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        """``π ∘ v − π (πᵀ v)`` at every position, zero at those ignored."""
+        axis = self._axis(outputs, targets)
+        pi = F.softmax(wide(outputs), dim=axis)
+        mean = (pi * vectors).sum(axis - outputs.ndim, keepdim=True)
+        product = pi * (vectors - mean)
+        if targets is not None:
+            product = product.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
+        return product.to(vectors.dtype)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         axis = self._axis(outputs, targets)
@@ -172,7 +184,7 @@ class Categorical(Likelihood):
                 return 1
             reason = "there are no targets whose shape could tell"
         else:
-            fitting = [axis for axis in (1, last) if targets.shape == without(outputs.shape, axis)]
+            fitting = [axis for axis in (1, last) if targets.shape == drop_axis(outputs.shape, axis)]
             if len(fitting) == 1:
                 return fitting[0]
             if not fitting:
@@ -202,13 +214,18 @@ class Categorical(Likelihood):
         )
 
     def _bad_targets(self, outputs: Tensor, targets: Tensor, axes: list[int]) -> ValueError:
-        shapes = " or ".join(f"{tuple(without(outputs.shape, axis))} (classes on axis {axis})" for axis in axes)
+        shapes = " or ".join(f"{tuple(drop_axis(outputs.shape, axis))} (classes on axis {axis})" for axis in axes)
         given = "" if self.class_axis is None else f" and class_axis={self.class_axis}"
         return ValueError(
             f"Categorical targets must be integer class indices of shape {shapes} for outputs of shape "
             f"{tuple(outputs.shape)}{given}; got shape {tuple(targets.shape)}, dtype {targets.dtype}. "
             f"{_advice(outputs, targets, axes)}"
         )
+
+    def completed_by(self, other: Likelihood) -> Likelihood:
+        if self.class_axis is not None or not isinstance(other, Categorical):
+            return self
+        return replace(self, class_axis=other.class_axis)
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -232,7 +249,7 @@ class Categorical(Likelihood):
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
         """Both without the ignored targets."""
-        pi = probabilities(self, prediction)
+        pi = require_probabilities(self, prediction)
         self.check_targets(pi, targets)  # for the shapes
         return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))
 
@@ -240,14 +257,14 @@ class Categorical(Likelihood):
 def _advice(outputs: Tensor, targets: Tensor, axes: list[int]) -> str:
     """How targets that do not fit may be made to fit, for the classes on one of these axes."""
     as_integers = ".long()" if targets.is_floating_point() or targets.dtype == torch.bool else ""
-    allowed = [without(outputs.shape, axis) for axis in axes]
+    allowed = [drop_axis(outputs.shape, axis) for axis in axes]
     if targets.shape in allowed:
         return "Use targets.long() if they are class indices."
     if targets.shape == outputs.shape:
         axis = axes[0] if len(axes) == 1 else "axis"
         return f"Use targets.argmax({axis}) if yours are one-hot; probabilities of the classes are not supported."
     for axis in range(targets.ndim):
-        if targets.shape[axis] == 1 and without(targets.shape, axis) in allowed:
+        if targets.shape[axis] == 1 and drop_axis(targets.shape, axis) in allowed:
             return f"Use targets.squeeze({axis}){as_integers}."
     return "Check that there is one target for each example and position."
 

@@ -9,17 +9,17 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.likelihoods.prediction import Prediction
+from kronlaplace.likelihoods.tensors import (
+    any_finite_target,
     check_same_shape,
-    columns,
-    finite,
+    one_element_at_a_time,
     standard_normal,
     sum_and_count,
 )
-from kronlaplace.links import Link
-from kronlaplace.precision import wide
 
 __all__ = ["Euclidean"]
 
@@ -34,12 +34,12 @@ class Euclidean(Likelihood):
     """The plain Gauss-Newton metric, the identity: the loss of one example is ``½ ‖f − y‖²``.
 
     Outputs of any shape ``(N, ...)``, targets of the same shape. There is no noise model behind it: the log-likelihood
-    has no normaliser, and nothing is predicted. With one, it is `Gaussian`.
+    has no normalizer, and nothing is predicted. With one, it is `Gaussian`.
     """
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Euclidean", outputs, targets)
-        return finite(targets)
+        return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of squared errors and the number of targets."""
@@ -50,13 +50,20 @@ class Euclidean(Likelihood):
         return -0.5 * statistics[0]
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        yield from columns(torch.ones_like(outputs))
+        yield from one_element_at_a_time(torch.ones_like(outputs))
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        return vectors.clone()
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return standard_normal(wide(outputs), generator).to(outputs.dtype)
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (wide(outputs) - wide(targets)).to(outputs.dtype)
+
+    @property
+    def has_normalizer(self) -> bool:
+        return False
 
     @property
     def links(self) -> tuple[Link, ...]:

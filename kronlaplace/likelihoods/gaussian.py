@@ -9,18 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link, variance_of
+from kronlaplace.likelihoods.prediction import Prediction, gaussian_nll
+from kronlaplace.likelihoods.tensors import (
+    any_finite_target,
     check_same_shape,
-    columns,
-    finite,
-    gaussian_nll,
+    one_element_at_a_time,
     standard_normal,
     sum_and_count,
 )
-from kronlaplace.links import Link, variance_of
-from kronlaplace.precision import wide
 
 __all__ = ["Gaussian"]
 
@@ -41,7 +40,7 @@ class Gaussian(Likelihood):
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Gaussian", outputs, targets)
-        return finite(targets)
+        return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of squared errors and the number of targets (so that ``σ`` can still change)."""
@@ -55,14 +54,20 @@ class Gaussian(Likelihood):
         squared_error, count = statistics
         return -squared_error / (2 * sigma**2) - count * (torch.log(sigma) + 0.5 * math.log(2 * math.pi))
 
-    @staticmethod
-    def root_mean_square_error(statistics: Tensor) -> float:
-        """Of the data that the summed `statistics` are of, in the targets' unit."""
+    def noise_derivatives(self, statistics: Tensor, noise_std: float) -> tuple[float, float]:
+        squared_error, count = statistics.tolist()
+        return squared_error / noise_std**2 - count, -2 * squared_error / noise_std**2
+
+    def training_error(self, statistics: Tensor) -> float:
+        """Root mean square error on the data."""
         squared_error, count = statistics.tolist()
         return math.sqrt(squared_error / count)
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        yield from columns(torch.full_like(outputs, 1 / self.noise_std))
+        yield from one_element_at_a_time(torch.full_like(outputs, 1 / self.noise_std))
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        return vectors / self.noise_std**2
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return (standard_normal(wide(outputs), generator) / self.noise_std).to(outputs.dtype)

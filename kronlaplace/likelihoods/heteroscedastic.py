@@ -9,17 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronlaplace.likelihoods.base import (
-    Likelihood,
-    Prediction,
-    columns,
-    finite,
-    gaussian_nll,
-    standard_normal,
-    sum_and_count,
-)
-from kronlaplace.links import Link, variance_of
-from kronlaplace.precision import wide
+from kronlaplace._precision import wide
+from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.links import Link, variance_of
+from kronlaplace.likelihoods.prediction import Prediction, gaussian_nll
+from kronlaplace.likelihoods.tensors import any_finite_target, one_element_at_a_time, standard_normal, sum_and_count
 
 __all__ = ["HeteroscedasticGaussian"]
 
@@ -43,7 +37,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         _check_shape(len(outputs), outputs.shape[1] // 2, targets)
-        return finite(targets)
+        return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Summed negative log-likelihood and the number of targets."""
@@ -58,7 +52,12 @@ class HeteroscedasticGaussian(Likelihood):
         """``e^{−s/2}`` in each mean, ``1/√2`` in each log-variance."""
         log_variance = wide(outputs).chunk(2, dim=1)[1]
         root = torch.cat([torch.exp(-0.5 * log_variance), torch.full_like(log_variance, math.sqrt(0.5))], dim=1)
-        yield from columns(root.to(outputs.dtype))
+        yield from one_element_at_a_time(root.to(outputs.dtype))
+
+    def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
+        log_variance = wide(outputs).chunk(2, dim=1)[1]
+        diagonal = torch.cat([torch.exp(-log_variance), torch.full_like(log_variance, 0.5)], dim=1)
+        return (diagonal * vectors).to(vectors.dtype)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """The gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""
@@ -71,6 +70,10 @@ class HeteroscedasticGaussian(Likelihood):
         error = wide(targets).reshape(mean.shape) - mean
         precision = torch.exp(-log_variance)
         return torch.cat([-error * precision, 0.5 * (1 - error.square() * precision)], dim=1).to(outputs.dtype)
+
+    @property
+    def predictions_match_outputs(self) -> bool:
+        return False
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace import linalg
 from kronlaplace.blocks import KroneckerBlock, decompose
+from kronlaplace.blocks import eigendecomposition as linalg
+from kronlaplace.blocks.eigendecomposition import eigendecompose, eigendecompose_moments, eigendecompose_symmetric
 from kronlaplace.damping import Tikhonov
-from kronlaplace.linalg import eigendecompose, eigendecompose_moments, eigendecompose_symmetric
 
 EPS = torch.finfo(torch.float64).eps
 EIGH, SCIPY_EIGH = torch.linalg.eigh, scipy.linalg.eigh

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import kronlaplace as kl
-from kronlaplace.linalg import eigendecompose
+from kronlaplace.blocks.eigendecomposition import eigendecompose
 from tests.support.networks import CASES, cnn, mlp
 
 
@@ -185,7 +185,7 @@ def test_failed_save_leaves_the_old_file(fisher, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("kronlaplace.serialization.save_file", fail)
+    monkeypatch.setattr("kronlaplace._storage.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         fisher.save(path)
     assert path.read_bytes() == before

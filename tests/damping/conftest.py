@@ -1,3 +1,5 @@
+"""Fixtures of the tests of dampings."""
+
 import pytest
 import torch
 

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from kronlaplace.blocks import EigenBlock
 from kronlaplace.damping import Tikhonov
-from kronlaplace.inversion import PlusDiagonal
+from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from tests.support.dampings import (
     KINDS,
     ROTATED,
@@ -41,7 +41,7 @@ def projected(block, diagonal, scale=1.0):
 
 @pytest.fixture
 def nothing_made_dense(monkeypatch):
-    monkeypatch.setattr("kronlaplace.inversion.LARGEST_DENSE", 0)
+    monkeypatch.setattr("kronlaplace.damping.plus_diagonal.LARGEST_DENSE", 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +130,7 @@ def test_diagonal_and_dense_blocks_are_exact_whatever_their_size(kind):
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize("largest", [0, 2048])
 def test_logdet_is_differentiable_in_scale_and_every_damping(largest, rank, kind, monkeypatch):
-    monkeypatch.setattr("kronlaplace.inversion.LARGEST_DENSE", largest)
+    monkeypatch.setattr("kronlaplace.damping.plus_diagonal.LARGEST_DENSE", largest)
     block = make(kind, 0, k=2, rank=rank)
     scale, diagonal = torch.tensor(1.7).double().requires_grad_(), each_weight(0, block.shape).requires_grad_()
     assert torch.autograd.gradcheck(PlusDiagonal(block).logdet, (scale, diagonal))

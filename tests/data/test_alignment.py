@@ -205,7 +205,7 @@ def test_asking_leaves_the_model_alone():
             modes.append((self.training, self.drop.training, self.frozen.training))
             return super().forward(input_ids, attention_mask, labels)
 
-    from kronlaplace.alignment import Alignment
+    from kronlaplace.network.alignment import Alignment
 
     modes = []
     model = Noisy().train()

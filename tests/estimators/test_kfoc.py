@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.estimators import estimator_from_metadata
+from kronlaplace.estimators import estimator_from_json
 from tests.support import oracles
 from tests.support.assertions import assert_blocks_are, assert_close, assert_no_worse, errors
 from tests.support.cases import case
@@ -233,7 +233,7 @@ def test_the_unit_factor_comes_back_from_a_file(unit_factor, tmp_path):
     estimate(made, estimator).save(tmp_path / "fisher.safetensors")
     settings = kl.KroneckerFisher.load(tmp_path / "fisher.safetensors").metadata.settings
     assert settings["unit_factor"] == unit_factor
-    assert estimator_from_metadata(settings) == estimator
+    assert estimator_from_json(settings) == estimator
 
 
 @pytest.mark.quick(2)

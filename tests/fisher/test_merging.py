@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.combination import combined
+from kronlaplace.fisher.merging import combined
 from tests.support.assertions import assert_close
 from tests.support.estimators import White
 from tests.support.problems import batches, problem
@@ -362,7 +362,7 @@ PARTICULARS = {
         {"settings": {"name": "kfac", "weight_sharing": "reduce"}},
         r"the estimator is .*'expand'.* and .*'reduce'",
     ),
-    "estimator": ({"settings": {"name": "sua"}}, r"the estimator is .*'kfac'.* and .*'sua'"),
+    "estimator": ({"settings": {"name": "sua"}}, r"the estimator is KFAC\(.*\) in the first and SUA\(\)"),
     "sampling": ({"sampling": kl.Sampling.MC}, "the sampling is exact in the first and mc in the second"),
     "mc_samples": ({"mc_samples": 4}, "mc_samples is 1 in the first and 4 in the second"),
     "input_axis": ({"input_axis": 1}, "the axis of the inputs that counts the examples is 0 in the first and 1"),

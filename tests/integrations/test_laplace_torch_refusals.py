@@ -33,7 +33,7 @@ def test_estimators_that_do_not_fit(estimator, message):
     [
         ({"estimator": kl.KFAC}, TypeError, "estimator must be an instance"),
         ({"sampling": "none"}, ValueError, "unknown sampling 'none'; allowed are 'exact', 'mc', 'empirical'"),
-        ({"mc_samples": 2}, ValueError, r'mc_samples=2 has a meaning with sampling="mc" only; sampling is \'exact\''),
+        ({"mc_samples": 2}, ValueError, r'mc_samples=2 only applies when sampling="mc" \(got sampling=\'exact\'\)'),
         ({"mc_samples": 0, "sampling": "mc"}, ValueError, "mc_samples must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
     ],

@@ -27,7 +27,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("network", DIFFERENTIABLE)
 def test_derivatives_by_the_inputs(network, question, monkeypatch):
     """In two chunks; the values are those of the plain mode."""
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 1)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 1)
     made = problem(network)
     posterior = made.fitted(prior_precision=0.5)
     x = made.inputs[:2].clone().requires_grad_()

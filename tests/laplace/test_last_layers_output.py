@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.collect import Recorder
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
+from kronlaplace.network.observer import NetworkObserver
 from tests.support.output_shapes import (
     GLM_LINKS,
     assert_close,
@@ -55,7 +55,7 @@ def test_the_output_layer_alone_takes_no_backward_pass(network, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a backward pass")
 
-    monkeypatch.setattr(Recorder, "backward", refuse)
+    monkeypatch.setattr(NetworkObserver, "backward", refuse)
     posterior.functional_variance(made.inputs, diagonal=True)
     for link in GLM_LINKS:
         posterior.predict(made.inputs, link=link)

@@ -62,8 +62,8 @@ def test_functional_variance_does_not_depend_on_chunks(network, budget, monkeypa
     posterior = fitted(case)
     whole = posterior.functional_variance(case.inputs)
     variance = posterior.functional_variance(case.inputs, diagonal=True)
-    monkeypatch.setattr("kronlaplace.laplace.terms.BUDGET", budget)
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 2)
+    monkeypatch.setattr("kronlaplace.laplace.layer_covariance.BUDGET", budget)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 2)
     torch.testing.assert_close(posterior.functional_variance(case.inputs), whole)
     torch.testing.assert_close(posterior.functional_variance(case.inputs, diagonal=True), variance)
 
@@ -96,7 +96,7 @@ def test_no_tensor_of_the_jacobians_size_on_shared_weights(monkeypatch):
     x = torch.randn(2, 2, 200)
     posterior = kl.KronLaplace(model, "classification").fit([x], sampling="mc")
     posterior.covariance()  # the decompositions are not what is measured
-    monkeypatch.setattr("kronlaplace.laplace.terms.BUDGET", 1)
+    monkeypatch.setattr("kronlaplace.laplace.layer_covariance.BUDGET", 1)
     with Largest() as largest:
         posterior.functional_variance(x)
     assert largest.numel < 201**2 + 1 < 2 * 8 * 30 * 201

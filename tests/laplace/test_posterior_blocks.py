@@ -107,8 +107,8 @@ def test_evidence_and_functional_variance_equal_dense(name, network, likelihood)
 def test_functional_variance_does_not_depend_on_chunks(name, network, monkeypatch):
     made, posterior = posterior_of(network, name)
     whole = [posterior.functional_variance(made.inputs, diagonal) for diagonal in (False, True)]
-    monkeypatch.setattr("kronlaplace.laplace.terms.BUDGET", 1)
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 2)
+    monkeypatch.setattr("kronlaplace.laplace.layer_covariance.BUDGET", 1)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 2)
     for expected, diagonal in zip(whole, (False, True), strict=True):
         assert_close(posterior.functional_variance(made.inputs, diagonal), expected, 1e-10)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support import oracles
 from tests.support.cases import case
 from tests.support.networks import Residual
@@ -76,8 +76,8 @@ def test_joint_does_not_depend_on_chunks(monkeypatch):
     made = problem("sequence", "regression")
     posterior = made.fitted()
     expected = posterior.functional_variance(made.inputs, joint=True)
-    monkeypatch.setattr("kronlaplace.laplace.terms.BUDGET", 1)
-    monkeypatch.setattr("kronlaplace.laplace.functional._FIRST_CHUNK", 1)
+    monkeypatch.setattr("kronlaplace.laplace.layer_covariance.BUDGET", 1)
+    monkeypatch.setattr("kronlaplace.laplace.linearized._FIRST_CHUNK", 1)
     assert_close(posterior.functional_variance(made.inputs, joint=True), expected, 1e-12)
 
 
@@ -392,7 +392,7 @@ def test_draws_of_the_outputs_take_bounded_memory(diagonal, monkeypatch):
     posterior = kl.KronLaplace(model, "classification").fit([(x, torch.randint(5, (10,)))])
     predictive = {"link": "mc", "n_samples": 20_000, "diagonal": diagonal}
     whole = posterior.predict(x, **predictive)
-    monkeypatch.setattr("kronlaplace.links._BUDGET", 3 * 50 + 1)
+    monkeypatch.setattr("kronlaplace.likelihoods.links._BUDGET", 3 * 50 + 1)
     shapes = []
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **options: shapes.append(size) or draw(*size, **options))

@@ -138,7 +138,7 @@ def test_precisions_of_single_weights_in_large_layers(network, estimator, monkey
     made = problem(network)
     _, D = some_prior(made, "vector")
     exact = made.fitted(estimator, prior_precision=D).log_marginal_likelihood()
-    monkeypatch.setattr("kronlaplace.inversion.LARGEST_DENSE", 8)
+    monkeypatch.setattr("kronlaplace.damping.plus_diagonal.LARGEST_DENSE", 8)
     posterior = made.fitted(estimator, prior_precision=D)
     bound = posterior.log_marginal_likelihood()
     assert bound < exact
@@ -155,7 +155,7 @@ def test_precisions_of_single_weights_in_large_layers(network, estimator, monkey
 def test_diagonal_and_dense_blocks_are_exact_at_any_size(estimator, monkeypatch):
     made = problem("cnn")
     _, D = some_prior(made, "vector")
-    monkeypatch.setattr("kronlaplace.inversion.LARGEST_DENSE", 1)
+    monkeypatch.setattr("kronlaplace.damping.plus_diagonal.LARGEST_DENSE", 1)
     posterior = made.fitted(estimator, prior_precision=D)
     assert_like_dense(made, posterior, D, torch.zeros_like(D), outputs_and_jacobians("cnn")[1])
 

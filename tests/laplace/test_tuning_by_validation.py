@@ -1,5 +1,6 @@
 """Hyperparameters by validation, against loops of their own."""
 
+import dataclasses
 import itertools
 import math
 
@@ -94,17 +95,17 @@ def test_validation_says_when_it_is_at_the_edge():
 def broken_at(monkeypatch, bad, value):
     """The loss is ``value`` where the prior precision is in ``bad``."""
     original, current = kl.Categorical.predictive_nll, {}
-    setter = kl.KronLaplace.set_hyperparameters
+    view = kl.KronLaplace.with_hyperparameters
 
-    def set_hyperparameters(self, prior_precision, noise_std=None):
-        current["delta"] = float(prior_precision)
-        setter(self, prior_precision, noise_std)
+    def with_hyperparameters(self, new):
+        current["delta"] = float(new.prior.precision)
+        return view(self, new)
 
     def predictive_nll(self, prediction, targets):
         sums = original(self, prediction, targets)
         return sums * value if current["delta"] in bad else sums
 
-    monkeypatch.setattr(kl.KronLaplace, "set_hyperparameters", set_hyperparameters)
+    monkeypatch.setattr(kl.KronLaplace, "with_hyperparameters", with_hyperparameters)
     monkeypatch.setattr(kl.Categorical, "predictive_nll", predictive_nll)
 
 
@@ -294,7 +295,8 @@ def test_structures_are_those_of_the_prior():
     for structure in STRUCTURES:
         value, D = some_prior(made, structure)
         posterior = made.fitted()
-        posterior.set_hyperparameters(value, 0.9)
+        posterior.prior_precision = value
+        posterior.hyperparameters = dataclasses.replace(posterior.hyperparameters, noise_std=0.9)
         assert posterior.likelihood == kl.Gaussian(0.9)
         assert float(posterior.prior_precision.mean()) == pytest.approx(
             float(D.mean()) if structure != "layerwise" else np.mean(value)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 
 
 def monte_carlo(f, covariance, inverse_link, n=400_000):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian, Likelihood, Sampling, resolve_likelihood
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support.likelihoods import (
     CASES,
     CATEGORICAL,
@@ -203,13 +203,13 @@ def test_nothing_depends_on_values(name, shape, sampling):
     ids=str,
 )
 def test_metadata_round_trip(likelihood):
-    restored = Likelihood.from_metadata(json.loads(json.dumps(likelihood.to_metadata())))
+    restored = Likelihood.from_json(json.loads(json.dumps(likelihood.to_json())))
     assert restored == likelihood
     assert type(restored) is type(likelihood)
 
 
 def test_metadata_of_earlier_versions_still_loads():
-    assert Likelihood.from_metadata({"name": "Categorical"}) == kl.Categorical(ignore_index=-100, class_axis=None)
+    assert Likelihood.from_json({"name": "Categorical"}) == kl.Categorical(ignore_index=-100, class_axis=None)
 
 
 def test_only_what_is_special_is_shown():

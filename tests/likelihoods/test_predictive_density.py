@@ -7,7 +7,7 @@ import torch
 
 import kronlaplace as kl
 from kronlaplace.likelihoods import HeteroscedasticGaussian, Sampling
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support.likelihoods import CASES, CATEGORICAL, NOISE, class_axis, draw, make
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace import fingerprint as module
-from kronlaplace.fingerprint import WeightsGuard, fingerprint
+from kronlaplace.network import fingerprint as module
+from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from tests.support.networks import mlp
 
 DTYPES = [

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.replica import Replica
+from kronlaplace._replica import Replica
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -3,11 +3,12 @@
 import torch
 
 import kronlaplace as kl
-from kronlaplace.batches import Inputs
-from kronlaplace.collect import recording
-from kronlaplace.fisher import accumulate
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.fisher.curvature_pass import accumulate, accumulate_batch
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.forward import NetworkForward
 from tests.support.assertions import assert_close
 from tests.support.estimators import CONVERGED, CONVERGED_FULL
 from tests.support.problems import batches
@@ -46,9 +47,7 @@ def accumulated(made, estimator, data):
         data,
         resolve_likelihood(made.likelihood),
         accumulation,
-        sampling=Sampling.EXACT,
-        mc_samples=1,
-        seed=0,
+        DirectionSampling(Sampling.EXACT),
         progress=False,
         description="",
     )
@@ -58,14 +57,12 @@ def accumulated(made, estimator, data):
 def one_pass(accumulation, made, data):
     """The same, one pass only, written out."""
     likelihood = resolve_likelihood(made.likelihood)
-    with recording(made.model, accumulation.layers, accumulation.add_gradients) as recorder:
+    with NetworkForward(made.model, accumulation.layers) as forward:
         for x, y in data:
-            f = recorder.forward(Inputs(x))
-            calls = recorder.calls
-            accumulation.begin_batch(calls)
-            for direction in list(likelihood.directions(f.detach(), Sampling.EXACT, mc_samples=1, targets=y)):
-                recorder.backward(f, direction, retain_graph=True)
-            accumulation.end_batch(calls, len(f))
+            f = forward(Inputs(x))
+            accumulate_batch(
+                forward.observer, f, likelihood, DirectionSampling(Sampling.EXACT), accumulation, targets=y
+            )
 
 
 def assert_same(blocks, expected, rtol=1e-10):

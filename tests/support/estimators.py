@@ -63,8 +63,8 @@ class White(kl.Estimator):
     def start(self, layer):
         return {"trace": torch.zeros((), dtype=layer.dtype)}
 
-    def add_gradients(self, state, calls, grads):
-        state["trace"] += calls.weight_gradients(grads).square().sum()
+    def add_gradients(self, state, gradients):
+        state["trace"] += gradients.weight_gradients().square().sum()
 
     def finish(self, state, layer, weight):
         q, p = layer.shape

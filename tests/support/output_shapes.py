@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import nn
 
-from kronlaplace.links import Link
+from kronlaplace.likelihoods.links import Link
 from tests.support import oracles
 from tests.support.posteriors import Problem, dense_precision
 from tests.support.posteriors import problem as problem_of

@@ -1,0 +1,20 @@
+"""One layer's part of the Fisher: kinds of blocks, their algebra, and their eigendecompositions."""
+
+from kronlaplace.blocks.base import Block, RotatedBlock, decompose
+from kronlaplace.blocks.dense import DenseBlock
+from kronlaplace.blocks.diagonal import DiagonalBlock
+from kronlaplace.blocks.eigen import EigenBlock
+from kronlaplace.blocks.kronecker import KroneckerBlock
+from kronlaplace.blocks.registry import BLOCKS, block_from_tensors
+
+__all__ = [
+    "BLOCKS",
+    "Block",
+    "DenseBlock",
+    "DiagonalBlock",
+    "EigenBlock",
+    "KroneckerBlock",
+    "RotatedBlock",
+    "block_from_tensors",
+    "decompose",
+]

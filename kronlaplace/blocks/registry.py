@@ -1,0 +1,38 @@
+"""The kinds of blocks by name, as files call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from kronlaplace._registry import Registry
+from kronlaplace.blocks.base import Block
+from kronlaplace.blocks.dense import DenseBlock
+from kronlaplace.blocks.diagonal import DiagonalBlock
+from kronlaplace.blocks.eigen import EigenBlock
+from kronlaplace.blocks.kronecker import KroneckerBlock
+
+__all__ = ["BLOCKS", "block_from_tensors"]
+
+
+BLOCKS: Registry[str, type[Block]] = Registry()
+"""The kinds of blocks that files can name."""
+
+for _kind in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock):
+    BLOCKS.add(_kind.kind, _kind)
+
+
+def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
+    """Inverse of `Block.to_tensors`.
+
+    Raises:
+        ValueError: If there is no such kind of block.
+    """
+    if kind not in BLOCKS:
+        raise ValueError(f"the block of layer {name!r} is of kind {kind!r}; known are {list(BLOCKS)}.")
+    parts = dict(tensors)
+    least_trace = parts.pop("least_trace", None)
+    block = BLOCKS[kind]._from_tensors(parts, name)
+    block.least_trace = least_trace
+    return block

@@ -1,0 +1,119 @@
+"""The damped inverse: one object answers everything that the consumers ask of a damped block.
+
+Every damping strategy changes the eigenvalues of a block and leaves its eigenbasis alone, so that a change of damping
+costs no new eigendecomposition: that is of the undamped block, which keeps it. The one exception is a damping of each
+weight by itself (`PlusDiagonal`), which has another eigenbasis.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+from kronlaplace._precision import in_full_precision
+from kronlaplace.blocks import Block, RotatedBlock
+
+__all__ = ["DampedInverse"]
+
+
+class DampedInverse:
+    """Inverse of a damped block, exactly, from its eigendecomposition (KFC Eq. 39–44).
+
+    Damping strategies make it (see `kronlaplace.damping`).
+
+    Args:
+        block: A block with the eigenbasis of the damped block.
+        eigenvalues: Eigenvalues of the damped block, shape ``(q, p)``, float64; they may carry a gradient.
+        damping: What damped it, to be shown; None if that was not a strategy.
+    """
+
+    def __init__(self, block: Block, eigenvalues: Tensor, damping: object = None) -> None:
+        self.block = block
+        self._eigenvalues = eigenvalues
+        self._damping = damping
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.block.shape))
+        by = "" if self._damping is None else f", {self._damping!r}"
+        return f"{type(self).__name__}({self.block.name!r}, {size}, {self.block.kind}{by})"
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Eigenvalues of the damped block, ``λ + γ`` with Tikhonov damping, shape ``(q, p)``, float64."""
+        return self._eigenvalues
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Eigenvalues of the inverse, shape ``(q, p)``, in the block's dtype."""
+        return self._eigenvalues.reciprocal().to(self.block.dtype)
+
+    def bases(self) -> tuple[Tensor, Tensor] | None:
+        """``B_G`` of shape ``(K, q/K, q/K)`` and ``B_A`` of shape ``(K, p, p)`` of the basis ``B`` in which the inverse is
+        ``B diag(w) Bᵀ``, if it is a Kronecker product ``B_G ⊗ B_A`` by groups of rows; else None.
+        """
+        return self.block.bases() if isinstance(self.block, RotatedBlock) else None
+
+    def coordinates(self, matrices: Tensor) -> Tensor:
+        """``Bᵀ vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape."""
+        return self.block.to_eigenbasis(matrices)
+
+    def _combined(self, coordinates: Tensor) -> Tensor:
+        """``B vec(C)``, for ``C`` of shape ``(..., q, p)``; same shape."""
+        return self.block.from_eigenbasis(coordinates)
+
+    def solve(self, matrices: Tensor) -> Tensor:
+        """The inverse times ``vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape (KFC Eq. 42–44)."""
+        return self._apply(matrices, self.weights)
+
+    def sqrt_solve(self, matrices: Tensor) -> Tensor:
+        """The symmetric square root of the inverse times ``vec(M)``: turns white noise into samples.
+
+        Args:
+            matrices: ``M``, shape ``(..., q, p)``.
+        """
+        return self._apply(matrices, self.weights.sqrt())
+
+    def logdet(self) -> Tensor:
+        """``log det`` of the damped block (not of its inverse), 0-dim, float64."""
+        return self._eigenvalues.log().sum()
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the inverse, as a ``(q, p)`` matrix."""
+        return self.block.diagonal_of(self.weights)
+
+    @cached_property
+    def row_weights(self) -> Tensor:
+        """The inverse's eigenvalues seen from the rows of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``.
+
+        With one input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
+        """
+        bases = self.bases()
+        assert bases is not None
+        return _times_by_group(bases[0].square(), self.weights)
+
+    @cached_property
+    def centered_row_weights(self) -> Tensor:
+        """`row_weights` for each row less the mean of all rows; for blocks without groups."""
+        bases = self.bases()
+        assert bases is not None
+        (basis,) = bases[0]
+        return (basis - basis.mean(0)).square() @ self.weights
+
+    def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
+        return self._combined(self.coordinates(self._checked(matrices)) * weights)
+
+    def _checked(self, matrices: Tensor) -> Tensor:
+        q, p = self.block.shape
+        if matrices.shape[-2:] != (q, p):
+            raise ValueError(
+                f"matrices for layer {self.block.name!r} must have shape (..., {q}, {p}), its weight flattened to a "
+                f"matrix, with the bias as the last column if it has one; got {tuple(matrices.shape)}."
+            )
+        return matrices
+
+
+@in_full_precision
+def _times_by_group(left: Tensor, matrix: Tensor) -> Tensor:
+    """``L M`` by groups of rows: ``(K, q/K, q/K)`` and ``(q, p)``."""
+    return (left @ matrix.unflatten(0, (len(left), -1))).flatten(0, 1)

@@ -1,0 +1,61 @@
+"""Batches, and checks of their values that do not wait for an accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronlaplace.data.inputs import Inputs
+
+__all__ = ["Batch", "DeferredChecks", "all_finite"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device: its position in the data, the inputs, and the targets if there are any."""
+
+    index: int
+    inputs: Inputs
+    targets: Tensor | None
+
+
+class DeferredChecks:
+    """Conditions on tensor values that are looked at without stalling an accelerator.
+
+    On the CPU a broken condition is raised at once. On other devices the first batch that broke it is remembered
+    in a tensor there, and `settle` reads it once, at the end of the pass.
+    """
+
+    def __init__(self) -> None:
+        self._first_broken: dict[str, Tensor] = {}
+
+    def require(self, holds: Tensor, batch: Batch, message: str) -> None:
+        """Note that ``holds`` (a boolean 0-dim tensor) must be true for this batch.
+
+        Raises:
+            ValueError: At once on the CPU, in `settle` elsewhere: ``batch <index>: <message>``.
+        """
+        if holds.device.type == "cpu":
+            if not holds:
+                raise ValueError(f"batch {batch.index}: {message}")
+            return
+        first = self._first_broken.get(message)
+        if first is None:
+            first = torch.full((), -1, dtype=torch.int64, device=holds.device)
+        self._first_broken[message] = torch.where(holds | (first >= 0), first, batch.index)
+
+    def settle(self) -> None:
+        """Raise the first condition that was broken, if one was."""
+        broken = [(int(first), message) for message, first in self._first_broken.items() if int(first) >= 0]
+        if broken:
+            index, message = min(broken)
+            raise ValueError(f"batch {index}: {message}")
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no value is NaN or infinite, as a boolean 0-dim tensor, in one pass over them."""
+    if values.dtype in (torch.float32, torch.float16, torch.bfloat16) and values.device.type in ("cpu", "cuda"):
+        return torch.isfinite(values.sum(dtype=torch.float64))  # cannot overflow
+    return torch.isfinite(values).all()

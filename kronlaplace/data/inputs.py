@@ -1,0 +1,151 @@
+"""What a network is called with: a tensor, several, or named ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kronlaplace._precision import callers_autocast
+
+__all__ = ["Inputs", "leaves", "tensors_of", "with_one_more"]
+
+
+class Inputs:
+    """What the network is called with: a tensor, several, or named ones.
+
+    A tuple or list is unpacked, ``model(*inputs)``. A mapping is given as keywords if the model's ``forward`` takes
+    those, ``model(**inputs)``, and else as it is, ``model(inputs)``.
+
+    Args:
+        value: A tensor, or a tuple, list or mapping of tensors (and other values, which are handed through).
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call of the network."""
+        if isinstance(self.value, Tensor):
+            return (self.value,), {}
+        if isinstance(self.value, Mapping):
+            return ((), dict(self.value)) if _takes_keywords(model, self.value) else ((self.value,), {})
+        return tuple(self.value), {}
+
+    def run(self, model: nn.Module, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Call the network, with other values for some of its parameters if they are given.
+
+        Raises:
+            TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
+        """
+        args, kwargs = self.arguments(model)
+        with callers_autocast():
+            outputs = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            outputs = outputs["logits"]
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model must return a tensor of outputs (or an object with a tensor `logits`), it returned "
+                f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
+            )
+        return outputs
+
+    def count(self, axis: int) -> int:
+        """Number of examples, if ``axis`` counts them."""
+        return tensors_of(self)[0].shape[axis]
+
+    def examples(self, axis: int, start: int, stop: int, shared: Collection[str] = ()) -> Inputs:
+        """Some of the examples; tensors without that many entries on the axis are not cut, nor are those in ``shared``."""
+        n = self.count(axis)
+        index = (slice(None),) * axis + (slice(start, stop),)
+        return self.map_by_path(lambda t, path: t[index] if path not in shared and counts_examples(t, axis, n) else t)
+
+    def by_example(self, axis: int, shared: Collection[str] = ()) -> list[str]:
+        """Paths of the tensors that `examples` cuts."""
+        n = self.count(axis)
+        return [path for path, t in leaves(self.value) if path not in shared and counts_examples(t, axis, n)]
+
+    def of_other_length(self, axis: int) -> list[str]:
+        """Paths of the tensors whose ``axis`` is there but does not count the examples."""
+        n = self.count(axis)
+        return [path for path, t in leaves(self.value) if t.ndim > axis and t.shape[axis] != n]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return self.map_by_path(lambda t, _: change(t))
+
+    def map_by_path(self, change: Callable[[Tensor, str], Tensor]) -> Inputs:
+        """The same with every tensor changed, by a function of the tensor and its path, such as ``"0"`` or ``"mask"``."""
+        return Inputs(_mapped(self.value, change))
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """All tensors that have axes, the one that counts the examples first."""
+    return [t for _, t in leaves(inputs.value) if t.ndim]
+
+
+def with_one_more(inputs: Inputs, axis: int, shared: Collection[str] = ()) -> Inputs:
+    """The inputs with their first example once more at the end."""
+    n = inputs.count(axis)
+
+    def longer(t: Tensor, path: str) -> Tensor:
+        if path in shared or not counts_examples(t, axis, n):
+            return t
+        return torch.cat([t, t.narrow(axis, 0, 1)], dim=axis)
+
+    return inputs.map_by_path(longer)
+
+
+def counts_examples(tensor: Tensor, axis: int, n: int) -> bool:
+    """Whether an axis of a tensor has the length that counts the examples."""
+    return tensor.ndim > axis and tensor.shape[axis] == n
+
+
+def _parts(value: Any, path: str) -> list[tuple[Any, Any, str]]:
+    """Key, value and path of the parts of a container; none of anything else."""
+    prefix = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        return [(key, part, f"{prefix}{key}") for key, part in value.items()]
+    return [(i, part, f"{prefix}{i}") for i, part in enumerate(value)] if isinstance(value, (tuple, list)) else []
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested tuples, lists and mappings, with their paths."""
+    if isinstance(value, Tensor):
+        yield path, value
+    for _, part, where in _parts(value, path):
+        yield from leaves(part, where)
+
+
+def _mapped(value: Any, change: Callable[[Tensor, str], Tensor], path: str = "") -> Any:
+    if isinstance(value, Tensor):
+        return change(value, path)
+    parts = {key: _mapped(part, change, where) for key, part, where in _parts(value, path)}
+    if isinstance(value, Mapping):
+        return parts
+    return list(parts.values()) if isinstance(value, (tuple, list)) else value
+
+
+def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
+    """Whether a mapping is given to the model as keywords.
+
+    Raises:
+        TypeError: If the model's ``forward`` takes some of them as keywords, but not all.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**value)
+    except TypeError as error:
+        taken = [name for name in signature.parameters if name in value]
+        if taken:
+            raise TypeError(
+                f"the model's forward takes {list(signature.parameters)}; the batch has {list(value)}: {error}. Give "
+                "batches with the keys that it takes (and the targets), by a generator over the loader."
+            ) from None
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""What a loader yields: batches of inputs and perhaps targets, moved to the network's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kronlaplace._arguments import warn
+from kronlaplace.data.deferred_checks import Batch
+from kronlaplace.data.inputs import Inputs, leaves, tensors_of
+
+__all__ = ["Rewind", "is_loader", "iterate", "warn_of_share"]
+
+
+class Rewind:
+    """Lets a loader that shuffles give the same batches in every pass, as long as torch draws the order.
+
+    Notes the state of torch's global generator and of the loader's own, if it has one; both are as noted after the
+    ``with`` block.
+
+    Args:
+        data: The loader.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._global = torch.get_rng_state()
+        sampler = getattr(data, "sampler", None)
+        owners = (data, sampler, getattr(data, "batch_sampler", None))
+        found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+        self._own = [(g, g.get_state()) for g in found.values()]
+
+    def __enter__(self) -> Rewind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Back to where it began."""
+        torch.set_rng_state(self._global)
+        for generator, state in self._own:
+            generator.set_state(state)
+
+
+def is_loader(x: Any) -> bool:
+    """Whether ``x`` yields batches, and is not itself the inputs of one: neither a tensor nor a tuple, list or mapping of
+    tensors. A list of anything else holds batches.
+    """
+    if isinstance(x, (Tensor, Mapping, tuple, str)) or hasattr(x, "__array__") or not isinstance(x, Iterable):
+        return False
+    return not (isinstance(x, list) and any(isinstance(part, Tensor) for part in x))
+
+
+def warn_of_share(data: Any) -> None:
+    """Say so where a loader gives one process of several its share of the data only.
+
+    Torch's `DistributedSampler` and what is made like it say how many shares there are; so do the loaders of Hugging Face's
+    accelerate.
+    """
+    batch_sampler = getattr(data, "batch_sampler", None)
+    owners = (getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for owner in (*owners, getattr(data, "dataset", None)):
+        for count, index in (("num_replicas", "rank"), ("num_processes", "process_index")):
+            shares = getattr(owner, count, None)
+            if isinstance(shares, int) and shares > 1:
+                warn(
+                    f"the data are one of {shares} shares (number {getattr(owner, index, '?')}, by a "
+                    f"{type(owner).__name__}), and are taken for all there are: nothing is exchanged between processes. "
+                    "Give a loader of all data to every process, or to one. Or let each process estimate and save a Fisher "
+                    "of its share, and in one of them add them up: posterior.fit(fisher=..., add=True) for each."
+                )
+                return
+
+
+class Alignment(Protocol):
+    """Moves labels to the outputs that they belong to, such as `kronlaplace.network.alignment.Alignment`."""
+
+    def __call__(self, inputs: Any, targets: Tensor, *, in_pair: bool, batch: int) -> Tensor:
+        """Return the targets of the outputs."""
+
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def iterate(
+    data: Iterable[Any], device: torch.device, *, alignment: Alignment | None, progress: bool, description: str
+) -> Iterator[Batch]:
+    """Yield the batches of ``data`` on ``device``, checked as far as shapes and types go.
+
+    Args:
+        data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
+            ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
+            ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
+            mapping of tensors (see `Inputs`). Labels of tokens in a mapping are those that Hugging Face's models take,
+            and are shifted for models that predict the next token (see `kronlaplace.network.alignment`); targets in a pair
+            are taken as they are.
+        device: Where the batches are needed.
+        alignment: Moves labels to the outputs that they belong to; None where targets are not looked at.
+        progress: Whether to show a progress bar (never where the output is not a terminal).
+        description: What the bar says.
+
+    Raises:
+        TypeError: If ``data`` or a batch has another form.
+        ValueError: If there is no batch, or a batch has no examples.
+    """
+    if isinstance(data, (Tensor, tuple, Mapping)) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
+            f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."
+        )
+    total = _length(data) if progress else None
+    seen = 0
+    # The bar is moved by hand: given the data, tqdm.auto would ask it for an iterator twice, and workers start twice.
+    with tqdm(total=total, desc=description, leave=False, disable=None if progress else True) as bar:
+        for index, raw in enumerate(data):
+            value, targets = _split(raw, index)
+            inputs = Inputs(value)
+            tensors = tensors_of(inputs)
+            if not tensors or tensors[0].numel() == 0:
+                shape = tuple(tensors[0].shape) if tensors else ()
+                raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
+            inputs = inputs.map(lambda t: t.to(device, non_blocking=True))
+            if targets is not None:
+                targets = targets.to(device, non_blocking=True)
+                if alignment is not None:
+                    in_pair = not isinstance(raw, Mapping)
+                    targets = alignment(inputs.value, targets, in_pair=in_pair, batch=index)
+            yield Batch(index, inputs, targets)
+            seen += 1
+            bar.update()
+    if not seen:
+        raise ValueError("the data is empty: no batch came out of the loader. (An iterator can be read only once.)")
+
+
+def _length(data: Any) -> int | None:
+    """Number of batches, if it is known; a `DataLoader` has a length that raises if its dataset or sampler has none."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
+    if isinstance(raw, Tensor):
+        return raw, None
+    if isinstance(raw, Mapping):
+        keys = [key for key in _TARGET_KEYS if isinstance(raw.get(key), Tensor)]
+        if len(keys) > 1:
+            raise TypeError(
+                f"batch {index}: {keys} could all be the targets; give pairs (inputs, targets), for example by a "
+                "generator over the loader."
+            )
+        rest = {key: value for key, value in raw.items() if key not in keys}
+        if _has_tensors(rest):
+            return rest, raw[keys[0]] if keys else None
+    elif isinstance(raw, (tuple, list)) and len(raw) in (1, 2) and _has_tensors(raw[0]):
+        targets = raw[1] if len(raw) == 2 else None
+        if targets is None or isinstance(targets, Tensor):
+            return raw[0], targets
+    got = type(raw).__name__
+    if isinstance(raw, (tuple, list)):
+        got += f" of {len(raw)}: {', '.join(type(part).__name__ for part in raw)}"
+    raise TypeError(
+        f"batch {index}: expected a pair (inputs, targets), a tensor of inputs, or a mapping; got {got}. Turn arrays into "
+        "tensors with torch.from_numpy; give several inputs as ((x1, x2), targets) or ({...}, targets), by a generator: "
+        "(((x1, x2), y) for x1, x2, y in loader)."
+    )
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(True for _ in leaves(value))

@@ -1,0 +1,45 @@
+"""K-FOC over all examples at once, which are kept: the ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.estimators.base import Estimator, State
+from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
+from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
+from kronlaplace.estimators.kfoc.truncation import factors_of
+from kronlaplace.estimators.second_moments import squeezed
+from kronlaplace.layers import Layer, LayerGradients
+
+__all__ = ["Full"]
+
+
+@dataclass(frozen=True)
+class Full(Estimator):
+    """Keep all examples, and find their best Kronecker product at the end.
+
+    Args:
+        iteration: The power iteration; it goes on until the relative residual of the singular pair is below ``tol²``.
+    """
+
+    name: ClassVar[str] = "kfoc"
+    iteration: PowerIteration
+
+    def start(self, layer: Layer) -> State:
+        return {"examples": []}
+
+    def add_gradients(self, state: State, gradients: LayerGradients) -> None:
+        state["examples"].append(kept_examples(gradients).copied())  # the loader may reuse the memory of its batches
+
+    def decay(self, state: State, factor: float) -> None:
+        state["examples"] = [examples.scaled(factor) for examples in state["examples"]]
+
+    def finish(self, state: State, layer: Layer, weight: float) -> Block:
+        name = factors_of(layer.name)
+        examples = joined(state["examples"], same_inputs=False)
+        size, gradient, activation = self.iteration.to_rounding(examples, name)
+        gradient = size.to(gradient.dtype).view(-1, 1, 1) * gradient
+        gradient, activation = made_psd(gradient, name), made_psd(activation, name)
+        return KroneckerBlock(squeezed(gradient / weight), squeezed(activation), name=layer.name)

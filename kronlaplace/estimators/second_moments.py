@@ -1,0 +1,171 @@
+"""The weighted second moments that all estimators are made of.
+
+With ``X_n = Σ_t g_t a_tᵀ`` and symmetric ``A``, ``G``, the two maps
+
+    G ↦ Σ_n X_nᵀ G X_n        A ↦ Σ_n X_n A X_nᵀ
+
+are the Fisher, rearranged, as an operator between the spaces of the two factors (DESIGN: weighted second moments; K-FOC
+Eq. 13–15). With the identity on the right they are TKFAC's sums, repeated they are K-FOC's power iteration.
+
+Where each example uses the weights once they are second moments of ``a`` with weights ``gᵀ G g`` and of ``g`` with weights
+``aᵀ A a``. Else either ``X`` is formed or, where positions are few, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ`` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.blocks.eigendecomposition import trace
+from kronlaplace.estimators.base import weighted_mean
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
+
+__all__ = [
+    "activation_sum",
+    "add_pair_sums",
+    "add_row_sums",
+    "factors_by_group",
+    "frobenius",
+    "gradient_sum",
+    "mean_factors",
+    "partial_traces",
+    "squeezed",
+]
+
+_PENDING = "pending"
+
+
+def add_pair_sums(
+    sums: dict[str, Any],
+    gradients: LayerGradients,
+    activation_factor: Tensor | None = None,
+    gradient_factor: Tensor | None = None,
+) -> None:
+    """Add ``Σ_n Xᵀ G X`` to ``sums["activation"]`` and ``Σ_n X A Xᵀ`` to ``sums["gradient"]``, for one direction.
+
+    Where weights are used once per example the first of them waits until `add_row_sums`, after all directions: then the
+    inputs are multiplied out once and not once per direction.
+
+    Args:
+        sums: The state.
+        gradients: The layer's inputs and the gradients at its outputs.
+        activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
+        gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
+    """
+    activation_out, gradient_out = (gradients.layer.sum_of(sums, key) for key in ("activation", "gradient"))
+    if gradients.once_per_example:
+        a, g = gradients.activations()[:, :, 0], gradients.gradients()[:, :, 0]
+        weight = _quadratic_form(g, gradient_factor)
+        sums[_PENDING] = weight if _PENDING not in sums else sums[_PENDING] + weight
+        gradient_out.baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
+        return
+    for part in gradients.parts():
+        g = part.gradients()
+        if g.shape[2] <= g.shape[3]:
+            a = part.activations()
+            activation_out += _mixed(a, g, gradient_factor)
+            gradient_out += _mixed(g, a, activation_factor)
+        else:
+            x = part.weight_gradients()
+            activation_out += activation_sum(x, gradient_factor)
+            gradient_out += gradient_sum(x, activation_factor)
+
+
+def add_row_sums(sums: dict[str, Any], batch: LayerBatch) -> None:
+    """After all directions of a batch: add what `add_pair_sums` has put off."""
+    weight = sums.pop(_PENDING, None)
+    if weight is not None:
+        a = batch.activations()[:, :, 0]
+        sums["activation"].baddbmm_((a * weight.unsqueeze(2)).mT, a)
+
+
+def activation_sum(x: Tensor, gradient_factor: Tensor | None) -> Tensor:
+    """``Σ_n X_nᵀ G X_n`` of shape ``(K, p, p)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    left = x if gradient_factor is None else gradient_factor.unsqueeze(1) @ x
+    return _symmetric_product(x.flatten(1, 2), left.flatten(1, 2))
+
+
+def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
+    """``Σ_n X_n A X_nᵀ`` of shape ``(K, q/K, q/K)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    left = x if activation_factor is None else (x.flatten(1, 2) @ activation_factor).view_as(x)
+    return (left @ x.mT).sum(1)
+
+
+def frobenius(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Frobenius norms over the last two axes, which stay, in ``dtype``.
+
+    In float64 the squares of small single-precision entries do not underflow; it takes a few times as long.
+    """
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=dtype)
+
+
+def squeezed(matrices: Tensor) -> Tensor:
+    """Without the axis of the groups if there is one group only."""
+    return matrices[0] if len(matrices) == 1 else matrices
+
+
+def mean_factors(
+    first: Block, second: Block, weights: tuple[float, float], *, scaled_activation: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted means of the factors of two finished Kronecker blocks, as new tensors.
+
+    Args:
+        first: A block.
+        second: Another of the same shape.
+        weights: Weights of the two; they sum to one.
+        scaled_activation: Whether ``A`` too counts times the block's ``scale`` (`TKFAC`: both factors come of ``X``), or
+            is a mean of its own (`KFAC`).
+
+    Returns:
+        ``Σ w · scale · G``, shape ``(K, q/K, q/K)``, and ``Σ w · A`` or ``Σ w · scale · A``, shape ``(K, p, p)``.
+    """
+    factors = []
+    for block in (first, second):
+        assert isinstance(block, KroneckerBlock)
+        gradient, activation, scale = factors_by_group(block)
+        factors.append((scale * gradient, scale * activation if scaled_activation else activation))
+    (gradient, activation), (other_gradient, other_activation) = factors
+    return weighted_mean(gradient, other_gradient, weights), weighted_mean(activation, other_activation, weights)
+
+
+def factors_by_group(block: KroneckerBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``G``, shape ``(K, q/K, q/K)``, ``A``, shape ``(K, p, p)``, and the scale, shape ``(K, 1, 1)``."""
+    gradient, activation = (f if f.ndim == 3 else f[None] for f in (block.gradient_factor, block.activation_factor))
+    return gradient, activation, block.scale.expand(len(gradient)).view(-1, 1, 1)
+
+
+def partial_traces(block: KroneckerBlock, layer: Layer, weight: float) -> dict[str, Tensor]:
+    """Return the sums ``Σ_n X Xᵀ`` and ``Σ_n Xᵀ X`` over ``weight`` examples whose mean Fisher is the block."""
+    gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
+    sizes = {"gradient": trace(activation), "activation": trace(gradient)}
+    return {
+        key: weight * scale * sizes[key].view(-1, 1, 1) * factor
+        for key, factor in (("gradient", gradient), ("activation", activation))
+    }
+
+
+def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:
+    """``uᵀ v`` for ``(K, m, d)`` where it is symmetric: a quarter of the work is saved."""
+    size = u.shape[2]
+    if size < 64:
+        return u.mT @ v
+    half = size // 2
+    result = u.new_empty(len(u), size, size)
+    result[:, :half] = u[..., :half].mT @ v
+    result[:, half:, half:] = u[..., half:].mT @ v[..., half:]
+    result[:, half:, :half] = result[:, :half, half:].mT
+    return result
+
+
+def _quadratic_form(vectors: Tensor, matrix: Tensor | None) -> Tensor:
+    """``vᵀ M v`` for vectors ``(K, N, d)``: shape ``(K, N)``."""
+    return (vectors * (vectors if matrix is None else vectors @ matrix)).sum(2)
+
+
+def _mixed(u: Tensor, v: Tensor, matrix: Tensor | None) -> Tensor:
+    """``Σ_n Σ_tt' (v_tᵀ M v_t') u_t u_t'ᵀ`` for ``u``, ``v`` of shape ``(K, N, T, ·)``."""
+    kernel = (v if matrix is None else v @ matrix.unsqueeze(1)) @ v.mT  # (K, N, T, T)
+    return _symmetric_product(u.flatten(1, 2), (kernel @ u).flatten(1, 2))

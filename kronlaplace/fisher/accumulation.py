@@ -1,0 +1,154 @@
+"""The accumulation of a Fisher: every layer's state, batch by batch, pass by pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+
+from kronlaplace._arguments import positive_number
+from kronlaplace.blocks import Block
+from kronlaplace.estimators import Diagonal, Estimator, State
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients
+
+__all__ = ["Accumulation"]
+
+
+class Accumulation:
+    """Sums of one estimator over batches, for all layers.
+
+    By default all examples count the same. With ``ema_decay`` it is a moving average: with every batch, what was
+    seen before counts ``ema_decay`` times as much. That holds for every estimator, and the weights are accounted for, so
+    that the first batches are not biased towards zero.
+
+    Args:
+        estimator: The estimator. Layers without Kronecker structure get a diagonal block, unless it suits them.
+        layers: The layers.
+        ema_decay: From 0 to 1, or None for a plain mean.
+    """
+
+    def __init__(self, estimator: Estimator, layers: Sequence[Layer], ema_decay: float | None = None) -> None:
+        self.passes = estimator.passes
+        """How many times the data must be seen."""
+        self._estimator = estimator
+        self.start(layers)
+        self._ema_decay = ema_decay
+        self._pass = 1
+        self._received: set[str] = set()
+        self._final_weights: dict[str, float] = {}  # of layers that needed fewer passes
+        self.weight = 0.0
+        """Number of examples seen in this pass, or their total weight in a moving average."""
+
+    def __repr__(self) -> str:
+        decay = "" if self._ema_decay is None else f", ema_decay={self._ema_decay}"
+        seen = f"pass {self._pass} of {self.passes}, {self.weight:.6g} examples"
+        return f"Accumulation({self._estimator!r}, layers={list(self._layers)}{decay}, {seen})"
+
+    def start(self, layers: Sequence[Layer]) -> None:
+        """Be for these layers, before any data have been seen."""
+        self._layers = {layer.name: layer for layer in layers}
+        self.estimators = {
+            layer.name: self._estimator if layer.factors or self._estimator.for_any_layer else Diagonal()
+            for layer in layers
+        }
+        self._states: dict[str, State] = {
+            name: self.estimators[name].start(layer) for name, layer in self._layers.items()
+        }
+
+    def start_from(self, blocks: Mapping[str, Block], weight: float) -> None:
+        """Start from given blocks instead of from nothing, before any data have been seen.
+
+        With ``ema_decay=ξ``, batches of ``B`` examples and ``weight = B / (1 − ξ)``, after ``k`` batches each factor is
+        ``ξᵏ Ω₀ + (1 − ξ) Σ_j ξ^(k−j) Ω_j`` (KFC Eq. 33), where ``Ω₀`` is the given one.
+
+        Args:
+            blocks: A block for every layer, of the kind that the estimator makes, such as a `KroneckerFisher`.
+            weight: Number of examples that the blocks count for; positive.
+
+        Raises:
+            ValueError: If layers are missing, data have been seen, or the weight is not positive.
+            NotImplementedError: If the estimator's finished blocks do not determine its sums.
+            TypeError: For blocks of other kinds.
+        """
+        missing = [name for name in self._layers if name not in blocks]
+        if missing:
+            raise ValueError(f"there are no blocks to start from for the layers {missing}; given are {list(blocks)}.")
+        if self.weight > 0 or self._pass > 1:
+            raise ValueError("the accumulation has seen data; start another one from the blocks.")
+        weight = positive_number(weight, "weight")
+        for name, layer in self._layers.items():
+            self._states[name] = self.estimators[name].state_from(blocks[name], layer, weight)
+        self.weight = weight
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers."""
+        return list(self._layers.values())
+
+    def begin_batch(self, batches: Mapping[str, LayerBatch]) -> None:
+        """Take the inputs of all layers, after the forward pass."""
+        self._received.clear()
+        if self._ema_decay is not None:
+            self.weight *= self._ema_decay
+        for name, state in self._states.items():
+            if self._wants_data(name):
+                if self._ema_decay is not None:
+                    self.estimators[name].decay(state, self._ema_decay)
+                self.estimators[name].add_inputs(state, batches[name])
+
+    def add_gradients(self, gradients: LayerGradients) -> None:
+        """Take the gradients of one layer along one direction."""
+        name = gradients.layer.name
+        self._received.add(name)
+        if self._wants_data(name):
+            self.estimators[name].add_gradients(self._states[name], gradients)
+
+    def end_batch(self, batches: Mapping[str, LayerBatch], n_examples: int) -> None:
+        """Finish a batch after its last direction. Layers that received no gradient in it are left as they are."""
+        for name, state in self._states.items():
+            if self._wants_data(name) and name in self._received:
+                self.estimators[name].end_batch(state, batches[name])
+        self.weight += n_examples
+
+    def merge(self, other: Accumulation) -> None:
+        """Add what another accumulation of the same estimator, layers and pass has seen."""
+        for name, estimator in self.estimators.items():
+            if self._wants_data(name):
+                self._states[name] = estimator.merge(self._states[name], other._states[name])
+        self.weight += other.weight
+
+    def next_pass(self) -> None:
+        """Begin the next pass over the data."""
+        for name, estimator in self.estimators.items():
+            if self._pass < estimator.passes:
+                self._states[name] = estimator.next_pass(self._states[name], self._layers[name], self.weight)
+            else:
+                self._final_weights.setdefault(name, self.weight)
+        self._pass += 1
+        self.weight = 0.0
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget some of the layers."""
+        for name in names:
+            for by_name in (self._layers, self.estimators, self._states, self._final_weights):
+                by_name.pop(name, None)
+
+    def state(self, name: str) -> State:
+        """What has been accumulated for a layer."""
+        return self._states[name]
+
+    def so_far(self) -> dict[str, Block]:
+        """The blocks as if the data ended here, in the last pass and after a batch; the accumulation can go on."""
+        return {name: self._finished(name, copy.deepcopy(self._states[name])) for name in self.estimators}
+
+    def finish(self) -> dict[str, Block]:
+        """The blocks; the accumulation is used up."""
+        return {name: self._finished(name, self._states.pop(name)) for name in self.estimators}
+
+    def _finished(self, name: str, state: State) -> Block:
+        layer = self._layers[name]
+        block = self.estimators[name].finish(state, layer, self._final_weights.get(name, self.weight))
+        block.shares_weights_over_space = layer.shares_weights_over_space
+        return block
+
+    def _wants_data(self, name: str) -> bool:
+        return self._pass <= self.estimators[name].passes

@@ -1,0 +1,129 @@
+"""What a Fisher covers: a table of the network's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kronlaplace.blocks import Block
+from kronlaplace.layers import NOT_WANTED
+
+__all__ = ["Coverage", "CoverageRow"]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One block, or the parameters of one module that have none.
+
+    Attributes:
+        layer: Name of the block, or of the module.
+        module: Type of the module.
+        block: Kind of the block, or "none".
+        estimator: What made it, or "".
+        shape: ``(q, p)`` of the block, or None.
+        parameters: Number of the network's parameters.
+        share: Their share of all the network's parameters, from 0 to 1.
+        note: Why there is no block; what else to know.
+    """
+
+    layer: str
+    module: str
+    block: str
+    estimator: str
+    shape: tuple[int, int] | None
+    parameters: int
+    share: float
+    note: str = ""
+
+
+class Coverage(Sequence[CoverageRow]):
+    """The rows, blocks first, in the order of the network; ``print`` shows them as a table.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: Sequence[CoverageRow] = ()) -> None:
+        self._rows = tuple(rows)
+
+    @classmethod
+    def of_blocks(cls, blocks: Mapping[str, Block]) -> Coverage:
+        """Return the rows of blocks of which nothing else is known."""
+        total = sum(math.prod(block.shape) for block in blocks.values())
+        rows = []
+        for name, block in blocks.items():
+            count = math.prod(block.shape)
+            rows.append(
+                CoverageRow(name, "", block.kind, "", block.shape, count, count / total, "made of blocks alone")
+            )
+        return cls(rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coverage) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    @property
+    def share(self) -> float:
+        """Share of the network's parameters that have a block, from 0 to 1."""
+        return sum(row.share for row in self if row.shape is not None)
+
+    def __str__(self) -> str:
+        heading = ["layer", "module", "block", "estimator", "shape", "parameters", "share", ""]
+        cells = [
+            [
+                row.layer or "(the model itself)",
+                row.module,
+                row.block,
+                row.estimator,
+                "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}",
+                f"{row.parameters:,}",
+                f"{row.share:.1%}",
+                row.note,
+            ]
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in [heading, *cells]) for i in range(len(heading))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *cells]
+        ]
+        return "\n".join([*lines, f"{self.share:.1%} of the parameters have a block"])
+
+    __repr__ = __str__
+
+    def reasons(self) -> dict[str, str]:
+        """Why what has no block has none, by layer or module."""
+        return {row.layer: row.note for row in self if row.shape is None}
+
+    def restricted_to(self, layers: set[str], reasons: Mapping[str, str] | None = None) -> Coverage:
+        """The same with the blocks of all other layers left out, for reasons by layer."""
+        known = reasons or {}
+        return Coverage(
+            [
+                row
+                if row.shape is None or row.layer in layers
+                else replace(row, block="none", estimator="", shape=None, note=known.get(row.layer, NOT_WANTED[0]))
+                for row in self
+            ]
+        )
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As JSON-compatible values."""
+        return [asdict(row) for row in self]
+
+    @classmethod
+    def from_json(cls, values: list[dict[str, Any]]) -> Coverage:
+        """Inverse of `to_json`."""
+        return cls([CoverageRow(**{**row, "shape": tuple(row["shape"]) if row["shape"] else None}) for row in values])

@@ -1,0 +1,317 @@
+"""From a network's outputs to an accumulation: one batch, and passes over a whole data set.
+
+`accumulate_batch` is the unit, for whoever runs the network: the passes below, an optimizer, other libraries' loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace._precision import in_full_precision
+from kronlaplace.data.deferred_checks import Batch, DeferredChecks, all_finite
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.inputs import Inputs, tensors_of
+from kronlaplace.data.loader import Rewind, iterate
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.layers import Layer, Unsupported, UnusableLayersError
+from kronlaplace.likelihoods import Likelihood, Sampling
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.alignment import Alignment
+from kronlaplace.network.example_axes import Layout
+from kronlaplace.network.forward import NetworkForward
+from kronlaplace.network.forward_errors import explained_errors
+from kronlaplace.network.layer_checks import check_layers
+from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.network.output_activation import check_outputs_are_logits
+
+__all__ = ["CurvaturePass", "accumulate", "accumulate_batch", "check_batch"]
+
+
+@in_full_precision
+def accumulate_batch(
+    observer: NetworkObserver,
+    outputs: Tensor,
+    likelihood: Likelihood,
+    sampling: DirectionSampling,
+    accumulation: Accumulation,
+    *,
+    targets: Tensor | None = None,
+    index: int = 0,
+    retain_graph: bool = False,
+) -> None:
+    """Add one batch to an accumulation, from a forward pass that the observer has seen.
+
+    The gradients of parameters are not touched. With ``retain_graph`` the caller can go on with the outputs, as in
+    ``loss(outputs, targets).backward()``.
+
+    Args:
+        observer: The observer of the pass.
+        outputs: What the network returned, with its graph; the first axis counts examples.
+        likelihood: The likelihood.
+        sampling: How directions are chosen.
+        accumulation: What takes inputs and gradients, for the observer's layers.
+        targets: The data's targets, if there are any; ``"empirical"`` sampling needs them.
+        index: Number of the batch or of the training step: label draws depend on it and the seed alone.
+        retain_graph: Whether the graph of the outputs is needed afterwards.
+
+    Raises:
+        RuntimeError: If no forward pass was observed.
+        UnusableLayersError: If a layer cannot have a block in the network as it runs. If that is because the outputs do
+            not depend on it, all other layers have been accumulated.
+        ValueError: If outputs or targets do not fit the likelihood.
+    """
+    detached = outputs.detach()
+    likelihood.check_outputs(detached)
+    batches = observer.layer_batches(len(outputs))
+    accumulation.begin_batch(batches)
+    n_directions = sampling.count(likelihood, detached, targets)
+    unused: UnusableLayersError | None = None
+    for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
+        try:
+            observer.backward(
+                outputs, direction, accumulation.add_gradients, retain_graph=retain_graph or v < n_directions
+            )
+        except UnusableLayersError as error:  # of layers that receive nothing; all others have
+            unused = error
+    accumulation.end_batch(batches, len(outputs))
+    if unused is not None:
+        raise unused
+
+
+class CurvaturePass:
+    """Runs a network on batches that come one by one, checks what they show, and accumulates them; in a ``with`` block.
+
+    Args:
+        model: The network.
+        likelihood: The likelihood.
+        accumulation: What takes inputs and gradients; with ``unsupported="fixed"`` it loses the layers that turn out not to
+            be usable.
+        sampling: How directions are chosen.
+        unsupported: What happens to layers that cannot have a block in the network as it runs.
+        choose: Tells the layers by the first batch's inputs, if the accumulation has none yet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        accumulation: Accumulation,
+        sampling: DirectionSampling,
+        *,
+        unsupported: Unsupported = Unsupported.ERROR,
+        choose: Callable[[Inputs], Sequence[Layer]] | None = None,
+    ) -> None:
+        self.likelihood = likelihood
+        """The likelihood, with its class axis inferred from the first batch."""
+        self.n_examples = 0
+        """Number of examples seen in the first pass."""
+        self.statistics: Tensor | None = None
+        """Sufficient statistics of their log-likelihood, None without targets."""
+        self.left_out: dict[str, str] = {}
+        """Layers that were left out on the way, with the reasons."""
+        self.last_layer: str | None = None
+        """The layer whose output is the network's, if it is one of those observed."""
+        self._model = model
+        self._accumulation = accumulation
+        self._sampling = sampling
+        self._unsupported = unsupported
+        self._choose = choose
+        self._forward = NetworkForward(model, accumulation.layers)
+        self._checks = DeferredChecks()
+        self._pass = 1
+        self._first_outputs: Tensor | None = None
+        self._unchecked = self._rows_unchecked = True
+
+    def __enter__(self) -> CurvaturePass:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._forward.__exit__()
+
+    @property
+    def layout(self) -> Layout:
+        """Where the examples are in inputs and calls."""
+        return self._forward.layout
+
+    def next_pass(self) -> None:
+        """Begin the next pass over the same data."""
+        self._accumulation.next_pass()
+        self._pass += 1
+
+    def settle(self) -> None:
+        """Raise what the values of the data were found to break, if anything; waits for the device."""
+        self._checks.settle()
+
+    @in_full_precision
+    def add(self, batch: Batch) -> None:
+        """Run the network on a batch and accumulate it.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
+        """
+        for t in tensors_of(batch.inputs):
+            if t.is_floating_point():
+                self._checks.require(all_finite(t), batch, "the inputs contain NaN or infinite values.")
+        if self._choose is not None:
+            with explained_errors(self._model, batch.inputs.value, batch.index):
+                self._accumulation.start(self._choose(batch.inputs))
+            self._choose = None
+            self._forward.observe(self._accumulation.layers)
+        outputs = self._outputs(batch)
+        detached = outputs.detach()
+        if batch.index == 0 and self._accumulation.passes > 1 and self._sampling.kind is Sampling.MC:
+            self._first_outputs = detached if self._first_outputs is None else self._first_outputs
+            self._checks.require(_same(self._first_outputs, detached), batch, _OTHER_ORDER)
+        if self._pass == 1:
+            self._note(batch, outputs)
+        try:
+            accumulate_batch(
+                self._forward.observer,
+                outputs,
+                self.likelihood,
+                self._sampling,
+                self._accumulation,
+                targets=batch.targets,
+                index=batch.index,
+            )
+        except UnusableLayersError as error:
+            self._leave_out(error)
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        """Return the outputs of a batch, from a pass in which all layers that are left are usable."""
+        several = batch.inputs.count(self.layout.input_axis) > 1
+        while True:
+            try:
+                with explained_errors(self._model, batch.inputs.value, batch.index):
+                    outputs = self._forward(batch.inputs)
+                check_batch(self.likelihood, outputs.detach(), batch, self._checks, self._sampling.kind)
+                if self._unchecked or (self._rows_unchecked and several):
+                    check_layers(self._forward, outputs, self._sampling.generator(0, outputs.device))
+                break
+            except UnusableLayersError as error:
+                self._leave_out(error)
+        if self._rows_unchecked and several:
+            self._forward.find_shared_inputs(batch.inputs, outputs.detach())
+            self._rows_unchecked = False
+        self._unchecked = False
+        return outputs
+
+    def _note(self, batch: Batch, outputs: Tensor) -> None:
+        """Note what a batch tells of the data."""
+        detached = outputs.detach()
+        if self.n_examples == 0:
+            check_outputs_are_logits(self._model, batch.inputs, outputs, self.likelihood)
+            last = self._forward.observer.last_layer(outputs)
+            self.last_layer = None if last is None else last.name
+            self.likelihood = self.likelihood.informed_by(detached, batch.targets)
+        elif (batch.targets is None) != (self.statistics is None):
+            raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
+        if batch.targets is not None:
+            new = self.likelihood.statistics(detached, batch.targets)
+            self.statistics = new if self.statistics is None else self.statistics + new
+        self.n_examples += len(outputs)
+
+    def _leave_out(self, error: UnusableLayersError) -> None:
+        if self._unsupported is Unsupported.ERROR:
+            raise error
+        self.left_out.update(error.reasons)
+        if all(layer.name in self.left_out for layer in self._forward.layers):
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.left_out.items())
+            raise NotImplementedError(f"no layer can have a block:\n{reasons}") from error
+        self._accumulation.leave_out(error.reasons)
+        self._forward.leave_out(error.reasons)
+
+
+def accumulate(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood,
+    accumulation: Accumulation,
+    sampling: DirectionSampling,
+    *,
+    progress: bool,
+    description: str,
+    unsupported: Unsupported = Unsupported.ERROR,
+    choose: Callable[[Inputs], Sequence[Layer]] | None = None,
+) -> CurvaturePass:
+    """Run the passes over the data that an accumulation's estimator needs.
+
+    Args:
+        model: The network.
+        data: As in `estimate_fisher`.
+        likelihood: As in `CurvaturePass`, like the options that are not explained here.
+        accumulation: What takes inputs and gradients.
+        sampling: How directions are chosen.
+        progress: Whether to show a progress bar.
+        description: What the bar says.
+        unsupported: What happens to layers that cannot have a block in the network as it runs.
+        choose: Tells the layers by the first batch's inputs.
+
+    Returns:
+        The finished passes, with what they have found out.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
+    """
+    passes = accumulation.passes
+    if passes > 1 and isinstance(data, Iterator):
+        raise TypeError(
+            f"this estimator makes {passes} passes over the data, but an iterator can be read only once. Give a "
+            "DataLoader or a list."
+        )
+    device = device_of(model)
+    alignment = Alignment(model, likelihood)
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state(device))
+        rewind = stack.enter_context(Rewind(data))
+        result = stack.enter_context(
+            CurvaturePass(model, likelihood, accumulation, sampling, unsupported=unsupported, choose=choose)
+        )
+        for i in range(passes):
+            if i:
+                result.next_pass()
+                rewind.restore()
+            which = f", pass {i + 1} of {passes}" if passes > 1 else ""
+            for batch in iterate(data, device, alignment=alignment, progress=progress, description=description + which):
+                result.add(batch)
+    result.settle()
+    return result
+
+
+_OTHER_ORDER = (
+    "the data came in another order than in the first pass. Labels are drawn batch by batch, so that every pass must see "
+    'the same batches: give a loader that does not shuffle, or use sampling="exact".'
+)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Tell whether two batches of outputs are the same up to rounding, as a boolean 0-dim tensor."""
+    if a.shape != b.shape:
+        return torch.zeros((), dtype=torch.bool, device=a.device)
+    return torch.linalg.vector_norm(a - b) <= 1e-2 * torch.linalg.vector_norm(a)
+
+
+def check_batch(
+    likelihood: Likelihood, outputs: Tensor, batch: Batch, checks: DeferredChecks, sampling: Sampling
+) -> None:
+    """Check one batch's outputs and targets.
+
+    Raises:
+        ValueError: If they do not fit the likelihood, naming the batch.
+    """
+    message = "the network's outputs are NaN or infinite on finite inputs; did the training diverge?"
+    checks.require(all_finite(outputs), batch, message)
+    if batch.targets is None and sampling is Sampling.EMPIRICAL:
+        raise ValueError(f'batch {batch.index}: sampling="empirical" needs (inputs, targets) batches.')
+    try:
+        likelihood.check_outputs(outputs)
+        allowed, complaint = (None, "") if batch.targets is None else likelihood.check_targets(outputs, batch.targets)
+    except ValueError as error:
+        raise ValueError(f"batch {batch.index}: {error}") from None
+    if allowed is not None:
+        checks.require(allowed, batch, complaint)

@@ -1,0 +1,214 @@
+"""`estimate_fisher`: one pass over the data, from a trained network to its Kronecker-factored Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronlaplace._arguments import choice, warn
+from kronlaplace._precision import in_full_precision
+from kronlaplace.blocks import Block
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.data.loader import warn_of_share
+from kronlaplace.estimators import Estimator, estimator_to_json, resolve_estimator
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.coverage import Coverage, CoverageRow
+from kronlaplace.fisher.curvature_pass import accumulate
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.fisher.provenance import FisherMetadata
+from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
+from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.fingerprint import difference, fingerprint
+from kronlaplace.network.last_layer import LAST, check_last, find_last_layer
+from kronlaplace.network.preconditions import check_model
+
+__all__ = ["check_belongs", "estimate_fisher"]
+
+
+@in_full_precision
+def estimate_fisher(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood | str,
+    estimator: Estimator | str = "kfac",
+    *,
+    sampling: Sampling | str = Sampling.MC,
+    mc_samples: int = 1,
+    layers: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
+    unsupported: Unsupported | str = Unsupported.ERROR,
+    ema_decay: float | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> KroneckerFisher:
+    """Estimate the Fisher of a trained network as one block per layer.
+
+    The Fisher is the mean over examples of the per-example Fisher, ``F = 1/N Σ_n Σ_v vec(X_vn) vec(X_vn)ᵀ``, where
+    ``X_vn`` is the gradient of example ``n``'s own negative log-likelihood along direction ``v``. Neither batch size nor
+    order of the data changes the result (but for rounding, and for which labels are drawn in ``"mc"``).
+
+    Args:
+        model: The network, in the mode in which it predicts (``model.eval()``). It is left as found: parameters,
+            gradients, flags, hooks, mode.
+        data: Batches ``(inputs, targets)``, such as a DataLoader, with inputs that are a tensor, or a tuple (given as
+            ``model(*inputs)``) or a dict of tensors; see `kronlaplace.data.loader.iterate`. Targets are needed for
+            ``sampling="empirical"`` and for the evidence of a Laplace posterior. They are moved to the model's device.
+            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again. Where several processes
+            work together each needs all of the data: nothing is exchanged between them.
+        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, `Euclidean`, or a shorthand:
+            ``"classification"``, ``"binary"``, ``"regression"``, ``"heteroscedastic"``, ``"euclidean"``.
+        estimator: How blocks are made: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal`, `ExactBlock`, or a shorthand:
+            ``"kfac"``, ``"sua"``, ``"tkfac"``, ``"kfoc"``, ``"ekfac"``, ``"diagonal"``, ``"exact"``. Scale and shift of
+            normalisation layers and embeddings get a diagonal block from all but the last.
+        sampling: ``"exact"`` (Fisher type 2, the generalized Gauss-Newton matrix; about one backward pass per output),
+            ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
+            ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
+        mc_samples: Label draws per example in ``"mc"``.
+        layers: Which modules get a block: their names, or patterns that match these as in `fnmatch`, such as
+            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. ``"last"`` is the linear layer or
+            convolution whose output is the network's, perhaps in another shape or behind a log-softmax; the first batch
+            shows which. None means all with trainable parameters.
+        exclude: Names or patterns of modules that get none.
+        unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
+            values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
+            modules that are not called, do not matter to the outputs, or whose parameters a function uses, too.
+        ema_decay: None for the mean over all examples; from 0 to 1 for a moving average, in which everything seen before a
+            batch counts ``ema_decay`` times as much.
+        seed: Seed of the draws. Batch ``i`` draws from a generator made from ``(seed, i)``, whatever the global state.
+        progress: Whether to show a progress bar (only where the output is a terminal).
+
+    Returns:
+        The Fisher; ``fisher[layer_name]`` is a layer's block.
+
+    Raises:
+        ValueError: For empty data, NaN or infinite inputs, parameters or outputs, targets that do not fit, unknown
+            names, batch norm or dropout in training mode, outputs of a softmax or sigmoid where the likelihood takes
+            logits (a log-softmax is accepted with `Categorical`: it changes neither probabilities nor curvature).
+        TypeError: For data, batches or options of the wrong type.
+        NotImplementedError: For layers or outputs that are not supported, with the ways out.
+
+    Warns:
+        UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
+    """
+    likelihood = resolve_likelihood(likelihood)
+    estimator = resolve_estimator(estimator)
+    draws = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
+    if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
+        raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
+    check_model(model)
+    warn_of_share(data)
+    unsupported = choice(Unsupported, unsupported, "unsupported")
+    choose: Callable[[Inputs], list[Layer]] | None = None
+    if layers == LAST:
+        check_last(model, exclude)
+        search = LayerSearch([], [])
+
+        def choose(inputs: Inputs) -> list[Layer]:
+            nonlocal search
+            search = search_layers(model, [find_last_layer(model, inputs)], unsupported)
+            return search.layers
+
+    else:
+        search = search_layers(model, layers, unsupported, exclude)
+    if draws.kind is Sampling.EMPIRICAL:
+        warn(
+            'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
+            'where the network fits its data. Use "mc" or "exact" unless you mean it.'
+        )
+    with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
+        accumulation = Accumulation(estimator, search.layers, ema_decay)
+        passed = accumulate(
+            model,
+            data,
+            likelihood,
+            accumulation,
+            draws,
+            progress=progress,
+            description=f"Fisher ({estimator.name})",
+            unsupported=unsupported,
+            choose=choose,
+        )
+        blocks = accumulation.finish()
+    search = search.without(passed.left_out)
+    metadata = FisherMetadata(
+        likelihood=passed.likelihood,
+        estimator=estimator.name,
+        sampling=draws.kind,
+        mc_samples=draws.mc_samples,
+        seed=draws.seed,
+        parameters={layer.name: layer.parameter_names for layer in search.layers},
+        weights=fingerprint(model),
+        coverage=_coverage(model, search, blocks, {name: e.name for name, e in accumulation.estimators.items()}),
+        settings=estimator_to_json(estimator),
+        input_axis=passed.layout.input_axis,
+        shared_inputs=passed.layout.shared_inputs,
+        ema_decay=ema_decay,
+        last_layer=passed.last_layer,
+    )
+    return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
+
+
+def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str) -> None:
+    """Check that a Fisher is of these layers of this network, at the network's present weights as far as it knows.
+
+    Args:
+        fisher: The Fisher.
+        layers: The layers that it should have.
+        model: The network.
+        what: What the Fisher is of, to begin the error with.
+        made: How it came about, "estimated" or "fitted".
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
+    names = [layer.name for layer in layers]
+    if list(fisher) != names:
+        raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
+    for layer in layers:
+        parameters = fisher.metadata.parameters[layer.name] if fisher.has_metadata else layer.parameter_names
+        if parameters != layer.parameter_names or fisher[layer.name].shape != layer.shape:
+            raise ValueError(
+                f"{what} is of another network: layer {layer.name!r} has {parameters} as a "
+                f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
+            )
+    if not fisher.has_metadata:
+        return
+    changed = difference(fisher.metadata.weights, fingerprint(model))
+    if changed is not None:
+        raise ValueError(
+            f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
+            f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
+        )
+
+
+def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], estimators: dict[str, str]) -> Coverage:
+    total = sum(p.numel() for p in model.parameters())
+    rows = []
+    for layer in search.layers:
+        count = layer.n_parameters
+        notes = []
+        if layer.redundant:
+            notes.append(f"{', '.join(layer.redundant)} acts through its sum with the bias")
+        if layer.also:
+            notes.append(f"shared by {len(layer.modules)} modules")
+        rows.append(
+            CoverageRow(
+                layer.name,
+                type(layer.module).__name__,
+                blocks[layer.name].kind,
+                estimators[layer.name],
+                layer.shape,
+                count,
+                count / total,
+                "; ".join(notes),
+            )
+        )
+    rows += [
+        CoverageRow(left.name, left.module, "none", "", None, left.parameters, left.parameters / total, left.reason)
+        for left in search.left_out
+    ]
+    return Coverage(rows)

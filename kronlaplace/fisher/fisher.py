@@ -1,0 +1,236 @@
+"""The Fisher of a network as one block per layer: algebra, saving, loading, what it covers.
+
+The Fisher is the **mean over examples**; whoever needs the sum multiplies by ``n_examples``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace.blocks import Block, KroneckerBlock, block_from_tensors, decompose
+from kronlaplace.fisher.coverage import Coverage
+from kronlaplace.fisher.provenance import FisherMetadata
+
+__all__ = ["KroneckerFisher"]
+
+
+class KroneckerFisher(Mapping[str, Block]):
+    """A network's Fisher as one block per layer: a mapping from layer names to blocks.
+
+    Args:
+        blocks: A block for each layer, by its name.
+        n_examples: Number of examples ``N`` that the mean was taken over.
+        metadata: How it was estimated. None for a Fisher that is made of blocks alone: then nobody can check which network
+            and which weights it belongs to, and whatever needs to know says so.
+        statistics: Sufficient statistics of the log-likelihood of those examples (see `Likelihood.statistics`), or None if
+            the data came without targets.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        n_examples: int,
+        metadata: FisherMetadata | None = None,
+        statistics: Tensor | None = None,
+    ) -> None:
+        self._blocks = _with_least_trace(blocks)
+        self.n_examples = n_examples
+        """Number of examples ``N`` that the mean was taken over."""
+        self._metadata = metadata
+        self.statistics = statistics
+        """Sufficient statistics of the log-likelihood of those examples, or None if the data came without targets."""
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether it is known how the Fisher was estimated."""
+        return self._metadata is not None
+
+    @property
+    def metadata(self) -> FisherMetadata:
+        """How the Fisher was estimated.
+
+        Raises:
+            ValueError: If it was made of blocks alone.
+        """
+        if self._metadata is None:
+            raise ValueError(
+                "this Fisher was made of blocks alone, so that it is not known of which network, likelihood and estimator "
+                "it is. Make it with estimate_fisher, or give KroneckerFisher(blocks, n_examples, metadata)."
+            )
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: FisherMetadata | None) -> None:
+        self._metadata = metadata
+
+    def __getitem__(self, name: str) -> Block:
+        try:
+            return self._blocks[name]
+        except KeyError:
+            raise KeyError(f"no block for layer {name!r}; there are blocks for {list(self._blocks)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {block!r}" for block in self.values())
+        estimator = f"{self.metadata.estimator}, " if self.has_metadata else ""
+        return f"KroneckerFisher({estimator}n_examples={self.n_examples})\n{lines}"
+
+    @overload
+    def matmul(self, vectors: Tensor) -> Tensor: ...
+    @overload
+    def matmul(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def matmul(self, vectors: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """The Fisher times vectors.
+
+        Args:
+            vectors: Either ``{layer: (..., q, p)}``, or the layers' row-major flattened matrices joined in the order
+                of the blocks, shape ``(..., P)``.
+
+        Returns:
+            The same form as was given.
+
+        Raises:
+            ValueError: If names or sizes do not fit the blocks.
+        """
+        if isinstance(vectors, Tensor):
+            sizes = [math.prod(block.shape) for block in self.values()]
+            if vectors.ndim == 0 or vectors.shape[-1] != sum(sizes):
+                raise ValueError(f"vectors must have shape (..., {sum(sizes)}), got {tuple(vectors.shape)}.")
+            parts = zip(self.values(), vectors.split(sizes, dim=-1), strict=True)
+            return torch.cat(
+                [block.matmul(v.reshape(*v.shape[:-1], *block.shape)).flatten(-2) for block, v in parts], dim=-1
+            )
+        if vectors.keys() != self.keys():
+            raise ValueError(f"vectors must have one entry per layer, {list(self)}; got {list(vectors)}.")
+        return {name: block.matmul(vectors[name]) for name, block in self.items()}
+
+    def to_dense(self) -> Tensor:
+        """The block-diagonal matrix of shape ``(P, P)``, in the order of the blocks. For small networks."""
+        return torch.block_diag(*(block.to_dense() for block in self.values()))
+
+    def trace(self) -> Tensor:
+        """Sum of the blocks' traces, 0-dim."""
+        return torch.stack([block.trace() for block in self.values()]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Frobenius norm of the block-diagonal matrix, 0-dim."""
+        return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
+
+    def restricted_to(self, layers: Sequence[str], reasons: Mapping[str, str] | None = None) -> KroneckerFisher:
+        """The Fisher of some of the layers; blocks and their decompositions are shared.
+
+        Args:
+            layers: Names of the layers.
+            reasons: Why others are left out, by name, for `coverage`.
+
+        Raises:
+            KeyError: If a layer has no block.
+        """
+        blocks = {name: self[name] for name in layers}
+        if not self.has_metadata:
+            return KroneckerFisher(blocks, self.n_examples, None, self.statistics)
+        parameters = {name: self.metadata.parameters[name] for name in layers}
+        metadata = replace(
+            self.metadata,
+            parameters=parameters,
+            coverage=self.metadata.coverage.restricted_to(set(layers), reasons),
+        )
+        return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
+
+    def coverage(self) -> Coverage:
+        """Which layers have which block and how many parameters, and what has none and why; prints as a table.
+
+        Of a Fisher that was made of blocks alone, only the blocks are known.
+        """
+        return self.metadata.coverage if self.has_metadata else Coverage.of_blocks(self)
+
+    def decompose(self) -> None:
+        """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
+        decompose(self.values())
+
+    def to(self, device: torch.device | str, dtypes: Mapping[str, torch.dtype] | None = None) -> KroneckerFisher:
+        """A copy on another device, and with other dtypes by layer if they are given; nothing is decomposed yet."""
+        blocks = {}
+        for name, block in self.items():
+            dtype = block.dtype if dtypes is None else dtypes[name]
+            tensors = block.to_tensors().items()
+            moved = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in tensors}
+            blocks[name] = block_from_tensors(block.kind, moved, name)
+            blocks[name].shares_weights_over_space = block.shares_weights_over_space
+        statistics = None if self.statistics is None else self.statistics.to(device)
+        return KroneckerFisher(blocks, self.n_examples, self._metadata, statistics)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for saving."""
+        tensors: dict[str, Tensor] = {}
+        for name, block in self.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in block.to_tensors().items()}
+        if self.statistics is not None:
+            tensors["statistics"] = self.statistics
+        return tensors
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is not a tensor, as JSON-compatible values."""
+        kinds = {name: block.kind for name, block in self.items()}
+        spatial = [name for name, block in self.items() if block.shares_weights_over_space]
+        metadata = self.metadata.to_json() if self.has_metadata else {}
+        return {"n_examples": self.n_examples, "blocks": kinds, "shares_weights_over_space": spatial, **metadata}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> KroneckerFisher:
+        """Inverse of `to_tensors` and `to_json`."""
+        metadata = FisherMetadata.from_json(values) if "likelihood" in values else None
+        types = values.get("layer_types", {})  # in files of version 0.1.0
+        spatial = values.get("shares_weights_over_space", [k for k, v in types.items() if v == "ConvolutionLayer"])
+        blocks = {}
+        for name, kind in values["blocks"].items():
+            parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+            blocks[name] = block_from_tensors(kind, parts, name)
+            blocks[name].shares_weights_over_space = name in spatial
+        return cls(blocks, values["n_examples"], metadata, tensors.get("statistics"))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file; an existing file is replaced only when the new one is complete."""
+        save_tensors(path, "fisher", self.to_tensors(), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> KroneckerFisher:
+        """Read a file that `save` wrote; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not such a file, or is damaged.
+        """
+        return cls.from_tensors(*load_tensors(path, "fisher", device))
+
+
+def _with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
+    """Blocks that know the least trace in their network; those that know it keep it, also where they are fewer now."""
+    kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
+    if not kronecker:
+        return dict(blocks)
+    traces = torch.cat([block.group_traces().detach().to(kronecker[0].scale) for block in kronecker])
+    # Layers that get no gradient count for nothing, though rounding may leave them something.
+    some = traces > torch.finfo(traces.dtype).eps ** 2 * traces.amax()
+    least = torch.where(some, traces, torch.inf).amin()
+    result = {}
+    for name, block in blocks.items():
+        if block.least_trace is None and not block.shares_weights_over_space:
+            block = copy.copy(block)
+            block.least_trace = least.to(block.device)
+        result[name] = block
+    return result

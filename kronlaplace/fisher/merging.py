@@ -1,0 +1,108 @@
+"""Two finished Fishers of one network, on different data, as the Fisher of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
+from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.network.fingerprint import difference
+
+__all__ = ["combined"]
+
+
+def combined(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher:
+    """The Fisher of two data sets together, from the finished Fisher of each.
+
+    It is the mean over the examples of both, and equals `estimate_fisher` on all of them up to rounding (in ``"mc"`` but
+    for which labels are drawn). Order does not matter, and several Fishers are combined one by one.
+
+    Args:
+        first: The Fisher on one data set.
+        second: The Fisher of the same network on other examples; one that is in both data sets counts twice.
+
+    Returns:
+        A new Fisher with ``n_examples`` and statistics summed and the metadata of ``first``; both are left as they are.
+
+    Raises:
+        TypeError: If one is not a Fisher.
+        ValueError: If they are not of the same network at the same weights, estimated in the same way, or if one is a
+            moving average; naming the first difference.
+        NotImplementedError: If the estimator's finished blocks do not determine those of all data (all but `KFAC`, `TKFAC`,
+            `Diagonal` and `ExactBlock`), with the ways out.
+    """
+    for fisher in (first, second):
+        if not isinstance(fisher, KroneckerFisher):
+            raise TypeError(f"both must be Fishers, as estimate_fisher returns them; got {type(fisher).__name__}.")
+    _check_fit(first, second)
+    n_examples = first.n_examples + second.n_examples
+    weights = first.n_examples / n_examples, second.n_examples / n_examples
+    estimators = _estimators(first)
+    blocks = {name: estimators[name].combine(first[name], second[name], weights) for name in first}
+    for name, block in blocks.items():
+        block.shares_weights_over_space = first[name].shares_weights_over_space
+    statistics = None
+    if first.statistics is not None and second.statistics is not None:
+        statistics = first.statistics + second.statistics
+    return KroneckerFisher(blocks, n_examples, first.metadata, statistics)
+
+
+def _estimators(fisher: KroneckerFisher) -> dict[str, Estimator]:
+    """What made each layer's block: the Fisher's estimator, or `Diagonal` beside it on layers without factors."""
+    estimator = estimator_from_json(fisher.metadata.settings)
+    made_by = {row.layer: row.estimator for row in fisher.metadata.coverage if row.shape is not None}
+    # Files from before there was a table of coverage have no diagonal blocks but those.
+    return {
+        name: Diagonal() if made_by.get(name, block.kind) == Diagonal.name else estimator
+        for name, block in fisher.items()
+    }
+
+
+def _check_fit(first: KroneckerFisher, second: KroneckerFisher) -> None:
+    """Check that two Fishers are of one network, estimated in the same way.
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
+    for which, fisher in (("first", first), ("second", second)):
+        if fisher.metadata.ema_decay is not None:
+            raise ValueError(
+                f"the {which} Fisher is a moving average (ema_decay={fisher.metadata.ema_decay}): its batches count by "
+                "their age, so that it has no share in a mean over examples. Estimate it with ema_decay=None."
+            )
+    if first.keys() != second.keys():
+        raise ValueError(
+            f"the first Fisher has blocks for {list(first)}, the second for {list(second)}. Estimate both with the same "
+            "layers=[...], or take what they share with restricted_to([...])."
+        )
+    changed = difference(first.metadata.weights, second.metadata.weights)
+    if changed is not None:
+        raise ValueError(
+            f"the Fishers were estimated at different weights: {changed!r} differs. The sum of both is a Fisher at the same "
+            "weights of one network only; estimate both there, in the same dtype."
+        )
+    for (what, one), (_, other) in zip(_particulars(first), _particulars(second), strict=True):
+        if one != other:
+            raise ValueError(
+                f"the Fishers were not estimated in the same way: {what} is {one} in the first and {other} in the second. "
+                "Estimate both alike, on one device."
+            )
+
+
+def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
+    """What must be the same in two Fishers with the same layers, by a name for errors."""
+    metadata = fisher.metadata
+    yield "the likelihood", metadata.likelihood
+    yield "the estimator", estimator_from_json(metadata.settings)
+    yield "the sampling", metadata.sampling.value
+    yield "mc_samples", metadata.mc_samples
+    yield "the axis of the inputs that counts the examples", metadata.input_axis
+    yield "what the data came with", "inputs only" if fisher.statistics is None else "inputs and targets"
+    for name in sorted(fisher):
+        block = fisher[name]
+        parameters = ", ".join(metadata.parameters.get(name, ()))
+        yield (
+            f"the block of layer {name!r}",
+            f"{block.kind} of shape {tuple(block.shape)} for {parameters} in {block.dtype} on {block.device}",
+        )

@@ -1,0 +1,212 @@
+"""What one layer adds to the covariance of the outputs, in the eigenbasis of its posterior covariance.
+
+A layer's per-example Jacobian of output ``c`` is ``X_c = Σ_t g_c,t a_tᵀ``. With the posterior covariance
+``Q_G ⊗ Q_A diag(w) (Q_G ⊗ Q_A)ᵀ``, ``h = g Q_G`` and ``b = a Q_A``, the layer adds
+
+    Σ[c, c'] += Σ_ij w_ij R_c,ij R_c',ij,    R_c = Σ_t h_c,t b_tᵀ.
+
+Where the layer is used once per example this is ``Σ_i h_c,i h_c',i (Σ_j w_ij b_j²)``, and ``R`` is never formed. Else
+either ``R`` (``q·p`` numbers per example and output) or ``h`` (``T·q``) is kept until all outputs are there, whichever
+is smaller, and in the second case ``R`` is formed a few rows at a time. Blocks with another eigenbasis ``U`` than a
+Kronecker product, and layers with groups of rows, have ``R_c = Uᵀ vec(X_c)``.
+
+Where the layer's output is the network's own, ``g_c`` is the unit vector ``e_c``: nothing is propagated back, and the
+variances are ``Σ_j u_cj b_j²`` with ``u_cj = Σ_i (Q_G)_ci² w_ij``, which is made once.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kronlaplace.damping import DampedInverse
+from kronlaplace.layers import LayerBatch, LayerGradients
+
+__all__ = ["BUDGET", "OutputCovariance", "LayerCovariance", "covariance_of_layer", "output_layer_part"]
+
+BUDGET = 2**24
+"""Numbers that one chunk of examples may keep at a time (64 MiB in float32)."""
+
+
+class OutputCovariance(Enum):
+    """Which covariances of the outputs are wanted."""
+
+    VARIANCES = auto()
+    """Variances only."""
+    CENTERED_VARIANCES = auto()
+    """Variances only, of the classes less the mean of all classes at their position."""
+    BY_POSITION = auto()
+    """The classes at one position of one example."""
+    BY_EXAMPLE = auto()
+    """All outputs of one example."""
+    JOINT = auto()
+    """All outputs of all examples."""
+
+    @property
+    def variances(self) -> bool:
+        """Whether variances are all that is wanted."""
+        return self in (OutputCovariance.VARIANCES, OutputCovariance.CENTERED_VARIANCES)
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the classes at one position belong together."""
+        return self in (OutputCovariance.BY_POSITION, OutputCovariance.CENTERED_VARIANCES)
+
+
+class LayerCovariance(Protocol):
+    """What one layer adds to the covariance; `add` is called once per output, in order."""
+
+    def add(self, gradients: LayerGradients) -> None:
+        """Take the gradients of the next output."""
+
+    def result(self) -> Tensor:
+        """The layer's part for the ``C`` outputs since the last result.
+
+        Shape ``(N, C, C)``, or ``(N, C)`` if only variances are wanted, or ``(N·C, N·C)`` between examples, too.
+        """
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        """How many numbers are kept for each example."""
+
+
+def covariance_of_layer(inverse: DampedInverse, batch: LayerBatch, wanted: OutputCovariance) -> LayerCovariance:
+    """The term of a layer, from its calls in the forward pass."""
+    bases = inverse.bases()
+    if bases is None or batch.layer.groups > 1:
+        return _AnyBlock(inverse, wanted)
+    gradient_basis, activation_basis = bases
+    b = batch.project(activation_basis)[0]
+    make = _SingleUse if b.shape[1] == 1 and wanted is not OutputCovariance.JOINT else _SharedWeights
+    return make(inverse, gradient_basis[0], b, wanted)
+
+
+def output_layer_part(
+    inverse: DampedInverse, batch: LayerBatch, outputs: Tensor, wanted: OutputCovariance
+) -> Tensor | None:
+    """What a linear layer adds to the covariance of its own outputs; None where that needs the general way.
+
+    Args:
+        inverse: The layer's posterior covariance.
+        batch: The inputs of its one call.
+        outputs: Its outputs, ``(N, ..., C)``.
+        wanted: Which covariances are wanted.
+
+    Returns:
+        Variances of the shape of the outputs, or covariances ``(N, ..., C, C)`` between the last axis.
+    """
+    bases = inverse.bases()
+    positions = outputs.ndim > 2
+    if bases is None or wanted is OutputCovariance.JOINT or (positions and wanted is OutputCovariance.BY_EXAMPLE):
+        return None
+    gradient_basis, activation_basis = bases
+    squares = batch.project(activation_basis)[0].square()  # (N, T, p)
+    if wanted.variances:
+        weights = inverse.row_weights if wanted is OutputCovariance.VARIANCES else inverse.centered_row_weights
+        return (squares @ weights.T).reshape(outputs.shape)
+    spread = (squares @ inverse.weights.T).reshape(*outputs.shape[:-1], 1, -1)  # (N, ..., 1, q)
+    return (gradient_basis[0] * spread) @ gradient_basis[0].T
+
+
+class _SingleUse:
+    """A layer that each example uses once: ``h_c`` and ``Σ_j w_ij b_j²`` are all that is needed of output ``c``."""
+
+    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, wanted: OutputCovariance) -> None:
+        self._spread = b.squeeze(1).square() @ inverse.weights.T  # (N, q)
+        self._basis = gradient_basis
+        self._wanted = wanted
+        self._rows: list[Tensor] = []
+
+    def add(self, gradients: LayerGradients) -> None:
+        h = (gradients.gradients()[0] @ self._basis).squeeze(1)
+        self._rows.append((h.square() * self._spread).sum(1) if self._wanted.variances else h)
+
+    def result(self) -> Tensor:
+        rows = torch.stack(self._rows, dim=1)
+        self._rows.clear()
+        return rows if self._wanted.variances else (rows * self._spread.unsqueeze(1)) @ rows.mT
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        return self._spread.shape[1] * (1 if self._wanted.variances else n_outputs)
+
+
+class _SharedWeights:
+    """A layer that each example uses at ``T`` positions."""
+
+    def __init__(self, inverse: DampedInverse, gradient_basis: Tensor, b: Tensor, wanted: OutputCovariance) -> None:
+        self._root = inverse.weights.sqrt()  # (q, p)
+        self._basis = gradient_basis
+        self._b = b  # (N, T, p)
+        self._wanted = wanted
+        _, positions, p = b.shape
+        self._keep_h = not wanted.variances and positions < p
+        self._rows: list[Tensor] = []
+
+    def add(self, gradients: LayerGradients) -> None:
+        h = gradients.gradients()[0] @ self._basis
+        if self._keep_h:
+            self._rows.append(h)
+        else:
+            r = (h.mT @ self._b) * self._root  # (N, q, p)
+            self._rows.append(r.square().sum((1, 2)) if self._wanted.variances else r.flatten(1))
+
+    def result(self) -> Tensor:
+        rows = torch.stack(self._rows, dim=1)
+        self._rows.clear()
+        if not self._keep_h:
+            return _products(rows, self._wanted)
+        n, n_outputs, _, q = rows.shape
+        p = self._b.shape[2]
+        rows_at_a_time = max(1, min(q, BUDGET // (n * n_outputs * p)))
+        total: Tensor | None = None
+        for i in range(0, q, rows_at_a_time):
+            part = slice(i, i + rows_at_a_time)
+            r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b) * self._root[part]
+            products = _products(r.flatten(2), self._wanted)
+            total = products if total is None else total + products
+        assert total is not None
+        return total
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        _, positions, p = self._b.shape
+        q = len(self._root)
+        if self._wanted.variances:
+            return positions * p + q * p
+        return positions * p + n_outputs * q * min(positions, p)
+
+
+class _AnyBlock:
+    """A block of any kind: the example's whole gradient ``X_c`` in the block's eigenbasis."""
+
+    def __init__(self, inverse: DampedInverse, wanted: OutputCovariance) -> None:
+        self._inverse = inverse
+        self._root = inverse.weights.sqrt()  # (q, p)
+        self._wanted = wanted
+        self._rows: list[Tensor] = []
+
+    def add(self, gradients: LayerGradients) -> None:
+        rows = []
+        for part in gradients.parts():
+            x = part.weight_gradients().transpose(0, 1).flatten(1, 2)  # (N, q, p)
+            r = self._inverse.coordinates(x) * self._root
+            rows.append(r.square().sum((1, 2)) if self._wanted.variances else r.flatten(1))
+        self._rows.append(torch.cat(rows))
+
+    def result(self) -> Tensor:
+        rows = torch.stack(self._rows, dim=1)
+        self._rows.clear()
+        return _products(rows, self._wanted)
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        return self._root.numel() * (1 if self._wanted.variances else n_outputs)
+
+
+def _products(rows: Tensor, wanted: OutputCovariance) -> Tensor:
+    """Inner products of rows ``(N, C, d)``; variances ``(N, C)`` are there already."""
+    if wanted.variances:
+        return rows
+    if wanted is OutputCovariance.JOINT:
+        rows = rows.flatten(0, 1)
+    return rows @ rows.mT

@@ -1,0 +1,159 @@
+"""What a fitted posterior predicts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronlaplace._arguments import positive_integer, seed_number
+from kronlaplace._precision import in_full_precision
+from kronlaplace.data.loader import is_loader
+from kronlaplace.laplace.inputs import batches_of_inputs
+from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.migration import told_of
+from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, joined
+from kronlaplace.laplace.predictor import Predictor
+from kronlaplace.laplace.settings import PosteriorSettings
+from kronlaplace.laplace.state import State
+from kronlaplace.likelihoods import Prediction
+from kronlaplace.likelihoods.links import Link
+
+__all__ = ["PosteriorPredictions"]
+
+
+class PosteriorPredictions(PosteriorSettings):
+    """The predictions of a posterior; each is made with one state, whatever other threads do."""
+
+    @abstractmethod
+    def _at_its_weights(self) -> State:
+        """Return the state, which is of the network at its present weights."""
+
+    @told_of
+    @in_full_precision
+    def functional_variance(
+        self,
+        x: Any,
+        diagonal: bool = False,
+        *,
+        joint: bool = False,
+        differentiable: bool = False,
+        progress: bool = False,
+    ) -> Tensor:
+        """Covariance of the network's outputs under the linearized model; the noise is not in it.
+
+        Takes one backward pass per output of an example, but for the part of a last layer that is linear.
+
+        Args:
+            x: Inputs as in the fit, first axis examples; or a loader, as in `predict`.
+            diagonal: Whether only the variances are wanted.
+            joint: Whether covariances between examples are wanted, too; of a few inputs, all at once.
+            differentiable: Whether the result carries a graph to the inputs.
+            progress: Whether to show a progress bar, with a loader.
+
+        Returns:
+            Shape ``(N, C, C)``; ``(N, C)`` with ``diagonal=True``; ``(N·C, N·C)`` with ``joint=True``, examples in front.
+            Outputs with more axes, ``(N, ...)``, count as one axis ``C`` (row-major), and keep their shape with
+            ``diagonal=True``. In at least float32, also where the network runs in half precision.
+
+        Raises:
+            ValueError: As `predict`.
+        """
+        if diagonal and joint:
+            raise ValueError("diagonal=True is variances only, joint=True all covariances between examples; take one.")
+        wanted = OutputCovariance.BY_EXAMPLE
+        if joint or diagonal:
+            wanted = OutputCovariance.JOINT if joint else OutputCovariance.VARIANCES
+        predictor = self._predictor()
+        if is_loader(x):
+            if joint:
+                raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
+            batches = batches_of_inputs(self.model, x, progress)
+            parts = [predictor.outputs_and_covariance(part, wanted, differentiable)[1] for part in batches]
+        else:
+            parts = [predictor.outputs_and_covariance(x, wanted, differentiable)[1]]
+        covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
+
+    @told_of
+    @in_full_precision
+    def predict(
+        self,
+        x: Any,
+        *,
+        method: PredictiveMethod | str = PredictiveMethod.GLM,
+        link: Link | str | None = None,
+        n_samples: int | None = None,
+        diagonal: bool = False,
+        antithetic: bool = False,
+        joint: bool = False,
+        differentiable: bool = False,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> Tensor | Prediction:
+        """Posterior predictive distribution.
+
+        Args:
+            x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
+                processed in chunks. Or a loader (any iterable of batches, with or without targets, but a list of tensors,
+                which is several inputs): the predictions of all of its batches, joined.
+            method: ``"glm"``, the linearized model: a Gaussian over the outputs in closed form, then the link.
+                ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
+            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs),
+                or, for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
+            n_samples: Number of draws, where there are any; 100 if not given.
+            diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
+                much cheaper for many classes.
+            antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.
+            joint: Regression with ``"glm"``: a `JointPrediction` with the covariances between all inputs.
+            differentiable: Whether the result carries a graph to the inputs, which must ask for gradients.
+            progress: Whether to show a progress bar, with a loader.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            Classification: probabilities, of the shape of the network's outputs (``Bernoulli``: of a one). Regression: a
+            `Prediction`; its ``variance`` is of the function, without the noise. All in at least float32: half precision has
+            two or three digits, too few for probabilities and errors. Under `torch.autocast` only the network is rounded.
+
+        Raises:
+            ValueError: For an unknown method or link, for options that have no effect together, or inputs that are empty
+                or, on the CPU, not finite.
+        """
+        predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
+        predictive.check(self.likelihood)
+        predictor = self._predictor()
+        if joint:
+            if is_loader(x) or predictive.samples or self.likelihood.links:
+                raise ValueError(
+                    'joint=True is for regression with method="glm", and inputs that come at once. For the outputs of a '
+                    "classifier use functional_variance(x, joint=True)."
+                )
+            return predictor.predict_jointly(x, predictive, differentiable)
+        if is_loader(x):
+            batches = batches_of_inputs(self.model, x, progress)
+            return joined([predictor.predict(part, predictive, differentiable) for part in batches])
+        return predictor.predict(x, predictive, differentiable)
+
+    def _predictor(self) -> Predictor:
+        return Predictor(self.model, self._at_its_weights())
+
+    @told_of
+    @in_full_precision
+    def sample(self, n: int, *, antithetic: bool = False, seed: int = 0) -> dict[str, Tensor]:
+        """Draw parameters from the posterior.
+
+        Args:
+            n: Number of draws.
+            antithetic: Whether draws ``2k`` and ``2k + 1`` mirror each other about the mean; ``n`` must be even.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            ``{parameter name: (n, *shape)}`` for the parameters that have a posterior, as `torch.func.functional_call`
+            takes them one by one; drawn in at least float32 and rounded to the parameters' dtypes.
+        """
+        n = positive_integer(n, "n")
+        if antithetic and n % 2:
+            raise ValueError(f"antithetic draws come in pairs: n must be even, got {n}.")
+        return self._predictor().sampler(seed_number(seed), antithetic).draw(n)

@@ -1,0 +1,84 @@
+"""Predictions of a network with a posterior in one state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace.data.device import device_of
+from kronlaplace.laplace.inputs import checked_inputs
+from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.linearized import Linearized
+from kronlaplace.laplace.predictive import JointPrediction, Predictive
+from kronlaplace.laplace.sampling import WeightSampler
+from kronlaplace.laplace.state import State
+from kronlaplace.likelihoods import Prediction
+from kronlaplace.network.example_axes import Layout
+from kronlaplace.network.forward_errors import explained_errors
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """Predicts one batch of inputs at a time.
+
+    Args:
+        model: The network.
+        state: The posterior's state, fitted to the network at its present weights.
+    """
+
+    def __init__(self, model: nn.Module, state: State) -> None:
+        self._model = model
+        self._state = state
+
+    def predict(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
+        """Return the predictive distribution of one batch of inputs."""
+        likelihood = self._state.likelihood
+        if predictive.samples:
+            inputs = checked_inputs(self._model, x, differentiable)
+            sampler = self.sampler(predictive.seed, predictive.antithetic)
+            with _gradients(differentiable), explained_errors(self._model, inputs.value):
+                return sampler.predict(self._model, likelihood, inputs, predictive.draws)
+        f, covariance = self.outputs_and_covariance(x, predictive.output_covariance(likelihood), differentiable)
+        with _gradients(differentiable):
+            return predictive.linearized(f, covariance, likelihood)
+
+    def predict_jointly(self, x: Any, predictive: Predictive, differentiable: bool = False) -> JointPrediction:
+        """Return the predictive distribution of all inputs together, with the covariances between them."""
+        f, covariance = self.outputs_and_covariance(x, OutputCovariance.JOINT, differentiable)
+        with _gradients(differentiable):
+            marginal = predictive.linearized(f, covariance.diagonal().view(f.shape), self._state.likelihood)
+        assert isinstance(marginal, Prediction)
+        if marginal.mean.shape != f.shape:  # the outputs are means and log-variances
+            of_means = torch.arange(f.numel(), device=f.device).view(f.shape)[:, : marginal.mean.shape[1]].flatten()
+            covariance = covariance[of_means][:, of_means]
+        return JointPrediction(marginal.mean, marginal.variance, marginal.noise_variance, covariance)
+
+    def outputs_and_covariance(
+        self, x: Any, wanted: OutputCovariance, differentiable: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the network's outputs and their covariance under the linearized model."""
+        inputs = checked_inputs(self._model, x, differentiable)
+        state = self._state
+        fit = state.fitted
+        layout = Layout(fit.fisher.metadata.input_axis, fit.fisher.metadata.shared_inputs)
+        network = Linearized(self._model, state.layers, state.inverses, state.likelihood, layout, fit.known)
+        with _gradients(differentiable), explained_errors(self._model, inputs.value):
+            return network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
+
+    def sampler(self, seed: int, antithetic: bool) -> WeightSampler:
+        """Return a source of draws of the weights."""
+        state = self._state
+        generator = torch.Generator(device=device_of(self._model)).manual_seed(seed)
+        return WeightSampler(state.layers, state.fitted.mean, state.inverses, generator, antithetic)
+
+
+@contextmanager
+def _gradients(wanted: bool) -> Iterator[None]:
+    """Record a graph or not, whatever the caller's mode is."""
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield

@@ -1,0 +1,202 @@
+"""All that flows through one layer in one batch: its calls in a forward pass, and their gradients along a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronlaplace.layers.base import Layer, Sums
+
+__all__ = ["LayerBatch", "LayerCall", "LayerGradients"]
+
+_SMALL = 2**20
+"""Numbers that a temporary may always hold."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer.
+
+    Attributes:
+        x: Its input, examples first.
+        fold: Number of rows on the first axis that belong to one example (1, unless the network folds positions into it).
+        autocast: The dtype in which products of float32 were computed, or None without autocast.
+    """
+
+    x: Tensor
+    fold: int = 1
+    autocast: torch.dtype | None = None
+
+
+class LayerBatch:
+    """The inputs of one layer in one batch: its calls in one forward pass, whose positions together share the weights.
+
+    Args:
+        layer: The layer.
+        calls: Its calls.
+    """
+
+    def __init__(self, layer: Layer, calls: Sequence[LayerCall]) -> None:
+        self.layer = layer
+        self.calls = list(calls)
+
+    @property
+    def n_examples(self) -> int:
+        """``N``."""
+        return len(self.calls[0].x) // self.calls[0].fold
+
+    def along(self, gradients: Sequence[Tensor]) -> LayerGradients:
+        """Join the inputs with the gradients at the calls' outputs: one tensor per call, examples first."""
+        return LayerGradients(self, gradients)
+
+    def activations(self) -> Tensor:
+        """Return ``a``, shape ``(K, N, T, p)``."""
+        return self._joined([self.layer.activations(call.x) for call in self.calls])
+
+    def project(self, basis: Tensor) -> Tensor:
+        """Return ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        return self._joined([self.layer.project(call.x, basis) for call in self.calls])
+
+    def add_activation_moment(self, sums: Sums) -> None:
+        """Add ``Σ_n Σ_t a aᵀ`` to ``sums``, from which `Layer.activation_moment` takes it."""
+        for call in self.calls:
+            self.layer.add_activation_moment(call.x, sums)
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Join calls side by side on the axis of the positions."""
+        unfolded = [
+            t if call.fold == 1 else t.unflatten(1, (-1, call.fold)).flatten(2, 3)
+            for t, call in zip(tensors, self.calls, strict=True)
+        ]
+        return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded, dim=2)
+
+
+class LayerGradients:
+    """One layer's inputs in one batch together with the gradients at its outputs along one direction ``d_v``.
+
+    Args:
+        batch: The inputs.
+        tensors: The gradient of each example's own negative log-likelihood at the output of every call, examples first.
+    """
+
+    def __init__(self, batch: LayerBatch, tensors: Sequence[Tensor]) -> None:
+        self.batch = batch
+        self.tensors = list(tensors)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+        return self.batch.layer
+
+    @property
+    def n_examples(self) -> int:
+        """``N``."""
+        return self.batch.n_examples
+
+    @property
+    def positions(self) -> int | Tensor:
+        """``T`` of all calls together; shape ``(K, 1, 1)`` if it differs between the groups."""
+        total: int | Tensor = 0
+        for call, grad in self._pairs():
+            total = total + call.fold * self.layer.positions(call.x, grad)
+        return total
+
+    @property
+    def once_per_example(self) -> bool:
+        """Whether each example uses the layer's weights at one position only."""
+        return isinstance(positions := self.positions, int) and positions == 1
+
+    def activations(self) -> Tensor:
+        """Return ``a``, shape ``(K, N, T, p)``."""
+        return self.batch.activations()
+
+    def gradients(self) -> Tensor:
+        """Return ``g``, shape ``(K, N, T, q/K)``."""
+        return self.batch._joined([self.layer.gradients(grad) for grad in self.tensors])
+
+    def project(self, basis: Tensor) -> Tensor:
+        """Return ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        return self.batch.project(basis)
+
+    def weight_gradients(self) -> Tensor:
+        """Return ``X = Σ_t g_t a_tᵀ``, summed over all calls, shape ``(K, N, q/K, p)``."""
+        total: Tensor | None = None
+        for call, grad in self._pairs():
+            part = self.layer.weight_gradients(call.x, grad)
+            if call.fold > 1:
+                part = part.unflatten(1, (-1, call.fold)).sum(2)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def vectors(self) -> Tensor:
+        """Return ``vec(X)`` of each example, shape ``(N, q·p)``, in the row order of ``W̄``."""
+        return self.weight_gradients().transpose(0, 1).flatten(1)
+
+    def total_weight_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return ``Σ_n X_n``, shape ``(q, p)``, and a bound on what rounding can change of it, 0-dim."""
+        total = torch.zeros(self.layer.shape, dtype=self.layer.dtype, device=self.layer.device)
+        bound = total.new_zeros(())
+        for part in self.parts():
+            for call, grad in part._pairs():
+                total += self.layer.total_weight_gradient(call.x, grad)
+                bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(total))
+        return total, 100 * max(_rounding(call.x, call.autocast), _rounding(grad, call.autocast)) * bound
+
+    def add_gradient_moment(self, out: Tensor) -> None:
+        """Add ``1/T · Σ_n Σ_t g gᵀ`` to ``out`` of shape ``(K, q/K, q/K)``."""
+        positions = self.positions
+        for grad in self.tensors:
+            self.layer.add_gradient_moment(grad, out, positions)
+
+    def add_squared_weight_gradients(self, out: Tensor) -> None:
+        """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)``."""
+        pairs = [(call.x, grad) for call, grad in self._pairs()]
+        folded = any(call.fold > 1 for call in self.batch.calls)
+        if not folded and self.layer.squared_weight_gradients(pairs, out):
+            return
+        for part in self.parts():
+            out += part.weight_gradients().square_().sum(1).view_as(out)
+
+    def parts(self, *, activations: bool = False) -> Iterator[LayerGradients]:
+        """Yield the same a few examples at a time, so that what is made of a part (``a``, ``g`` or ``X``) takes no more
+        memory than the inputs and outputs of the whole batch do anyway.
+
+        Args:
+            activations: Whether ``a`` will be made in any case.
+        """
+        layer, n = self.layer, self.n_examples
+        held = sum(call.x.numel() + grad.numel() for call, grad in self._pairs())
+        needed = sum(layer.temporaries(call.x, grad, activations) for call, grad in self._pairs())
+        count = max(1, min(n, n * max(held, _SMALL) // max(needed, 1)))
+        if count >= n or not layer.divisible:
+            yield self
+            return
+        for start in range(0, n, count):
+            calls, tensors = [], []
+            for call, grad in self._pairs():
+                rows = slice(start * call.fold, (start + count) * call.fold)
+                calls.append(replace(call, x=call.x[rows]))
+                tensors.append(grad[rows])
+            yield LayerGradients(LayerBatch(layer, calls), tensors)
+
+    def _pairs(self) -> Iterator[tuple[LayerCall, Tensor]]:
+        return zip(self.batch.calls, self.tensors, strict=True)
+
+
+def _rounding(tensor: Tensor, autocast: torch.dtype | None) -> float:
+    """Relative rounding error of products with a tensor, 0 for indices.
+
+    The network may multiply float32 in less: under autocast, or in TF32 on CUDA.
+    """
+    if not tensor.is_floating_point():
+        return 0.0
+    if autocast is not None and tensor.dtype == torch.float32:
+        return torch.finfo(autocast).eps
+    coarse = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if tensor.is_cuda and tensor.dtype == torch.float32 and coarse:
+        return 2.0**-11
+    return torch.finfo(tensor.dtype).eps

@@ -1,0 +1,72 @@
+"""How the directions that are propagated back are chosen, with the source of their randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronlaplace._arguments import choice, positive_integer, seed_number
+from kronlaplace.likelihoods.base import Likelihood, Sampling
+
+__all__ = ["DirectionSampling"]
+
+
+@dataclass(frozen=True)
+class DirectionSampling:
+    """The rule that picks the directions of a batch, checked when it is made.
+
+    Args:
+        kind: ``"exact"``, ``"mc"`` or ``"empirical"``, see `Sampling`.
+        mc_samples: Label draws per example, with ``"mc"`` only.
+        seed: Seed of the draws. Batch ``index`` draws from a generator made from ``(seed, index)``, whatever the global
+            state.
+
+    Raises:
+        ValueError: For unknown rules, numbers that are not positive, or ``mc_samples`` with another rule than ``"mc"``.
+        TypeError: For numbers of another type.
+    """
+
+    kind: Sampling = Sampling.MC
+    mc_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", choice(Sampling, self.kind, "sampling"))
+        object.__setattr__(self, "mc_samples", positive_integer(self.mc_samples, "mc_samples"))
+        object.__setattr__(self, "seed", seed_number(self.seed))
+        if self.mc_samples > 1 and self.kind is not Sampling.MC:
+            raise ValueError(
+                f'mc_samples={self.mc_samples} only applies when sampling="mc" (got sampling={self.kind.value!r}).'
+            )
+
+    def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
+        """Return the number ``V`` of `directions` for the same arguments."""
+        return likelihood.n_directions(outputs, self.kind, self.mc_samples, targets)
+
+    def directions(
+        self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, index: int
+    ) -> Iterator[Tensor]:
+        """Yield the directions of a batch, as `Likelihood.directions`.
+
+        Args:
+            likelihood: The likelihood.
+            outputs: The network's outputs, without graph.
+            targets: Their targets, if there are any.
+            index: Number of the batch in a pass over data, or of the step in a training.
+        """
+        return likelihood.directions(
+            outputs,
+            self.kind,
+            mc_samples=self.mc_samples,
+            targets=targets,
+            generator=self.generator(index, outputs.device),
+        )
+
+    def generator(self, index: int, device: torch.device) -> torch.Generator:
+        """Make a generator for one batch: the same draws whatever came before."""
+        mixed = int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]) >> 1
+        return torch.Generator(device=device).manual_seed(mixed)

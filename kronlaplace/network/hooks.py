@@ -1,0 +1,71 @@
+"""What an observer leaves on the modules that it observes, and what becomes of it in copies of them."""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from kronlaplace.layers import Layer, UnusableLayersError
+
+__all__ = ["Hook", "WrittenOut"]
+
+
+class Hook:
+    """A hook that does not keep the observer alive, and does nothing in copies of its module."""
+
+    def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
+        self._observer = None if observer is None else weakref.ref(observer)
+        self._method = method
+        self._args = args
+
+    def __call__(self, *args: Any) -> Any:
+        observer = None if self._observer is None else self._observer()
+        return None if observer is None else getattr(observer, self._method)(*self._args, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (None, self._method)
+
+
+class WrittenOut:
+    """The forward pass of a module that runs written out while it is observed; copies of it run as they always do."""
+
+    def __init__(
+        self,
+        observer: Any,
+        module: nn.Module,
+        names: Sequence[str],
+        forward: Callable[..., Any],
+        layers: Mapping[int, Layer],
+    ) -> None:
+        self._observer = weakref.ref(observer)
+        self._module = module
+        self._names = names
+        self._forward = forward
+        self._layers = layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        observer = self._observer()
+        if observer is None or not observer.observes():
+            return type(self._module).forward(self._module, *args, **kwargs)
+        try:
+            return self._forward(self._module, observer.report_for(self._layers), *args, **kwargs)
+        except UnusableLayersError:
+            raise
+        except NotImplementedError as error:
+            reason = str(error).partition(":")[0].rstrip(".")
+            raise UnusableLayersError(f"layers {self._names}: {error}", dict.fromkeys(self._names, reason)) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = copy.deepcopy(self._module, memo)
+        return types.MethodType(type(module).forward, module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, "forward")

@@ -1,0 +1,108 @@
+"""What the first batch must show of every layer before anything is estimated: that its calls are all there is to it.
+
+Two directions are propagated back, a random one and the same with every example's part divided by a power of two of its
+own, which is exact in floating point. The calls that were recorded must explain the gradient that autograd has for the
+parameters, and where an example's direction is smaller, its rows of the layer's output gradients must be smaller by the
+same factor: else they are not its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronlaplace.layers import LayerGradients, UnusableLayersError
+from kronlaplace.network.forward import NetworkForward
+
+__all__ = ["check_layers"]
+
+_TOLERANCE = 1e-3
+"""Relative error of gradients beyond the bound for rounding; real faults are larger by far."""
+
+_SCALES = 8
+"""How many powers of two there are."""
+
+
+def check_layers(forward: NetworkForward, outputs: Tensor, generator: torch.Generator) -> None:
+    """Check the layers of an observed pass; the graph is kept. Waits for the device, once.
+
+    Raises:
+        UnusableLayersError: If a layer's parameters are also used in another way than by its calls, if its rows do not
+            belong to examples, or if the outputs do not depend on it.
+    """
+    bypassed = forward.bypassed(outputs)
+    if bypassed:
+        raise UnusableLayersError(
+            f"the network reaches these layers through references that a copy of it cannot follow: {bypassed}. Keep "
+            "modules as attributes of modules.",
+            dict.fromkeys(bypassed, "it is reached through a reference that a copy of the network cannot follow"),
+        )
+    n = len(outputs)
+    direction = torch.randn(outputs.shape, generator=generator, device=outputs.device).to(outputs.dtype)
+    order = torch.randperm(n, generator=generator, device=outputs.device)
+    scales = torch.exp2(-(order % _SCALES).to(outputs.dtype))
+    products: dict[str, tuple[Tensor, Tensor]] = {}
+    norms: dict[str, Tensor] = {}
+    scaled_norms: dict[str, Tensor] = {}
+
+    def first(gradients: LayerGradients) -> None:
+        total, bound = gradients.total_weight_gradient()
+        products[gradients.layer.name] = total @ _probe(total), bound
+        norms[gradients.layer.name] = _row_norms(gradients, n)
+
+    def second(gradients: LayerGradients) -> None:
+        scaled_norms[gradients.layer.name] = _row_norms(gradients, n)
+
+    forward.observer.backward(outputs, direction, first, retain_graph=True)
+    if n > 1:
+        scaled = direction * scales.view(-1, *[1] * (outputs.ndim - 1))
+        forward.observer.backward(outputs, scaled, second, retain_graph=True)
+    unexplained = {}
+    for name, gradient in forward.parameter_gradients(outputs, direction):
+        product, bound = products[name]
+        expected = gradient.to(product) @ _probe(product.new_empty(gradient.shape))
+        difference = torch.linalg.vector_norm(product - expected)
+        unexplained[name] = difference > _TOLERANCE * torch.linalg.vector_norm(expected) + bound
+    mixed = {}
+    for name, found in scaled_norms.items():
+        own = norms[name] * scales.to(found)
+        mixed[name] = torch.linalg.vector_norm(found - own) > _TOLERANCE * torch.linalg.vector_norm(own)
+    _refuse(unexplained, mixed)
+
+
+def _refuse(unexplained: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
+    flags = torch.stack([*mixed.values(), *unexplained.values()]).tolist()
+    rows = [name for name, flag in zip(mixed, flags, strict=False) if flag]
+    bad = [name for name, flag in zip(unexplained, flags[len(mixed) :], strict=True) if flag]
+    if rows:
+        raise UnusableLayersError(
+            f"in these layers the rows do not belong to the examples, one by one and in their order: {rows}. The forward "
+            "pass mixes examples, or gives the layer as many rows as there are examples by coincidence (selected tokens, a "
+            "table that is the same for all). Keep the examples on the first axis.",
+            dict.fromkeys(rows, "its rows do not belong to the examples one by one"),
+        )
+    if bad:
+        raise UnusableLayersError(
+            "\n".join(
+                f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, "
+                "by a function such as F.linear(x, layer.weight), or a hook changed the layer. Use the module itself in "
+                "both places."
+                for name in bad
+            ),
+            dict.fromkeys(bad, "its parameters are also used by a function, or it was changed by a hook"),
+        )
+
+
+def _row_norms(gradients: LayerGradients, n: int) -> Tensor:
+    """Norms of each example's part of the gradients, shape ``(calls, n)``, in at least float32."""
+    rows = [grad.reshape(n, -1) for grad in gradients.tensors]
+    return torch.stack(
+        [torch.linalg.vector_norm(r.to(torch.promote_types(r.dtype, torch.float32)), dim=1) for r in rows]
+    )
+
+
+def _probe(matrix: Tensor) -> Tensor:
+    """A vector of unit norm that a ``(q, p)`` matrix is multiplied with, so that not all of it must be kept."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
+    return (vector / torch.linalg.vector_norm(vector)).to(matrix)

@@ -1,0 +1,440 @@
+"""An observer of the forward passes of a network that somebody else runs.
+
+While it is attached, every wanted layer reports its inputs, and afterwards the gradients at its outputs along any direction
+can be taken from the graph of the pass. Nothing else about the network changes: the observer runs nothing, freezes nothing,
+and the outputs, the gradients and the random numbers of a training loop are what they would be without it. Modules that
+hide their layers in one fused call (recurrent layers, attention) run written out while they are observed, which is the same
+up to rounding.
+
+Gradients come from hooks on the output *tensors* of layers, not from full backward hooks of modules: these would refuse
+in-place activations. Only gradients of outputs are computed, never those of weights, and each is handed on and freed as
+soon as it is there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kronlaplace._memory_layout import with_contiguous_gradient
+from kronlaplace._precision import autocast_dtype
+from kronlaplace.data.inputs import Inputs, tensors_of
+from kronlaplace.layers import Layer, LayerBatch, LayerCall, LayerGradients, Report, UnusableLayersError, written_out
+from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
+from kronlaplace.network.hooks import Hook, WrittenOut
+from kronlaplace.network.last_layer import LOG_SOFTMAX, can_be_last, maker_of
+
+__all__ = ["NetworkObserver", "Receiver"]
+
+
+Receiver = Callable[[LayerGradients], None]
+"""Takes the inputs of one layer together with the gradients at its outputs."""
+
+
+@dataclass
+class _ObservedCall(ObservedInput):
+    """What the observer keeps of one call of a layer, beyond its input."""
+
+    output_shape: torch.Size = field(default_factory=torch.Size)
+    edge: GradientEdge | None = None
+    is_source: bool = False
+    maker: Any = None
+    output: weakref.ref[Tensor] | None = None
+    output_version: int = 0
+    autocast: torch.dtype | None = None
+
+
+@dataclass
+class _Pass:
+    """One forward pass."""
+
+    storages: frozenset[int] = frozenset()
+    n_inputs: int | None = None
+    all_edges: bool = False
+    calls: dict[str, list[_ObservedCall]] = field(default_factory=dict)
+    copies: list[Tensor] = field(default_factory=list)
+    differentiated: list[str] = field(default_factory=list)
+    places: Mapping[tuple[str, int], Place] | None = None
+
+
+class NetworkObserver:
+    """Observes the forward passes of a network, of which the last one can be propagated back.
+
+    It is attached when it is made and takes its hooks off again with `close` or at the end of a ``with`` block. `enabled`
+    switches it off and on between passes; passes without gradients are not observed.
+
+    Args:
+        model: The network. Its parameters and flags stay as they are.
+        layers: The layers to observe, from `find_layers`.
+        layout: Where the examples are in inputs and calls, from `find_layout`. Needed only for networks whose shapes
+            do not tell; an error says so.
+        differentiable: Whether inputs and gradients carry graphs to the network's inputs.
+        module_of: Gives, for each module of ``model``, the one that runs in its place, where a copy of the network is run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        *,
+        layout: Layout | None = None,
+        differentiable: bool = False,
+        module_of: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        self.layers = list(layers)
+        """The layers that are observed."""
+        self.layout = Layout() if layout is None else layout
+        """Where the examples are in inputs and calls."""
+        self.enabled = True
+        """Whether forward passes are observed."""
+        self._differentiable = differentiable
+        self._receive: Receiver | None = None
+        self._depth = 0
+        self._pending: dict[str, dict[int, Tensor]] = {}
+        self._reported: set[str] = set()
+        self._pass = _Pass()
+        self._undo: list[Callable[[], None]] = []
+        self._model = module_of(model)
+        self._attach(model, module_of)
+
+    def __repr__(self) -> str:
+        state = "closed" if not self._undo else "enabled" if self.enabled else "disabled"
+        return f"NetworkObserver({[layer.name for layer in self.layers]}, {state})"
+
+    def __enter__(self) -> NetworkObserver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off and forget the last pass; graphs of observed passes stay intact."""
+        while self._undo:
+            self._undo.pop()()
+        self.enabled = False
+        self._receive = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last pass."""
+        for call in (call for by_layer in self._pass.calls.values() for call in by_layer):
+            call.edge = call.maker = (
+                None  # the graph's hooks hold the calls, and nothing finds circles through the graph
+            )
+        self._pass = _Pass()
+        self._pending = {}
+
+    # -- What the last forward pass has shown ----------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> Mapping[str, Sequence[ObservedInput]]:
+        """The inputs of all calls in the last forward pass, by layer name."""
+        return self._pass.calls
+
+    @property
+    def copies(self) -> Sequence[Tensor]:
+        """Outputs that are the same for all examples and were given to the network as a copy for each, in the last pass."""
+        return self._pass.copies
+
+    @property
+    def differentiated(self) -> Sequence[str]:
+        """Layers through which the network took derivatives inside its forward pass."""
+        return self._pass.differentiated
+
+    def doubt(self, n_examples: int) -> Doubt | None:
+        """Find out where the examples are in each call of the last pass.
+
+        Args:
+            n_examples: Number of examples in the pass.
+
+        Returns:
+            None if that is clear, or what is not.
+
+        Raises:
+            UnusableLayersError: If a layer cannot have inputs of the shape that it had, or ran without gradients.
+        """
+        calls = [call for by_layer in self._pass.calls.values() for call in by_layer]
+        without = next((call.layer.name for call in calls if call.edge is None), None)
+        if without is not None:
+            raise UnusableLayersError(
+                f"layer {without!r} ran without gradients (inside torch.no_grad()?).",
+                {without: "it runs without gradients, inside torch.no_grad() for example"},
+            )
+        places, doubt = places_of(calls, n_examples, self.layout, self._pass.storages)
+        self._pass.places = places
+        return doubt
+
+    def layer_batches(self, n_examples: int) -> dict[str, LayerBatch]:
+        """Return the inputs of every layer in the last forward pass, by layer name.
+
+        Args:
+            n_examples: Number of examples in the pass, which is the length of the outputs.
+
+        Raises:
+            RuntimeError: If no pass was observed.
+            UnusableLayersError: If layers did not run, took part in derivatives inside the forward pass, or have inputs in
+                which it is not clear which axis counts the examples.
+        """
+        if self._pass.places is None:
+            if not self._pass.calls:
+                raise RuntimeError(
+                    "no forward pass was observed: call the model with gradients enabled, while the observer is attached "
+                    "and enabled, before its outputs are used."
+                )
+            doubt = self.doubt(n_examples)
+            if doubt is not None:
+                raise doubt.error(self.layout, hint=True)
+        self.check_calls()
+        return {layer.name: self._batch(layer) for layer in self.layers}
+
+    def check_calls(self) -> None:
+        """Check that every layer ran as a module, and that no derivatives were taken inside the last forward pass.
+
+        Raises:
+            UnusableLayersError: Otherwise.
+        """
+        if self._pass.differentiated:
+            name = self._pass.differentiated[0]
+            reason = "the network takes derivatives inside its forward pass, through it"
+            raise UnusableLayersError(
+                f"the network takes derivatives inside its forward pass, through layer {name!r}: its outputs then "
+                "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
+                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True).",
+                {name: reason},
+            )
+        missing = [layer.name for layer in self.layers if not self._pass.calls.get(layer.name)]
+        if missing:
+            raise UnusableLayersError(
+                f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
+                "Their parameters are used by a function, or not at all.",
+                dict.fromkeys(missing, "its module is not called: a function uses its parameters, or nothing does"),
+            )
+
+    def output_layer(self, outputs: Tensor) -> Layer | None:
+        """Return the linear layer whose output in the last pass is the network's own, untouched, if there is one."""
+        for layer in self.layers:
+            calls = self._pass.calls.get(layer.name, ())
+            if len(calls) != 1 or not (isinstance(layer.module, nn.Linear) and layer.factors):
+                continue
+            (call,) = calls
+            place = (self._pass.places or {}).get((layer.name, 0))
+            untouched = call.output is not None and call.output() is outputs and outputs._version == call.output_version
+            if place == (0, 1) and not call.copied and untouched:
+                return layer
+        return None
+
+    def last_layer(self, outputs: Tensor) -> Layer | None:
+        """Return the layer whose output in the last pass is the network's, as it is or rearranged, if it is one of these."""
+        maker = maker_of(outputs, also=(LOG_SOFTMAX,))
+        for layer in self.layers:
+            if can_be_last(layer) and any(call.maker is maker for call in self._pass.calls.get(layer.name, ())):
+                return layer
+        return None
+
+    # -- Backward passes -------------------------------------------------------------------------------------------
+
+    def backward(self, outputs: Tensor, direction: Tensor, receive: Receiver, *, retain_graph: bool) -> None:
+        """Propagate one direction ``d`` back through the last pass; every layer's gradients go to the receiver.
+
+        `layer_batches` or `doubt` must have been called since the pass.
+
+        Args:
+            outputs: The outputs of the last forward pass.
+            direction: ``d``, with as many numbers as ``outputs``.
+            receive: Takes the gradients, layer by layer.
+            retain_graph: Whether the graph will be needed once more.
+
+        Raises:
+            UnusableLayersError: If the outputs do not depend on a layer. All others have been received.
+        """
+        calls = [call for by_layer in self._pass.calls.values() for call in by_layer]
+        edges = [(call.edge, call.is_source) for call in calls if call.edge is not None]
+        # The graph starts at the sources. Asking for the gradients of calls that have no other layer before them visits
+        # all, and the engine skips everything else, above all the gradients of the weights.
+        sources = [] if self._pass.all_edges else [edge for edge, is_source in edges if is_source]
+        sources = sources or [edge for edge, _ in edges]
+        self._pending = {name: {} for name, by_layer in self._pass.calls.items() if len(by_layer) > 1}
+        self._reported.clear()
+        self._receive = receive
+        try:
+            torch.autograd.grad(
+                outputs,
+                sources,
+                grad_outputs=direction.reshape(outputs.shape),
+                retain_graph=retain_graph or self._differentiable,
+                create_graph=self._differentiable,
+                allow_unused=True,
+            )
+            for layer in self.layers:
+                grads = self._pending.pop(layer.name, None)
+                if grads:  # the outputs may not depend on some of the calls
+                    indices = sorted(grads)
+                    receive(self._batch(layer, indices).along([grads[i] for i in indices]))
+        finally:
+            self._receive = None
+        silent = [layer.name for layer in self.layers if layer.name not in self._reported]
+        if silent:
+            raise UnusableLayersError(
+                f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
+                "them off.",
+                dict.fromkeys(silent, "the network's outputs do not depend on it"),
+            )
+
+    def _batch(self, layer: Layer, indices: Sequence[int] | None = None) -> LayerBatch:
+        assert self._pass.places is not None
+        calls = []
+        for index, call in enumerate(self._pass.calls[layer.name]):
+            if indices is None or index in indices:
+                axis, rows = self._pass.places[layer.name, index] or (0, 1)
+                calls.append(LayerCall(call.x.movedim(axis, 0), rows, call.autocast))
+        return LayerBatch(layer, calls)
+
+    def _take(self, call: _ObservedCall, index: int, observed: _Pass, grad: Tensor) -> None:
+        """Take the gradient at the output of a call: the hook on that output."""
+        layer = call.layer
+        if self._receive is None or observed is not self._pass:  # somebody else's backward pass
+            if self._depth and observed is self._pass and layer.name not in observed.differentiated:
+                observed.differentiated.append(layer.name)
+            return
+        assert observed.places is not None
+        axis, _ = observed.places[layer.name, index] or (0, 1)
+        grad = self._kept(grad).reshape(call.output_shape).movedim(axis, 0)
+        self._reported.add(layer.name)
+        if layer.name in self._pending:
+            self._pending[layer.name][index] = grad
+        else:
+            self._receive(self._batch(layer).along([grad]))
+
+    # -- Forward passes --------------------------------------------------------------------------------------------
+
+    def _attach(self, model: nn.Module, module_of: Callable[[nn.Module], nn.Module]) -> None:
+        begin = self._model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True, prepend=True)
+        end = self._model.register_forward_hook(Hook(self, "_end"), always_call=True)
+        self._undo += [begin.remove, end.remove]
+        slots: dict[nn.Module, dict[int, Layer]] = {}
+        for layer in self.layers:
+            for owner in layer.modules:
+                slots.setdefault(owner, {})[layer.slot] = layer
+        for original in model.modules():
+            module: Any = module_of(original)
+            forward = written_out(original)
+            mine = slots.get(original, {})
+            if forward is not None:
+                # Also where only a child is wanted: attention calls its output projection as a function.
+                inside = set(original.modules())
+                names = [layer.name for layer in self.layers if inside.intersection(layer.modules)]
+                if names:
+                    module.forward = WrittenOut(self, module, names, forward, mine)
+                    self._undo.append(partial(vars(module).pop, "forward", None))
+            elif mine:
+                handle = module.register_forward_hook(Hook(self, "_observe", mine[0]), with_kwargs=True)
+                self._undo.append(handle.remove)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a forward pass of the network begins."""
+        if not self.observes():
+            return
+        self._depth += 1
+        if self._depth > 1:  # the network calls itself
+            return
+        self.clear()
+        tensors = tensors_of(Inputs([*args, kwargs]))
+        self._pass.storages = frozenset(t.untyped_storage().data_ptr() for t in tensors)
+        axis = self.layout.input_axis
+        self._pass.n_inputs = tensors[0].shape[axis] if tensors and tensors[0].ndim > axis else None
+        # With inputs that carry a gradient no layer is the first, nor is one behind parameters that are not observed.
+        observed = {id(p) for layer in self.layers for p in (*layer.parameters.values(), *layer.redundant.values())}
+        trainable = sum(p.requires_grad for p in self._model.parameters())
+        self._pass.all_edges = trainable > len(observed) or any(t.requires_grad for t in tensors)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note that a forward pass of the network has ended, with or without an error."""
+        self._depth = max(0, self._depth - 1)
+
+    def observes(self) -> bool:
+        """Tell whether a call that happens now is observed."""
+        return self.enabled and (self._depth > 0 or torch.is_grad_enabled())
+
+    def report_for(self, layers: Mapping[int, Layer]) -> Report:
+        """Make what a module that runs written out reports to."""
+        return _BlockReport(self, layers)
+
+    def _observe(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Note the call of a module; may have to give another output."""
+        if not self.observes():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))  # other types call it hidden_states, for example
+        index = len(self._pass.calls.get(layer.name, ()))
+        place = self.layout.places.get((layer.name, index), (0, 1))
+        if place is None and self._pass.n_inputs is not None:
+            x, output = copy_for_each_example(x, output, self._pass.n_inputs, self.layout)
+            self._pass.copies.append(output)
+            return self._note(layer, x, output, copied=True)
+        return self._note(layer, x, output)
+
+    def _note(
+        self, layer: Layer, x: Tensor, output: Tensor, *, copied: bool = False, written_out: bool = False
+    ) -> Tensor:
+        """Keep the input of a call, and be told of the gradient at its output.
+
+        Returns:
+            The output that the network must go on with.
+        """
+        calls = self._pass.calls.setdefault(layer.name, [])
+        call = _ObservedCall(
+            layer,
+            len(calls),
+            self._kept(x),
+            x.requires_grad,
+            x.untyped_storage().data_ptr(),
+            copied,
+            written_out,
+            output_shape=output.shape,
+            autocast=autocast_dtype(x.device),
+        )
+        calls.append(call)
+        if not output.requires_grad:
+            return output
+        call.output, call.output_version = weakref.ref(output), output._version
+        hooked = output
+        if output._is_view() and 0 not in output.stride():  # what was expanded cannot be changed in place
+            # If a view is changed in place, autograd rewrites the history that it has, and a hook on it is never called
+            # again; one on its base is, if the base has the same numbers in the same order. Else the view is given up.
+            base = output._base
+            if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+                hooked = base
+            elif not written_out:
+                hooked = output = output.clone()
+                call.output = None
+        call.is_source = written_out or self._differentiable or not x.requires_grad
+        call.edge = get_gradient_edge(hooked)
+        call.maker = maker_of(output)
+        hooked.register_hook(partial(self._take, call, len(calls) - 1, self._pass))
+        return output
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return with_contiguous_gradient(tensor) if self._differentiable else tensor.detach()
+
+
+class _BlockReport:
+    """What a module that runs written out reports to."""
+
+    def __init__(self, observer: NetworkObserver, layers: Mapping[int, Layer]) -> None:
+        self._observer = observer
+        self._layers = layers
+
+    def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
+        if slot in self._layers:
+            self._observer._note(self._layers[slot], x, output, written_out=True)
+
+    def probe(self, slot: int, zeros: Tensor) -> Tensor:
+        return zeros.requires_grad_() if slot in self._layers else zeros

@@ -1,0 +1,64 @@
+"""What a network must be like before it has a Fisher: finite parameters on one device, and outputs that are a function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronlaplace.data.device import device_of
+
+__all__ = ["check_mode", "check_model"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that has no Fisher as it stands: see `check_mode`, and its parameters must be finite.
+
+    Raises:
+        TypeError: If it is not a module.
+        ValueError: Otherwise, with what to do; or if its parameters are not on one device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    device_of(model)
+    inference = [name for name, p in model.named_parameters() if p.is_inference()]
+    if inference:
+        raise ValueError(
+            f"these parameters were made under torch.inference_mode() and cannot be differentiated: {inference}. Make and "
+            "load the model outside of it (copy.deepcopy(model) there will do)."
+        )
+    check_mode(model)
+    finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
+    if not finite.all():
+        bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        raise ValueError(
+            f"these parameters have NaN or infinite values: {bad}. The training diverged, or a file is bad."
+        )
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model whose outputs are random or depend on the rest of the batch; looks at no tensor.
+
+    Raises:
+        ValueError: Naming the module, with what to do.
+    """
+    for name, module in model.named_modules():
+        where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{where} normalises with the statistics of the batch, so one example's output depends on the others and "
+                "there is no per-example Fisher. Call model.eval() first"
+                + (" and give the module running statistics." if module.running_mean is None else ".")
+            )
+        if module.training and _dropout_probability(module) > 0:
+            raise ValueError(f"{where} is in training mode, so the outputs are random. Call model.eval() first.")
+
+
+def _dropout_probability(module: Any) -> float:
+    if isinstance(module, _DROPOUTS):
+        return float(module.p)
+    return float(module.dropout) if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else 0.0
