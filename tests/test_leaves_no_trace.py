@@ -146,7 +146,7 @@ SEVERAL_PASSES = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", SOME_ARCHITECTURES)
 @pytest.mark.parametrize("name", SEVERAL_PASSES)
 def test_a_whole_life_in_other_architectures_changes_nothing(name, network):
@@ -182,6 +182,7 @@ class DiesLate:
         yield from self.batches[1:]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", SOME_ARCHITECTURES)
 @pytest.mark.parametrize("name", SEVERAL_PASSES)
 def test_an_exception_in_the_last_pass_changes_nothing(name, network):

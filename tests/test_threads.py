@@ -75,6 +75,7 @@ def together(*tasks):
         return [future.result() for future in [pool.submit(started, task) for task in tasks]]
 
 
+@pytest.mark.quick(1)
 def test_answers_of_one_posterior_in_four_threads(problem):
     posterior, x, questions, right = problem
     before = everything(posterior.model)
@@ -88,6 +89,7 @@ def test_answers_of_one_posterior_in_four_threads(problem):
     assert_unchanged(posterior.model, before)
 
 
+@pytest.mark.quick(1)
 def test_another_thread_uses_and_trains_the_network_meanwhile(problem):
     """What it gets is what it gets alone, gradients included, and it never meets a hook or a frozen parameter."""
     posterior, x, questions, right = problem
@@ -120,6 +122,7 @@ def test_another_thread_uses_and_trains_the_network_meanwhile(problem):
     together(ours, other)
 
 
+@pytest.mark.quick(3)
 def test_fits_of_one_network_at_the_same_time(problem):
     posterior, x, _, _ = problem
 

@@ -37,6 +37,7 @@ def test_gaussian_nll_equals_the_density_but_for_its_constant():
     torch.testing.assert_close(loss(f, y), constant - density)
 
 
+@pytest.mark.grid
 def test_every_epoch_visits_every_example_once():
     seen = []
 

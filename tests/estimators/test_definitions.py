@@ -25,6 +25,7 @@ def test_kronecker_estimator_equals_its_definition(name, network):
     assert_blocks_are(fisher, data, functools.partial(oracles.block_dense, rule), TOLERANCE.get(name, 1e-10))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce", "tkfac", "tkfac-uncorrelated"])
 def test_each_factor_equals_its_definition(name, network):
@@ -45,7 +46,7 @@ def test_each_factor_equals_its_definition(name, network):
         assert_close(block.activation_factor, A, 1e-10, layer)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sua_equals_theorem_4(network):
     """On linear layers that are used once and on convolutions that are used once, with zero padding."""
@@ -129,7 +130,7 @@ def test_other_likelihoods(name, network, likelihood):
     assert_blocks_are(estimate(made, make()), data, functools.partial(oracles.block_dense, rule))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "segmentation", "transformer", "gru", "tied"])
 @pytest.mark.parametrize("name", KRONECKER)
 def test_empirical_sampling_uses_the_gradients_of_the_labels(name, network):

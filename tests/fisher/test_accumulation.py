@@ -36,7 +36,7 @@ def test_two_parts_merge_to_the_whole(name, network):
     assert_same(one.finish(), estimate(made, ONE_PASS[name]()), tolerance(name))
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_merging_is_associative_and_nothing_is_its_neutral_element(name):
     made, _ = problem("cnn")
@@ -132,7 +132,7 @@ def test_a_running_sum_does_not_grow():
     assert most <= 0
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "network",
     [
@@ -180,7 +180,7 @@ def test_iterators_can_be_read_only_once(name):
             estimate_from(made, data, SEVERAL_PASSES[name]())
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("name", {**ONE_PASS, **BY_BATCH})
 def test_one_pass_takes_an_iterator(name):
     made, _ = problem("mlp")
@@ -202,6 +202,7 @@ def test_data_that_hides_an_iterator(name):
         estimate_from(made, Once(batches(made)), SEVERAL_PASSES[name]())
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", ALL)
 def test_the_data_is_read_as_often_as_announced(name):
     made, _ = problem("mlp")

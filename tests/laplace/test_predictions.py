@@ -21,6 +21,7 @@ from tests.support.posteriors import Problem, some_prior
 JOINT = ["linear", "mlp", "cnn", "sequence", "depthwise", "norms", "lstm", "reused", "segmentation", "tokens", "flat"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "exact", "diagonal"])
 @pytest.mark.parametrize("network", JOINT)
 def test_joint_covariance_equals_dense(network, estimator):
@@ -113,6 +114,7 @@ POSITIONS = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["kfac", "exact"])
 @pytest.mark.parametrize(("network", "likelihood", "axis"), POSITIONS)
 def test_variances_of_outputs_with_positions_equal_dense(network, likelihood, axis, estimator):
@@ -126,6 +128,7 @@ def test_variances_of_outputs_with_positions_equal_dense(network, likelihood, ax
     assert_close(posterior.functional_variance(made.inputs, diagonal=True), variance.reshape(shape))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize(("network", "likelihood", "axis"), POSITIONS)
 def test_predictions_go_position_by_position(network, likelihood, axis, diagonal):
@@ -159,7 +162,7 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
             torch.testing.assert_close(p.sum(axis), torch.ones_like(p.sum(axis)))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["tokens", "segmentation"])
 @pytest.mark.parametrize("method", ["glm", "sample"])
 def test_the_fit_tells_where_the_classes_are(network, method, tmp_path):

@@ -49,7 +49,7 @@ def test_evidence_and_variances_equal_dense(network, form, likelihood, estimator
     assert_like_dense(made, posterior, D, flat, outputs_and_jacobians(network, likelihood)[1])
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
@@ -359,6 +359,7 @@ def test_an_unfitted_posterior_goes_to_another_dtype():
     assert posterior.functional_variance(made.inputs.float()).dtype == torch.float32
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("form", ["number", "flat", "dict"])
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def logs_of(posterior):
 # -- evidence ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("likelihood", EVERY_LIKELIHOOD)
@@ -71,7 +72,7 @@ def test_scalar_optimum(network, likelihood, estimator):
     assert float(posterior.log_marginal_likelihood()) >= best - 1e-6
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("likelihood", EVERY_LIKELIHOOD)
@@ -110,6 +111,7 @@ def test_optimum_with_every_sampling(sampling):
     assert evidence(found) >= best - 1e-6
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -173,6 +175,7 @@ def test_tuning_never_loses(precision, noise, structure, likelihood):
     assert posterior.tune(structure=structure).log_marginal_likelihood() >= before - 1e-9
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal", "exact"])
 @pytest.mark.parametrize(
@@ -283,6 +286,7 @@ def test_a_known_noise_in_a_linear_model_is_bayesian_linear_regression():
     assert posterior.likelihood.noise_std == sigma
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])

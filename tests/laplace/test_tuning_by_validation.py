@@ -17,6 +17,7 @@ from tests.support.validation import GRID, PREDICTIVES, independent_nll, shifted
 # -- validation, classification ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("name", PREDICTIVES)
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_validation_weighs_targets_not_batches(network):
     assert grid[int(np.argmin(halves))] != tuned[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge", "ignore:the evidence is largest")
 @pytest.mark.parametrize("structure", ["layerwise", "diagonal"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -109,6 +111,7 @@ def broken_at(monkeypatch, bad, value):
     monkeypatch.setattr(kl.Categorical, "predictive_nll", predictive_nll)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_passed_over(value, monkeypatch):
@@ -235,6 +238,7 @@ def test_prior_and_noise_are_found_together_by_sampling():
     assert found <= best + 1e-2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("name", ["probit", "sample"])
 def test_validation_with_predicted_noise(name):
