@@ -8,13 +8,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test test-slow lint docs wheel-check clean
+.PHONY: demo test test-all test-slow lint docs wheel-check clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/kronlaplace demo --out $(OUT)
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n auto --durations=10
+
+test-all: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -n auto -m "not slow" --durations=10
 
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m slow --durations=10

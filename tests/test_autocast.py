@@ -22,6 +22,7 @@ from tests.support.precision import (
 )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped"])
 def test_under_autocast_only_the_network_is_rounded(kind, estimator):
@@ -32,6 +33,7 @@ def test_under_autocast_only_the_network_is_rounded(kind, estimator):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm"])  # torch's LSTM fails under autocast itself
 def test_layers_under_autocast(kind):
     model, inputs, targets = problem(kind)

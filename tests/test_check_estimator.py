@@ -23,6 +23,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_of_the_package(name):
     estimator, options = ESTIMATORS[name]
@@ -208,6 +209,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda cls: cls.__name__)
 def test_an_estimator_that_breaks_a_law(broken):
     with temporary_registrations():

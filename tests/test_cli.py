@@ -50,6 +50,7 @@ def is_png(path):
 
 
 class TestDemo:
+    @pytest.mark.grid
     def test_classification_writes_what_it_prints(self, short, tmp_path, capsys):
         assert main(["demo", "--dataset", "digits", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr()
@@ -68,6 +69,7 @@ class TestDemo:
         assert printed.err == ""
         assert is_png(folder / "reliability.png")
 
+    @pytest.mark.grid
     def test_posterior_files_hold_all_layers_and_the_last(self, short, tmp_path):
         main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
         everything = load_file(tmp_path / "digits" / "posterior.safetensors")
@@ -75,6 +77,7 @@ class TestDemo:
         assert {name.split("/")[1] for name in everything if name.startswith("mean/")} == {"0", "3", "7", "9"}
         assert {name.split("/")[1] for name in last if name.startswith("mean/")} == {"9"}
 
+    @pytest.mark.grid
     def test_scores_are_those_of_the_saved_posterior(self, short, tmp_path):
         """The Laplace row again, from the file, the network rebuilt from its weights."""
         main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
@@ -103,6 +106,7 @@ class TestDemo:
                 float(rows[method]["nll"]), rel=tolerance
             )
 
+    @pytest.mark.grid
     def test_one_dimensional_regression_draws_its_band(self, short, tmp_path, capsys):
         assert main(["demo", "--dataset", "sine", "--out", str(tmp_path)]) == 0
         folder = tmp_path / "sine"
@@ -117,12 +121,14 @@ class TestDemo:
         assert "maximum likelihood on the training residuals" in out
         assert "log marginal likelihood" in out
 
+    @pytest.mark.grid
     def test_default_is_digits_then_diabetes(self, short, tmp_path, capsys):
         assert main(["demo", "--out", str(tmp_path)]) == 0
         out = capsys.readouterr().out
         assert out.index("digits:") < out.index("diabetes:")
         assert sorted(folder.name for folder in tmp_path.iterdir()) == ["diabetes", "digits"]
 
+    @pytest.mark.grid
     def test_same_seed_same_table(self, short, tmp_path):
         tables = []
         for out, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -142,6 +148,7 @@ class TestDemo:
         assert tables[0][0] != tables[2][0]
         assert tables[0][1] != tables[2][1]
 
+    @pytest.mark.grid
     def test_the_seed_decides_the_initial_weights(self, short, tmp_path, monkeypatch):
         network, recipe, title = classification._NETWORKS["digits"]
         whole = replace(recipe, steps=1, batch_size=10_000)  # one batch: its order is of no matter
@@ -152,6 +159,7 @@ class TestDemo:
             nll.append(float(read(tmp_path / seed / "digits" / "table.csv")[0]["nll"]))
         assert abs(nll[0] - nll[1]) > 1e-3
 
+    @pytest.mark.grid
     def test_global_state_is_left_alone(self, short, tmp_path):
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_num_threads()  # noqa: NPY002
         main(["demo", "--dataset", "diabetes", "digits", "--out", str(tmp_path)])
@@ -159,12 +167,14 @@ class TestDemo:
         assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
         assert torch.get_num_threads() == states[2]
 
+    @pytest.mark.grid
     def test_mnist_from_a_directory(self, short, tmp_path):
         write_mnist(tmp_path, *made_up_digits(), packed=True)
         arguments = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
         assert main(["demo", *arguments]) == 0
         assert len(read(tmp_path / "out" / "mnist" / "table.csv")) == 3
 
+    @pytest.mark.grid
     def test_uci_cells_are_mean_and_standard_error_over_splits(self, short, tmp_path, capsys):
         write_uci(tmp_path, *made_up_table())
         arguments = [
@@ -192,6 +202,7 @@ class TestDemo:
         ]
         assert "posterior_split_00.safetensors to posterior_split_02.safetensors" in capsys.readouterr().out
 
+    @pytest.mark.grid
     def test_regression_map_row_by_hand(self, short, tmp_path):
         """RMSE, log-likelihood and coverage of the MAP in original units, from the saved weights."""
         from scipy import stats
@@ -234,6 +245,7 @@ class TestDemo:
             *("posterior.safetensors", "table.csv", "table.md")
         ]
 
+    @pytest.mark.grid
     def test_pyplot_is_never_imported(self, tmp_path):
         """In a process of its own: pyplot would bring global state and a choice of window system."""
         code = (
@@ -305,6 +317,7 @@ class TestProgram:
         assert "sine" in out
         assert "wine-quality-red" in out
 
+    @pytest.mark.grid
     def test_python_m(self, tmp_path):
         run = subprocess.run(
             [sys.executable, "-m", "kronlaplace", "demo", "--dataset", "digit"],
@@ -321,12 +334,14 @@ class TestProgram:
 class TestQuality:
     """The full recipes reach what the README says."""
 
+    @pytest.mark.grid
     def test_digits_are_trained_and_rotated_ones_are_told_apart(self, tmp_path):
         main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
         scores = {row["method"]: row for row in read(tmp_path / "digits" / "table.csv")}
         assert float(scores["MAP"]["accuracy"]) > 0.96
         assert float(scores["Laplace, last layer"]["ood_auroc"]) > float(scores["MAP"]["ood_auroc"])
 
+    @pytest.mark.grid
     def test_laplace_covers_the_gap_of_the_sine(self, tmp_path):
         main(["demo", "--dataset", "sine", "--out", str(tmp_path)])
         at_map, laplace = (numbers(row) for row in read(tmp_path / "sine" / "table.csv"))

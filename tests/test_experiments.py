@@ -37,6 +37,7 @@ def test_runs_take_turns():
     assert measure.ratio([2.0, 6.0, 9.0], [1.0, 2.0]) == 2.5
 
 
+@pytest.mark.grid
 def test_fit_cost(tmp_path, monkeypatch, capsys):
     def network():
         return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 10))
@@ -49,6 +50,7 @@ def test_fit_cost(tmp_path, monkeypatch, capsys):
     assert "K-FOC, running" in capsys.readouterr().out
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")  # the digits are noise
 def test_predict_cost(tmp_path, capsys):
     sizes = {"repeats": 1, "digits": 12, "test-digits": 4, "batch-size": 2, "features": 6, "classes": 20}

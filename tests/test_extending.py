@@ -14,6 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 def test_code_runs(block, capsys):

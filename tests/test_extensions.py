@@ -119,6 +119,7 @@ def test_without_a_seed_torch_draws():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.grid
 def test_draws_are_unbiased():
     model, loss, x, y, likelihood = problem("perceptron")
     with backpack(extensions.Diagonal(mc_samples=3000, seed=0)):

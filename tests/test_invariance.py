@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
+from tests.support.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling=.empirical.")
 
@@ -153,7 +154,8 @@ def targets(likelihood, n, outputs=3):
 # -- multilayer perceptrons: K-FAC Theorem 1, coordinate-free Theorem 2.1 ------------------------------------
 
 
-@settings(max_examples=8)
+@pytest.mark.quick(1)
+@settings(max_examples=examples(8))
 @given(seed=SEEDS, hidden=st.lists(st.integers(2, 3), min_size=1, max_size=2))
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
 @pytest.mark.parametrize("likelihood", ["regression", "binary"])
@@ -163,7 +165,7 @@ def test_kfac_steps_of_an_mlp(likelihood, activation, seed, hidden):
     assert_steps_agree(model, transformed_mlp(model), x, targets(likelihood, 40), likelihood)
 
 
-@settings(max_examples=5)
+@settings(max_examples=examples(5))
 @given(seed=SEEDS)
 def test_kfac_steps_of_a_classifier(seed):
     """The last gradient factor is singular: a pseudo-inverse, and no change of the coordinates of the logits."""
@@ -223,7 +225,8 @@ CONVOLUTIONS = {
 }
 
 
-@settings(max_examples=4)
+@pytest.mark.quick(1)
+@settings(max_examples=examples(4))
 @given(seed=SEEDS)
 @pytest.mark.parametrize("network", CONVOLUTIONS)
 def test_kfc_steps_of_a_convolutional_network(network, seed):
@@ -278,7 +281,7 @@ class Recurrence(nn.Module):
         return self.head(h)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(seed=SEEDS, steps=st.integers(2, 4))
 def test_kfac_steps_of_a_recurrent_network(seed, steps):
     """Inputs and hidden states together, and pre-activations, in other coordinates at every time step."""

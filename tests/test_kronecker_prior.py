@@ -132,6 +132,7 @@ def close(actual, expected, rtol=1e-9):
 # -- evidence, predictive and samples are those of the dense computation -------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("plus", [0.0, 0.4])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["mlp", "shared", "images"])
@@ -478,6 +479,7 @@ def test_no_precision_of_single_weights_is_tuned():
             posterior.tune(method, "diagonal", data)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_validation_tries_factors_of_the_prior(structure):
@@ -521,6 +523,7 @@ def test_a_prior_is_for_every_fit():
 # -- files, devices, layers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("factor", [0.6, [0.5, 1.0, 2.0, 3.0]])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_files_keep_the_prior(estimator, factor, tmp_path):

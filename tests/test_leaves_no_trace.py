@@ -146,6 +146,7 @@ SEVERAL_PASSES = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", SOME_ARCHITECTURES)
 @pytest.mark.parametrize("name", SEVERAL_PASSES)
 def test_a_whole_life_in_other_architectures_changes_nothing(name, network):
@@ -181,6 +182,7 @@ class DiesLate:
         yield from self.batches[1:]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", SOME_ARCHITECTURES)
 @pytest.mark.parametrize("name", SEVERAL_PASSES)
 def test_an_exception_in_the_last_pass_changes_nothing(name, network):
@@ -218,6 +220,7 @@ def test_an_exception_in_the_network_changes_nothing(network):
 # -- memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac", "kfoc", "ekfac", "diagonal"])
 def test_a_second_fit_needs_no_more_memory_than_the_first(estimator):
     """Nothing of a fit outlives it but the posterior."""

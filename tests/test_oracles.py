@@ -11,6 +11,7 @@ from tests.support.assertions import assert_close
 from tests.support.problems import NETWORKS, problem
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_oracles_agree_with_one_another(network):
     """Weight gradients from the parameters and from each use of a layer; traces; the order of the errors."""
@@ -30,6 +31,7 @@ def test_oracles_agree_with_one_another(network):
                 assert best <= oracles.error(oracles.dense(*rule(group)), of_group) + 1e-7
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "residual"])
 def test_oracles_agree_with_the_older_ones(network):
     made, data = problem(network)

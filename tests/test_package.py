@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import kronlaplace as kl
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,7 @@ def test_versions_agree():
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.grid
 def test_importing_changes_nothing():
     """No output, no change of random state, threads, gradient mode, warnings or hooks; matplotlib is not needed."""
     program = """

@@ -28,6 +28,7 @@ from tests.support.precision import (
 )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", KINDS)
 def test_posteriors_in_half_precision_are_those_of_the_same_weights(kind, dtype):
@@ -56,6 +57,7 @@ LIKELIHOODS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("sampling", Sampling)
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -96,6 +98,7 @@ def test_targets_are_not_rounded_to_the_dtype_of_the_outputs(dtype):
         torch.testing.assert_close(direction.float(), torch.full((1, 1), -0.05), rtol=0.01, atol=0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["conv2d", "lstm", "tokens"])
 def test_posteriors_move_to_half_precision_and_come_back_from_files(kind, dtype, tmp_path):
@@ -114,6 +117,7 @@ def test_posteriors_move_to_half_precision_and_come_back_from_files(kind, dtype,
     torch.testing.assert_close(again.functional_variance(x), moved.functional_variance(x), rtol=1e-5, atol=0)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped", "gru"])
 def test_gradients_of_variances_in_half_precision(kind, dtype):
@@ -140,6 +144,7 @@ def architecture(name, dtype):
     return case.model.to(dtype).float(), converted(converted(case.inputs, dtype), torch.float32), case.targets
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["depthwise", "transformer", "cells", "language_model"])
 def test_architectures_in_bfloat16(name):
     model, inputs, targets = architecture(name, torch.bfloat16)

@@ -26,6 +26,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 @pytest.mark.filterwarnings(
     "ignore:the validation loss is smallest at the edge", "ignore:the evidence is largest at the edge"

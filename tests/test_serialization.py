@@ -35,6 +35,7 @@ def test_what_is_written_is_read(path):
 # -- many writers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 def test_threads_that_save_to_one_path(path):
     """Each is whole for every reader at any time, and nothing else is left in the folder."""
     n, errors = 8, []

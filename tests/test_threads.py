@@ -75,6 +75,7 @@ def together(*tasks):
         return [future.result() for future in [pool.submit(started, task) for task in tasks]]
 
 
+@pytest.mark.quick(1)
 def test_answers_of_one_posterior_in_four_threads(problem):
     posterior, x, questions, right = problem
     before = everything(posterior.model)
@@ -88,6 +89,7 @@ def test_answers_of_one_posterior_in_four_threads(problem):
     assert_unchanged(posterior.model, before)
 
 
+@pytest.mark.quick(1)
 def test_another_thread_uses_and_trains_the_network_meanwhile(problem):
     """What it gets is what it gets alone, gradients included, and it never meets a hook or a frozen parameter."""
     posterior, x, questions, right = problem
@@ -120,6 +122,7 @@ def test_another_thread_uses_and_trains_the_network_meanwhile(problem):
     together(ours, other)
 
 
+@pytest.mark.quick(3)
 def test_fits_of_one_network_at_the_same_time(problem):
     posterior, x, _, _ = problem
 
@@ -172,6 +175,7 @@ def test_a_posterior_is_as_before_while_it_is_tuned_on_validation_data():
     assert posterior.prior_precision == 10.0
 
 
+@pytest.mark.grid
 def test_a_refit_while_others_predict():
     case = cnn()
     posterior = kl.KronLaplace(case.model, "classification", sampled := kl.KFAC())
@@ -223,6 +227,7 @@ class Interrupt(BaseException):
     """Comes like a Ctrl-C, at any moment."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("network", ["recurrent", "residual"])

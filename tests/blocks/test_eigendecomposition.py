@@ -347,6 +347,7 @@ def test_units_that_are_nearly_dead_do_not_blur_the_others(size):
 # -- matrices that torch.linalg.eigh fails on -----------------------------------------------------------------
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("seed", range(30))
 def test_a_posterior_of_sparse_inputs_is_fitted(seed):
     torch.manual_seed(seed)

@@ -68,6 +68,7 @@ def output_layer(seed, estimator, dtype=torch.float64):
     return kl.estimate_fisher(model, [x], "classification", estimator, sampling="exact")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["exact", "kfac", "tkfac", "ekfac"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_softmax_output_layer_is_refused_in_every_draw(dtype, estimator):

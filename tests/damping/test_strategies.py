@@ -126,6 +126,7 @@ class Mixed(nn.Module):
         return self.head(torch.tanh(self.hidden(x) + 0 * self.dead(x)))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
 def test_automatic_damping_of_a_network_equals_eq_5_16_and_5_17(quantile):
     """Convolutions get max(ν, δ), all others max(ν, β δ) with β = max max(ν, δ) / δ over the Kronecker layers."""
@@ -152,6 +153,7 @@ def test_automatic_damping_of_a_network_equals_eq_5_16_and_5_17(quantile):
         assert_is_inverse_of(plain, damped(TraceRestrictedAuto, block, minimum), block.shape)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("estimator", ["tkfac", "kfac", "ekfac", "exact"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_layer_is_damped_the_same_alone_in_a_dict_and_in_its_network(strategy, estimator, tmp_path):

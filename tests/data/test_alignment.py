@@ -86,6 +86,7 @@ def test_other_losses_are_understood(options, shifts):
     assert per_token(estimate(model, [BATCH])) == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 def test_the_fisher_is_that_of_pairs_with_the_next_tokens():
     """Of all blocks, with labels drawn, in several passes, and in batches."""
@@ -130,6 +131,7 @@ def test_validation_data_are_shifted_too():
     assert float(losses[0][0] / losses[0][1]) == pytest.approx(own_loss(model, BATCH), rel=1e-4)
 
 
+@pytest.mark.grid
 def test_training_is_on_next_tokens():
     model = LanguageModel()
     trained = kl.train_by_evidence(model, [BATCH], "classification", epochs=2, every=1)

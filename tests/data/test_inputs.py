@@ -98,6 +98,7 @@ class NoLength(Stream):
         raise NotImplementedError
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("stream", [Stream, NoLength])
 @pytest.mark.parametrize("progress", [False, True])
 def test_loaders_of_streams(stream, progress):

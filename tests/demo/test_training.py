@@ -16,6 +16,7 @@ def linear_problem():
     return x, y
 
 
+@pytest.mark.grid
 def test_linear_regression_reaches_the_ridge_solution(linear_problem):
     x, y = linear_problem
     model, loss = nn.Linear(3, 1, bias=False), GaussianNLL()
@@ -36,6 +37,7 @@ def test_gaussian_nll_equals_the_density_but_for_its_constant():
     torch.testing.assert_close(loss(f, y), constant - density)
 
 
+@pytest.mark.grid
 def test_every_epoch_visits_every_example_once():
     seen = []
 

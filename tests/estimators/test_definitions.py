@@ -25,6 +25,7 @@ def test_kronecker_estimator_equals_its_definition(name, network):
     assert_blocks_are(fisher, data, functools.partial(oracles.block_dense, rule), TOLERANCE.get(name, 1e-10))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce", "tkfac", "tkfac-uncorrelated"])
 def test_each_factor_equals_its_definition(name, network):
@@ -45,6 +46,7 @@ def test_each_factor_equals_its_definition(name, network):
         assert_close(block.activation_factor, A, 1e-10, layer)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sua_equals_theorem_4(network):
     """On linear layers that are used once and on convolutions that are used once, with zero padding."""
@@ -63,6 +65,7 @@ def test_sua_equals_theorem_4(network):
             assert_close(fisher[name].scale, scale, 1e-10, name)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("basis", BASES)
 def test_ekfac_equals_its_definition(basis, network):
@@ -76,6 +79,7 @@ def test_ekfac_equals_its_definition(basis, network):
     assert_blocks_are(fisher, data, dense, 1e-9)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "lstm", "reused"])
 @pytest.mark.parametrize("aggregation", ["full", "sweeps"])
 def test_ekfac_uses_the_eigenbasis_of_any_kronecker_estimator(aggregation, network):
@@ -95,12 +99,14 @@ def test_ekfac_uses_the_eigenbasis_of_any_kronecker_estimator(aggregation, netwo
         assert_close(fisher[name].to_dense(), expected, 1e-8, name)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_diagonal_equals_its_definition(network):
     made, data = problem(network)
     assert_blocks_are(estimate(made, kl.Diagonal()), data, lambda d: oracles.diagonal(d.X))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_exact_block_equals_its_definition(network):
     """Also where a Kronecker block is block diagonal over groups, or diagonal: this one is the ground truth."""
@@ -114,6 +120,7 @@ def test_exact_block_equals_its_definition(network):
             assert_close(fisher[name].to_dense(), oracles.exact_block(d.X), 1e-10, name)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("likelihood", ["binary", "regression"])
 @pytest.mark.parametrize("network", ["mlp", "depthwise", "lstm", "segmentation"])
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce", "tkfac", "tkfac-uncorrelated"])
@@ -123,6 +130,7 @@ def test_other_likelihoods(name, network, likelihood):
     assert_blocks_are(estimate(made, make()), data, functools.partial(oracles.block_dense, rule))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "segmentation", "transformer", "gru", "tied"])
 @pytest.mark.parametrize("name", KRONECKER)
 def test_empirical_sampling_uses_the_gradients_of_the_labels(name, network):

@@ -11,6 +11,7 @@ import kronlaplace as kl
 from kronlaplace.layers import ConvolutionLayer
 from tests.support import oracles
 from tests.support.networks import CASES, cnn, mlp
+from tests.support.tiers import examples
 
 RTOL = 1e-10
 
@@ -25,6 +26,7 @@ def assert_factors_are(fisher, name, A, G):
     assert relative(block.scale * block.gradient_factor, G) < RTOL
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("likelihood", ["classification", "binary", "regression"])
 @pytest.mark.parametrize("network", CASES)
 def test_exact_factors_equal_their_definition(network, likelihood):
@@ -58,7 +60,7 @@ def convolutions(draw):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(convolutions())
 def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
     layer, size, n = drawn
@@ -70,9 +72,10 @@ def test_kfc_equals_its_definition_for_every_option_of_a_convolution(drawn):
     assert_factors_are(fisher, "0", A, G)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("way", ["rows", "columns", "patches"])
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(convolutions())
 def test_every_way_to_the_activation_factor_of_a_convolution(way, drawn):
     """Which one is taken depends on sizes; here each is, wherever it applies."""
@@ -116,6 +119,7 @@ def test_patches_may_be_unfolded_a_few_examples_at_a_time(monkeypatch):
         torch.testing.assert_close(parts[name].activation_factor, whole[name].activation_factor, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.filterwarnings("ignore:sampling=.empirical.")
 @pytest.mark.parametrize("network", CASES)
@@ -146,6 +150,7 @@ def test_empirical_factors_use_the_gradients_of_the_labels():
     torch.testing.assert_close(fisher["0"].gradient_factor, G, rtol=RTOL, atol=0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("likelihood", ["classification", "binary", "regression"])
 def test_mc_factors_converge_to_the_exact_ones_as_one_over_root_samples(likelihood):
     """The root mean square error over ten seeds falls by 4 when samples grow by 16 (within its sampling error)."""
@@ -239,6 +244,7 @@ def test_frozen_bias_has_no_homogeneous_coordinate():
     torch.testing.assert_close(fisher["0"].activation_factor, case.inputs.T @ case.inputs / len(case.inputs))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_factors_accumulate_in_at_least_float32(dtype):
     case = cnn()

@@ -45,6 +45,7 @@ def test_kfoc_merges_batches_by_its_definition(name, size, network):
     assert_blocks_are(fisher, data, dense, 1e-8)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("network", "size"), [("depthwise", 2), ("depthwise", 1), ("rnn_tanh", 2), ("tied", 2)])
 def test_kfoc_running_equals_the_published_method(network, size):
     """Which needs batches of one size."""
@@ -76,6 +77,7 @@ def test_running_forgets_nothing_if_its_rank_holds_every_example():
     assert_blocks_are(fisher, data, functools.partial(oracles.block_dense, oracles.kfoc_full), 1e-8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sizes", [(1,) * 40, (10,) * 4, (1, 3, 8, 20, 2, 2, 8, 9, 1, 5)])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_running_sums_of_several_terms_equal_their_definition(rank, sizes):
@@ -105,6 +107,7 @@ def test_examples_that_wait_survive_a_loader_that_reuses_its_memory(aggregation)
     assert_close(fisher["0"].to_dense(), estimate(made, estimator, 3)["0"].to_dense(), 1e-10)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", [1, 10])
 def test_approx_is_exact_where_the_block_is_a_kronecker_product(size):
     """With one output all examples have the same gradient factor, and only the published side keeps that."""
@@ -118,6 +121,7 @@ def test_approx_is_exact_where_the_block_is_a_kronecker_product(size):
     assert other > 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, {"unit_factor": "activation"}])
 @pytest.mark.parametrize("sizes", [(3, 2, 4, 3), (1, 1, 1, 1)])
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise"])
@@ -155,6 +159,7 @@ def test_ignored_targets_have_no_unit_factor():
         assert_close(2 * fishers[1][layer].to_dense(), fishers[0][layer].to_dense(), 1e-9, layer)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "options", [{}, {"rank": 3}, {"aggregation": "approx"}, {"aggregation": "full"}, {"aggregation": "sweeps"}]
 )
@@ -231,6 +236,7 @@ def test_the_unit_factor_comes_back_from_a_file(unit_factor, tmp_path):
     assert estimator_from_json(settings) == estimator
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("aggregation", ["approx", "running", "full"])
 def test_start_of_the_power_iteration_does_not_matter(aggregation):
     made, _ = problem("cnn")
@@ -249,6 +255,7 @@ def test_with_one_batch_there_is_nothing_to_merge(aggregation):
     assert_blocks_are(fisher, data, functools.partial(oracles.block_dense, oracles.kfoc_full), 1e-8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "rnn_relu", "transformer"])
 def test_sweeps_converge_to_the_best_possible(network):
     made, data = problem(network)
@@ -258,6 +265,7 @@ def test_sweeps_converge_to_the_best_possible(network):
     assert_no_worse(many, best, factor=1.0005)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("likelihood", "outputs"), [("regression", 1), ("classification", 3)])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])

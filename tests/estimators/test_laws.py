@@ -14,6 +14,7 @@ from tests.support.assertions import assert_close, assert_no_worse, errors
 from tests.support.cases import case
 from tests.support.estimators import ADDITIVE, EVERYTHING, TRACE
 from tests.support.problems import NETWORKS, estimate, problem, regression_network
+from tests.support.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling=.empirical.")
 
@@ -24,6 +25,7 @@ def many():
     return regression_network()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_neither_size_nor_order_of_batches_matters(name, sampling, many):
@@ -36,6 +38,7 @@ def test_neither_size_nor_order_of_batches_matters(name, sampling, many):
             assert_close(parts[layer].to_dense(), whole[layer].to_dense(), rtol, (layer, size))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce", "tkfac", "sua", "kfoc-sweeps", "diagonal"])
 def test_neither_size_nor_order_of_batches_matters_in_any_architecture(name, network):
@@ -52,6 +55,7 @@ def assert_positive_semidefinite(matrices, where):
     assert (values >= -1e-11 * values.abs().amax(-1, keepdim=True)).all(), where
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "transformer", "lstm", "language_model"])
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_blocks_and_factors_are_positive_semidefinite(name, network):
@@ -84,6 +88,7 @@ def test_both_spatial_rules_agree_where_nothing_is_shared(network):
             assert_close(uncorrelated[name].to_dense(), exact[name].to_dense(), 1e-12, name)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "transformer", "gru"])
 def test_every_pass_and_every_estimator_sees_the_same_draws(network):
     """Estimators with the Fisher's trace agree on it in Monte Carlo sampling, also if they pass over the data twice."""
@@ -124,7 +129,7 @@ class Last(nn.Module):
         return outputs[0][:, -1]
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(networks(), st.integers(1, 4))
 def test_kfoc_is_never_worse_than_kfac_and_tkfac(made, size):
     data = oracles.gradients(made.model, made.inputs, made.likelihood)
@@ -144,7 +149,7 @@ def test_kfoc_is_never_worse_than_kfac_and_tkfac(made, size):
     assert_no_worse(full, errors(estimate(made, kl.KFOC(aggregation="running"), size), data))
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(networks())
 def test_ekfac_is_never_worse_than_its_basis(made):
     """Its eigenvalues are the best possible in that basis."""
@@ -153,7 +158,7 @@ def test_ekfac_is_never_worse_than_its_basis(made):
         assert_no_worse(errors(estimate(made, kl.EKFAC(basis=basis)), data), errors(estimate(made, basis), data))
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(networks())
 def test_tkfac_keeps_the_trace_of_drawn_networks(made):
     fisher = estimate(made, kl.TKFAC())
@@ -176,6 +181,7 @@ def test_a_saturated_network_gives_zeros_and_not_nan(name, network):
         assert torch.equal(dense, torch.zeros_like(dense)), layer
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", ["kfoc", "ekfac"])
 def test_shuffled_loaders_give_every_pass_the_same_draws(name, own):

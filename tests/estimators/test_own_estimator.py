@@ -16,6 +16,7 @@ from tests.support.estimators import CONVERGED, White
 from tests.support.problems import batches, estimate, problem
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_estimator_of_ones_own(network):
     made, data = problem(network)
@@ -75,6 +76,7 @@ def test_a_list_that_does_not_say_how_it_decays():
         average(made, Lists(), batches(made))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("lengths", [(2, 30), (30, 2), (1, 2), (30, 2, 30)])
 def test_batches_of_sequences_of_different_lengths(lengths):
     """K-FOC keeps short sequences as pairs and long ones as products; both together are the nearest Kronecker product."""

@@ -24,6 +24,7 @@ from tests.support.problems import batches, estimate, problem, several
 # -- merging -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_two_parts_merge_to_the_whole(name, network):
@@ -35,6 +36,7 @@ def test_two_parts_merge_to_the_whole(name, network):
     assert_same(one.finish(), estimate(made, ONE_PASS[name]()), tolerance(name))
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_merging_is_associative_and_nothing_is_its_neutral_element(name):
     made, _ = problem("cnn")
@@ -49,6 +51,7 @@ def test_merging_is_associative_and_nothing_is_its_neutral_element(name):
     assert_same(total.finish(), estimate(made, ONE_PASS[name]()), tolerance(name))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "gru"])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_merging_running_sums_equals_appending(rank, network):
@@ -87,6 +90,7 @@ def test_merging_batches_whose_factors_are_added(name):
     assert_same(one.finish(), estimate(made, BY_BATCH[name]()), 1e-7)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("splits", [(1, 2), (3, 7), (7, 8)])
 def test_merging_running_sums_with_examples_that_wait(splits):
     """With two outputs the last layer's block has three terms at most: a running sum of rank three loses nothing."""
@@ -103,6 +107,7 @@ def test_merging_running_sums_with_examples_that_wait(splits):
         assert_close(other.finish()["2"].to_dense(), expected, 1e-12)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", BY_BATCH)
 def test_blocks_so_far_are_those_of_the_batches_so_far(name):
     made, _, data = several()
@@ -127,6 +132,7 @@ def test_a_running_sum_does_not_grow():
     assert most <= 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "network",
     [
@@ -174,6 +180,7 @@ def test_iterators_can_be_read_only_once(name):
             estimate_from(made, data, SEVERAL_PASSES[name]())
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("name", {**ONE_PASS, **BY_BATCH})
 def test_one_pass_takes_an_iterator(name):
     made, _ = problem("mlp")
@@ -195,6 +202,7 @@ def test_data_that_hides_an_iterator(name):
         estimate_from(made, Once(batches(made)), SEVERAL_PASSES[name]())
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", ALL)
 def test_the_data_is_read_as_often_as_announced(name):
     made, _ = problem("mlp")

@@ -37,6 +37,7 @@ def errors_of(made, fisher, size=2, **options):
 # -- dense ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -57,6 +58,7 @@ def test_dense_equals_its_definition(name, network, sampling):
             assert error < 1e-12
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "lstm"])
 @pytest.mark.parametrize("mc_samples", [1, 3])
 def test_sampled_labels_are_drawn_again(mc_samples, network):
@@ -99,6 +101,7 @@ def test_single_precision():
 # -- probing -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_probing_is_within_its_standard_error(name, network):
@@ -115,6 +118,7 @@ def test_probing_is_within_its_standard_error(name, network):
             assert error.standard_error < 0.1 * dense[layer] + 1e-12
 
 
+@pytest.mark.grid
 def test_standard_error_falls_with_the_root_of_the_number_of_probes():
     made, _ = problem("cnn")
     fisher = estimate(made, "kfac")
@@ -123,6 +127,7 @@ def test_standard_error_falls_with_the_root_of_the_number_of_probes():
         assert few[layer].standard_error / many[layer].standard_error == pytest.approx(4, rel=0.2)
 
 
+@pytest.mark.grid
 def test_standard_error_covers_the_truth():
     """Over 200 seeds: 95 % within 1.96 standard errors, two binomial standard errors (and a little for few probes) off."""
     made, _ = problem("mlp")

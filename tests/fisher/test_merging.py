@@ -83,6 +83,7 @@ def assert_same(fisher, expected, rtol=1e-12):
 # -- the same as from all data at once -----------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_two_parts_make_the_whole(name, network):
@@ -93,6 +94,7 @@ def test_two_parts_make_the_whole(name, network):
     assert {block.name for block in both.values()} == set(both)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("likelihood", ["binary", "regression"])
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_with_other_likelihoods(name, likelihood):
@@ -100,6 +102,7 @@ def test_with_other_likelihoods(name, likelihood):
     assert_same(combined(one, other), whole)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["sua", "kfoc-sweeps", "ekfac"])
 def test_diagonal_blocks_beside_any_estimator(name):
     estimator = NOT_ADDITIVE[name][0]()
@@ -123,12 +126,14 @@ def test_sequences_of_different_lengths(name):
     assert_same(combined(one, other), whole)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_the_order_of_two_does_not_matter(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
     assert_same(combined(one, other), combined(other, one))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", ["cnn", "depthwise", "norms"])
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_three_in_any_order(name, network):
@@ -146,6 +151,7 @@ def test_a_fisher_with_itself_is_the_same_mean(name):
     assert_same(twice, kl.KroneckerFisher(fisher, 2 * fisher.n_examples, fisher.metadata, 2 * fisher.statistics))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
@@ -157,6 +163,7 @@ def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
             assert torch.equal(tensor, tensors[key]), key
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_saved_loaded_and_combined(name, tmp_path):
     one, other, whole = parts_and_whole("norms", ADDITIVE[name](), 1)
@@ -254,6 +261,7 @@ def test_draws_of_other_seeds_are_combined():
 # -- what cannot be combined ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["cnn", "depthwise", "norms"])
 @pytest.mark.parametrize("name", NOT_ADDITIVE)
 def test_estimators_whose_blocks_do_not_add_up(name, network):
@@ -369,6 +377,7 @@ PARTICULARS = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", PARTICULARS)
 def test_fishers_that_were_not_estimated_in_the_same_way(name):
     changes, message = PARTICULARS[name]

@@ -32,6 +32,7 @@ def weighted(made, estimator, value):
     }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ["exact", "diagonal"])
 def test_moving_average_of_blocks(name, network):
@@ -41,6 +42,7 @@ def test_moving_average_of_blocks(name, network):
         assert_close(fisher[layer].to_dense(), expected, 1e-10, layer)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce"])
 def test_moving_average_of_both_factors(name, network):
@@ -66,6 +68,7 @@ def test_moving_average_of_sua():
     assert_close(fisher["5"].activation_factor, factors["5"], 1e-10)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "transformer", "norms"])
 @pytest.mark.parametrize("name", ["tkfac", "tkfac-uncorrelated", "kfoc-one-sweep"])
 def test_moving_average_of_traces(name, network):
@@ -88,6 +91,7 @@ def test_moving_average_of_traces(name, network):
             assert_close(times_scale(key)(fisher[layer]), expected, 1e-10, (layer, key))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "transformer", "reused"])
 @pytest.mark.parametrize("name", ["ekfac", "ekfac-kfoc"])
 def test_moving_average_of_second_moments(name, network):
@@ -103,6 +107,7 @@ def test_moving_average_of_second_moments(name, network):
         assert_close(block.values, expected, 1e-9, layer)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "gru", "reused"])
 def test_moving_average_of_what_is_nearest(network):
     """K-FOC of all examples: the nearest Kronecker product of the averaged exact block."""
@@ -144,6 +149,7 @@ def test_moving_average_of_a_running_sum():
         assert_close(block.to_dense(), expected, 1e-7, layer)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sizes", [(1,) * 20, (1, 3, 8, 20, 2, 2, 8)])
 def test_moving_average_of_a_running_sum_of_several_terms(sizes):
     """Examples that wait fade like those that have been merged."""
@@ -169,6 +175,7 @@ def estimate_one(made, batch):
     return kl.estimate_fisher(made.model, [batch], made.likelihood, kl.ExactBlock(), sampling="exact")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "lstm", "norms"])
 @pytest.mark.parametrize("name", ALL)
 def test_a_decay_of_one_is_the_plain_mean(name, network):
@@ -180,6 +187,7 @@ def several_passes_next_to_one(names, networks):
     return [(name, network) for name in names for network in networks]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("name", "network"), several_passes_next_to_one(ALL, ["mlp", "cnn", "lstm", "norms"]))
 def test_a_decay_of_zero_is_the_last_batch(name, network):
     made, _ = problem(network)
@@ -188,6 +196,7 @@ def test_a_decay_of_zero_is_the_last_batch(name, network):
     assert_same(average(made, ALL[name](), data, decay=0), expected, 1e-7)
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize(("name", "network"), several_passes_next_to_one(ALL, ["mlp", "norms"]))
 def test_the_first_batch_is_not_biased(name, network):
     made, _ = problem(network)
@@ -195,6 +204,7 @@ def test_the_first_batch_is_not_biased(name, network):
     assert_same(average(made, ALL[name](), batches(made, 100), decay=0.95), expected, tolerance(name))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("name", "network"), several_passes_next_to_one(SEVERAL_PASSES, ["mlp", "norms"]))
 def test_blocks_that_need_one_pass_do_not_depend_on_how_many_there_are(name, network):
     """Diagonal blocks beside estimators of several passes."""

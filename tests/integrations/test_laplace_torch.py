@@ -28,6 +28,7 @@ from tests.support.laplace_torch import (
 # -- K-FAC: the same as laplace-torch's own ------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -93,6 +94,7 @@ def test_batches_that_are_dicts():
 # -- every estimator: one pass of it, cut into laplace-torch's batches ----------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_a_fit_is_one_pass_of_the_estimator(name, network):
@@ -106,6 +108,7 @@ def test_a_fit_is_one_pass_of_the_estimator(name, network):
     assert_close(la.posterior_precision.to_matrix(), expected + 0.7 * torch.eye(len(expected)).double(), 1e-9)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", ["tkfac", "kfoc-running"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_a_fit_of_the_last_layer(likelihood, name):
@@ -205,6 +208,7 @@ def test_frozen_parameters_have_no_factors():
 # -- fits in a row, draws ------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["kfac", "tkfac", "kfoc-running"])
 def test_a_second_fit_begins_anew(name):
     model, _, _, data = problem(cnn())
@@ -228,6 +232,7 @@ def test_draws_differ_between_batches_and_seeds():
     assert torch.equal(first, same) and not torch.allclose(first, other)
 
 
+@pytest.mark.grid
 def test_many_draws_are_exact():
     model, _, _, data = problem(mlp())
     exact = fitted(model, data).H_facs.to_matrix()

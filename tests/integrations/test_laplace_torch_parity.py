@@ -9,6 +9,7 @@ import kronlaplace as kl
 from tests.support.laplace_torch import NETWORKS, PRIORS, assert_close, double, fitted, predictive, problem, separate
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_parity_in_classification(network, subset):
@@ -35,6 +36,7 @@ def test_parity_in_classification(network, subset):
             torch.testing.assert_close(ours.predict(x), predictive(theirs, x), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_parity_in_regression(network, subset):
@@ -64,6 +66,7 @@ def test_parity_in_regression(network, subset):
             torch.testing.assert_close(ours.functional_variance(x), covariance, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_parity_with_biases(network, estimator):

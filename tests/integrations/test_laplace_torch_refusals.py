@@ -170,6 +170,7 @@ def test_without_laplace_torch(monkeypatch):
         importlib.import_module(name)
 
 
+@pytest.mark.grid
 def test_nothing_else_imports_it():
     code = "import sys, kronlaplace; sys.exit(any(m.startswith(('laplace', 'kronlaplace.int')) for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

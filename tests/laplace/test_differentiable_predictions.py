@@ -37,6 +37,7 @@ def test_derivatives_by_the_inputs(network, question, monkeypatch):
     assert torch.autograd.gradcheck(lambda x: ask(posterior, x, differentiable=True), x, fast_mode=True)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("options", [{}, {"joint": True}, {"method": "sample", "n_samples": 4}])
 @pytest.mark.parametrize(
     ("network", "likelihood"), [("mlp", "regression"), ("tokens", "regression"), ("mlp", "heteroscedastic")]
@@ -55,6 +56,7 @@ def test_derivatives_of_regression_by_the_inputs(network, likelihood, options):
     assert torch.autograd.gradcheck(lambda x: parts(x, differentiable=True), x, fast_mode=True)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", ["ekfac", "diagonal", "exact"])
 @pytest.mark.parametrize("network", ["cnn", "sequence"])
 def test_derivatives_with_every_kind_of_block(network, estimator):
@@ -129,6 +131,7 @@ def test_derivatives_where_the_covariance_is_zero(link):
     assert_close(prediction.detach(), model(made.inputs).detach().softmax(1))
 
 
+@pytest.mark.grid
 def test_draws_of_the_outputs_are_continuous_in_the_inputs():
     """The same draws for inputs that are next to each other: no jumps where eigenvectors change their sign or order."""
     made = problem("mlp")

@@ -23,6 +23,7 @@ def mlp():
     return nn.Sequential(nn.Linear(3, 10), nn.Tanh(), nn.Linear(10, 1)).double()
 
 
+@pytest.mark.grid
 def test_finds_the_marginal_likelihood_of_bayesian_linear_regression():
     """On a linear model the evidence is exact: ``y ~ N(0, σ² I + X Xᵀ / δ)``."""
 
@@ -42,6 +43,7 @@ def test_finds_the_marginal_likelihood_of_bayesian_linear_regression():
     assert math.log(result.posterior.likelihood.noise_std) == pytest.approx(expected.x[1], abs=1e-3)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 def test_keeps_the_weights_of_the_largest_evidence(structure):
     model = mlp()

@@ -26,6 +26,7 @@ def dense_precision(posterior, prior_precision):
     return fisher.to_dense() * fisher.n_examples / posterior.temperature + torch.diag(prior), prior
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("likelihood", ["classification", "binary", "regression"])
 @pytest.mark.parametrize("network", CASES)
 @pytest.mark.parametrize(("layerwise", "temperature"), [(False, 1.0), (True, 0.5)])
@@ -52,6 +53,7 @@ def test_evidence_and_functional_variance_equal_dense(network, likelihood, layer
     torch.testing.assert_close(diagonal, expected.diagonal(dim1=1, dim2=2), rtol=RTOL, atol=0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("budget", [1, 300])
 @pytest.mark.parametrize("network", ["cnn", "sequence"])
 def test_functional_variance_does_not_depend_on_chunks(network, budget, monkeypatch):
@@ -108,6 +110,7 @@ def test_evidence_gradients():
     assert torch.autograd.gradcheck(posterior.log_marginal_likelihood, (precision, noise))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sampling", ["exact", "mc", "empirical"])
 @pytest.mark.filterwarnings("ignore:sampling=.empirical.")
 def test_another_noise_equals_a_fit_with_that_noise(sampling):
@@ -123,6 +126,7 @@ def test_another_noise_equals_a_fit_with_that_noise(sampling):
     torch.testing.assert_close(first.functional_variance(case.inputs), second.functional_variance(case.inputs))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_tuning_finds_the_maximum_of_the_evidence(likelihood, structure):
@@ -145,6 +149,7 @@ def test_tuning_finds_the_global_maximum_from_any_start():
     assert max(results) / min(results) < 1.01
 
 
+@pytest.mark.grid
 def test_tuning_beats_a_fine_grid():
     case = mlp()
     posterior = fitted(case).tune()
@@ -161,6 +166,7 @@ def test_tuning_warns_at_the_edge():
         fitted(case).tune()
 
 
+@pytest.mark.grid
 def test_covariance_of_samples_is_the_inverse_precision():
     """100,000 draws; every entry within six of its own standard errors, √((Σ_ii Σ_jj + Σ_ij²) / n)."""
     case = mlp(outputs=2)
@@ -189,6 +195,7 @@ def test_samples_are_reproducible():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
 @pytest.mark.parametrize("network", CASES)
 def test_classification_predictions_are_probabilities(network, link):
@@ -225,6 +232,7 @@ def test_centered_probit_prediction_by_hand():
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.grid
 def test_strong_prior_recovers_the_trained_network():
     case = cnn()
     posterior = fitted(case, prior_precision=1e12)
@@ -233,6 +241,7 @@ def test_strong_prior_recovers_the_trained_network():
         torch.testing.assert_close(posterior.predict(case.inputs, **options), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.grid
 def test_sampled_predictions_average_the_network_over_the_posterior():
     case = mlp("regression")
     posterior = fitted(case, prior_precision=5.0)
@@ -247,6 +256,7 @@ def test_sampled_predictions_average_the_network_over_the_posterior():
     torch.testing.assert_close(prediction.variance, f.var(0), rtol=0.25, atol=0)
 
 
+@pytest.mark.grid
 def test_glm_and_sampling_agree_where_the_network_is_linear():
     """In the last layer alone the network is linear in its weights: sampling must find the closed form."""
     case = mlp("regression")
@@ -258,6 +268,7 @@ def test_glm_and_sampling_agree_where_the_network_is_linear():
     torch.testing.assert_close(sampled.variance, glm.variance, rtol=6 * math.sqrt(2 / 20_000), atol=0)
 
 
+@pytest.mark.grid
 def test_variance_of_few_samples_is_unbiased():
     """Two draws at a time: the mean over 500 seeds is the variance (six standard errors; n instead of n−1 gives half)."""
     case = mlp("regression", outputs=1)
@@ -268,6 +279,7 @@ def test_variance_of_few_samples_is_unbiased():
     torch.testing.assert_close(torch.stack(few).mean(0), expected, rtol=6 * math.sqrt(2 / 500), atol=0)
 
 
+@pytest.mark.grid
 def test_variance_of_samples_survives_a_large_mean():
     """In float32, targets around 10,000: a difference of sums of squares would be rounding noise."""
     case = mlp("regression", outputs=1)

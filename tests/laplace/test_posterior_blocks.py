@@ -72,6 +72,7 @@ def dense_precision(posterior, deltas):
 # -- against dense computation -------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -102,6 +103,7 @@ def test_evidence_and_functional_variance_equal_dense(name, network, likelihood)
     torch.testing.assert_close(diagonal, expected.diagonal(dim1=1, dim2=2), rtol=RTOL, atol=1e-14)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_functional_variance_does_not_depend_on_chunks(name, network, monkeypatch):
@@ -113,6 +115,7 @@ def test_functional_variance_does_not_depend_on_chunks(name, network, monkeypatc
         assert_close(posterior.functional_variance(made.inputs, diagonal), expected, 1e-10)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -127,6 +130,7 @@ def test_tuning_finds_a_better_evidence(name, network, structure):
     torch.testing.assert_close(p.sum(1), torch.ones(len(p)).double())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("network", "name"), [("depthwise", "kfac"), ("depthwise", "ekfac"), ("lstm", "kfoc"), ("norms", "exact")]
 )
@@ -151,6 +155,7 @@ def test_covariance_of_samples_is_the_inverse_precision(network, name):
     assert ((flat.mean(0) - theta).abs() / (variance / n).sqrt()).max() < 6
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_redundant_biases_stay(network):
     """Samples name the parameters that have a posterior, with their shapes; a second bias is not among them."""
@@ -166,6 +171,7 @@ def test_redundant_biases_stay(network):
 # -- files ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_posteriors_are_saved_and_loaded(name, network, tmp_path):
@@ -232,6 +238,7 @@ def test_predicted_noise_with_the_linearised_model(columns):
     torch.testing.assert_close(prediction.noise_variance, torch.exp(f[:, columns:] + variance[:, columns:] / 2))
 
 
+@pytest.mark.grid
 def test_predicted_noise_by_sampling():
     """A sharp posterior has the network's own outputs; a wide one agrees with the network at drawn weights."""
     made, _, posterior = heteroscedastic()

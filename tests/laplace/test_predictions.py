@@ -21,6 +21,7 @@ from tests.support.posteriors import Problem, some_prior
 JOINT = ["linear", "mlp", "cnn", "sequence", "depthwise", "norms", "lstm", "reused", "segmentation", "tokens", "flat"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "exact", "diagonal"])
 @pytest.mark.parametrize("network", JOINT)
 def test_joint_covariance_equals_dense(network, estimator):
@@ -113,6 +114,7 @@ POSITIONS = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["kfac", "exact"])
 @pytest.mark.parametrize(("network", "likelihood", "axis"), POSITIONS)
 def test_variances_of_outputs_with_positions_equal_dense(network, likelihood, axis, estimator):
@@ -126,6 +128,7 @@ def test_variances_of_outputs_with_positions_equal_dense(network, likelihood, ax
     assert_close(posterior.functional_variance(made.inputs, diagonal=True), variance.reshape(shape))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize(("network", "likelihood", "axis"), POSITIONS)
 def test_predictions_go_position_by_position(network, likelihood, axis, diagonal):
@@ -159,6 +162,7 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
             torch.testing.assert_close(p.sum(axis), torch.ones_like(p.sum(axis)))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["tokens", "segmentation"])
 @pytest.mark.parametrize("method", ["glm", "sample"])
 def test_the_fit_tells_where_the_classes_are(network, method, tmp_path):
@@ -191,6 +195,7 @@ def streams(x, y):
     }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("stream", streams(torch.zeros(1), torch.zeros(1)))
 @pytest.mark.parametrize(
     ("network", "likelihood"),
@@ -213,6 +218,7 @@ def test_batches_equal_the_whole(network, likelihood, stream):
         assert_close(posterior.functional_variance(make(), diagonal), whole, 1e-10)
 
 
+@pytest.mark.grid
 def test_more_examples_than_one_chunk():
     made = problem("mlp")
     posterior = made.fitted()
@@ -263,6 +269,7 @@ def test_bad_streams_are_refused():
 # -- draws in mirrored pairs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("estimator", ["kfac", "exact"])
 @pytest.mark.parametrize("network", ["mlp", "lstm", "norms"])
 def test_antithetic_draws_mirror_each_other(network, estimator):
@@ -290,6 +297,7 @@ def test_antithetic_predictions_of_a_linear_network_have_the_exact_mean(n):
     assert (plain.mean - prediction.mean).abs().max() > 1e-3
 
 
+@pytest.mark.grid
 def test_variance_of_few_antithetic_samples_is_unbiased():
     """One pair at a time: the mean over 500 seeds is the variance, within six standard errors."""
     made = problem("mlp", "regression")
@@ -377,6 +385,7 @@ def test_in_place_activations_right_behind_a_layer():
     assert_close(posterior.functional_variance(made.inputs, joint=True), covariance.reshape(16, 16))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_draws_of_the_outputs_take_bounded_memory(diagonal, monkeypatch):
     """As many draws at a time as the budget allows; the average is over all of them."""

@@ -49,6 +49,7 @@ def test_evidence_and_variances_equal_dense(network, form, likelihood, estimator
     assert_like_dense(made, posterior, D, flat, outputs_and_jacobians(network, likelihood)[1])
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_a_prior_around_the_trained_weights_costs_nothing(network):
     torch.testing.assert_close(posterior.log_marginal_likelihood(), expected, rtol=RTOL, atol=0)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("structure", ["layerwise", "dict"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("network", ["mlp", *LARGER])
@@ -105,6 +107,7 @@ def flat_draws(made, draws):
 # -- derivatives ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal", "exact"])
 def test_gradients_of_the_evidence(estimator, structure):
@@ -127,6 +130,7 @@ def test_gradients_of_the_evidence(estimator, structure):
 # -- large layers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac", "ekfac"])
 @pytest.mark.parametrize("network", ["cnn", "depthwise", "lstm"])
 def test_precisions_of_single_weights_in_large_layers(network, estimator, monkeypatch):
@@ -159,6 +163,7 @@ def test_diagonal_and_dense_blocks_are_exact_at_any_size(estimator, monkeypatch)
 # -- after the fit -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_hyperparameters_set_after_the_fit(estimator, structure):
@@ -311,6 +316,7 @@ def test_more_data_are_refused_where_blocks_do_not_add_up(estimator, message):
 # -- dtypes and files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal", "exact"])
 @pytest.mark.parametrize("network", ["mlp", "lstm", "depthwise", "language_model"])
@@ -353,6 +359,7 @@ def test_an_unfitted_posterior_goes_to_another_dtype():
     assert posterior.functional_variance(made.inputs.float()).dtype == torch.float32
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("form", ["number", "flat", "dict"])
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import kronlaplace as kl
 from kronlaplace.laplace import tuning
 from tests.support.output_shapes import problem
 from tests.support.posteriors import ESTIMATORS, some_prior
+from tests.support.tiers import examples
 from tests.support.validation import GRID, PREDICTIVES, shifted
 
 at_the_edge = pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")
@@ -50,6 +51,7 @@ def logs_of(posterior):
 # -- evidence ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("likelihood", EVERY_LIKELIHOOD)
@@ -70,6 +72,7 @@ def test_scalar_optimum(network, likelihood, estimator):
     assert float(posterior.log_marginal_likelihood()) >= best - 1e-6
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("likelihood", EVERY_LIKELIHOOD)
@@ -108,6 +111,7 @@ def test_optimum_with_every_sampling(sampling):
     assert evidence(found) >= best - 1e-6
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -136,7 +140,7 @@ def test_optimum_at_another_temperature(temperature):
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(data=st.data())
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 @pytest.mark.parametrize(("likelihood", "estimator"), [("classification", "kfac"), ("regression", "exact")])
@@ -155,7 +159,7 @@ def test_the_evidence_is_concave_in_logarithms(likelihood, estimator, structure,
 
 
 @at_the_edge
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(
     precision=st.floats(-8, 8),
     noise=st.floats(-3, 3),
@@ -171,6 +175,7 @@ def test_tuning_never_loses(precision, noise, structure, likelihood):
     assert posterior.tune(structure=structure).log_marginal_likelihood() >= before - 1e-9
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal", "exact"])
 @pytest.mark.parametrize(
@@ -281,6 +286,7 @@ def test_a_known_noise_in_a_linear_model_is_bayesian_linear_regression():
     assert posterior.likelihood.noise_std == sigma
 
 
+@pytest.mark.quick(1)
 @at_the_edge
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])

@@ -17,6 +17,7 @@ from tests.support.validation import GRID, PREDICTIVES, independent_nll, shifted
 # -- validation, classification ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("name", PREDICTIVES)
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_validation_picks_the_best_of_the_grid(network, likelihood, name):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("network", ["mlp", "tokens"])
 def test_validation_weighs_targets_not_batches(network):
@@ -66,6 +68,7 @@ def test_validation_weighs_targets_not_batches(network):
     assert grid[int(np.argmin(halves))] != tuned[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge", "ignore:the evidence is largest")
 @pytest.mark.parametrize("structure", ["layerwise", "diagonal"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -108,6 +111,7 @@ def broken_at(monkeypatch, bad, value):
     monkeypatch.setattr(kl.Categorical, "predictive_nll", predictive_nll)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_passed_over(value, monkeypatch):
@@ -183,6 +187,7 @@ def test_missing_data_are_refused():
 # -- validation, regression ----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge", "ignore:sampling=.empirical.")
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", ["mlp", "cnn", "tokens"])
@@ -211,6 +216,7 @@ def test_prior_and_noise_are_found_together(network, sampling):
     assert found > min(losses) - 0.05
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 def test_prior_and_noise_are_found_together_by_sampling():
     """Draws are the same for all noises, and the search is coarse: near the best of a grid."""
@@ -232,6 +238,7 @@ def test_prior_and_noise_are_found_together_by_sampling():
     assert found <= best + 1e-2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("name", ["probit", "sample"])
 def test_validation_with_predicted_noise(name):

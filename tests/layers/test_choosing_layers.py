@@ -43,6 +43,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", CHOICES)
 def test_names_patterns_and_exclude(name):
     options, expected = CHOICES[name]
@@ -58,6 +59,7 @@ def test_names_patterns_and_exclude(name):
     assert list(posterior.prior_mean) == expected
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", CHOICES)
 def test_coverage_says_which_argument_it_was(name):
     options, expected = CHOICES[name]

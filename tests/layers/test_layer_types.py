@@ -14,6 +14,7 @@ from tests.support.architectures import ARCHITECTURES
 from tests.support.assertions import assert_blocks_are, assert_close
 from tests.support.cases import case
 from tests.support.problems import estimate, problem
+from tests.support.tiers import examples
 
 
 class Network(nn.Module):
@@ -72,7 +73,7 @@ def convolutions(draw):
     return layer, torch.randn(draw(st.integers(1, 3)), inputs, *size).double()
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(convolutions())
 def test_convolutions(drawn):
     layer, x = drawn
@@ -81,7 +82,7 @@ def test_convolutions(drawn):
         check(layer, x, sua=layer.padding_mode == "zeros")
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.data())
 def test_linear_layers_with_any_number_of_axes(data):
     axes = data.draw(st.lists(st.integers(1, 3), max_size=2))
@@ -90,7 +91,7 @@ def test_linear_layers_with_any_number_of_axes(data):
     check(layer, x, sua=all(length == 1 for length in axes))
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.data())
 def test_recurrent_layers(data):
     draw = data.draw
@@ -122,7 +123,7 @@ def test_recurrent_layers(data):
     check(layer, x, call)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(st.data())
 def test_recurrent_cells(data):
     draw = data.draw
@@ -145,7 +146,7 @@ def test_recurrent_cells(data):
     check(layer, x, call)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.data())
 def test_attention(data):
     draw = data.draw
@@ -166,6 +167,7 @@ def test_attention(data):
     check(layer, x, call)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_between_sequences_of_two_lengths(batch_first):
     """Each group has positions of its own: as many as the query has, as many as key and value have."""
@@ -200,6 +202,7 @@ NORMS = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", NORMS)
 def test_normalisations_have_diagonal_blocks(name):
     make, shape = NORMS[name]
@@ -210,7 +213,7 @@ def test_normalisations_have_diagonal_blocks(name):
     check(layer, torch.randn(3, *shape).double())
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(st.data())
 def test_embeddings_have_diagonal_blocks(data):
     draw = data.draw
@@ -277,6 +280,7 @@ def test_factors_of_groups_are_stacked():
     assert block.activation_factor.shape == (3, 9, 9)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ARCHITECTURES)
 def test_layers_can_be_chosen_by_the_names_of_their_modules(network):
     """A module alone gives what it gives among all; also if another one shares its parameters."""

@@ -163,6 +163,7 @@ def same(posterior, other):
         torch.testing.assert_close(posterior.sample(2)[name], draws)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("name", CASES)
 def test_posterior_is_that_of_the_other_layers(name, prior, tmp_path):
@@ -192,6 +193,7 @@ def test_posterior_is_that_of_the_other_layers(name, prior, tmp_path):
     same(posterior.tune(structure="layerwise"), other.tune(structure="layerwise"))
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", CASES)
 def test_ready_made_fisher(name):
     model, reason = network(name)

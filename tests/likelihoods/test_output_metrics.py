@@ -26,6 +26,7 @@ from tests.support.likelihoods import (
 )
 
 
+@pytest.mark.quick(7)
 @cases
 @given(seed=st.integers(0, 1000), spread=st.floats(0.1, 30))
 def test_exact_directions_are_a_square_root_of_the_hessian(name, shape, seed, spread):
@@ -102,6 +103,7 @@ def test_number_of_directions_without_targets(likelihood, shape, count):
     assert sum(1 for _ in likelihood.directions(f, Sampling.EXACT)) == count
 
 
+@pytest.mark.quick(3)
 @cases
 def test_sampled_directions_have_the_metric_as_second_moment(name, shape):
     """Tolerance: six standard errors of the mean of 40,000 draws, from the draws themselves."""

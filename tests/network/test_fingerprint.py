@@ -92,6 +92,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("tensor", ["big.weight", "big.bias", "norm.weight", "norm.running_mean", "norm.running_var"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -144,6 +145,7 @@ def test_what_is_no_change():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 def test_values_are_read_once_in_a_call_with_many_batches(monkeypatch):
     """An accelerator is waited for once, whatever the number of batches."""

@@ -163,6 +163,7 @@ def test_a_model_made_in_inference_mode():
     kl.KronLaplace(copy.deepcopy(model), "classification").fit([(X, Y)])  # the way out
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_a_whole_life_in_inference_mode(mode):
     """The same as outside; what was made inside can be differentiated later."""
@@ -192,6 +193,7 @@ def test_a_whole_life_in_inference_mode(mode):
 # -- a mapping of outputs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     "call", ["predict", "mc", "sample", "differentiable", "variance", "joint", "tune", "validation"]
 )

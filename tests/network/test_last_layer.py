@@ -67,6 +67,7 @@ def assert_same(fisher, other):
     assert fisher.coverage() == other.coverage()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", FOUND)
 def test_found_whatever_was_registered_last(name):
     model = Network(FOUND[name])
@@ -185,6 +186,7 @@ def test_a_tied_head():
 ENDS = {name: make for name, make in {**NETWORKS, **ARCHITECTURES}.items() if name != "language_model"}
 
 
+@pytest.mark.quick(11)
 @pytest.mark.parametrize("name", ENDS)
 def test_architectures(name):
     """All but one of the architectures end with the layer that they name last."""

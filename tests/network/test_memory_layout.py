@@ -103,6 +103,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("dims", "activation", "rearrangement", "kind"), CASES)
 def test_variances_and_their_gradients_are_those_of_the_norm_written_out(dims, activation, rearrangement, kind, n):

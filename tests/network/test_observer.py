@@ -152,6 +152,7 @@ def test_factors_in_training_mode_are_those_of_the_pass_that_ran():
     torch.testing.assert_close(blocks["1"].values, squares / len(x))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("estimator", [kl.KFAC(), kl.TKFAC(), kl.KFOC(aggregation="running"), kl.Diagonal()])
 @pytest.mark.parametrize("sampling", ["exact", "mc", "empirical"])
 @pytest.mark.filterwarnings("ignore:sampling")
@@ -289,6 +290,7 @@ def test_derivatives_inside_the_forward_pass_are_refused():
 # -- Moving averages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "estimator", [kl.KFAC(), kl.KFAC(weight_sharing="reduce"), kl.TKFAC(), kl.Diagonal(), kl.ExactBlock()]
 )

@@ -1,0 +1,49 @@
+"""The quick tier: a few cases of every test, chosen so that they differ as much as possible.
+
+`choose` decides for one test which of its cases those are; all others get the marker ``grid`` in ``conftest.py``.
+"""
+
+import itertools
+import zlib
+
+from hypothesis import settings
+
+CASES = 4
+"""So many cases of a test with several parameters are in the quick tier, if it does not say ``@pytest.mark.quick(n)``."""
+
+
+def values(item):
+    """The value of each ``parametrize`` of a test, as something that can be compared."""
+    found = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found.append(tuple(_comparable(item.callspec.params[name.strip()]) for name in names))
+    return tuple(found)
+
+
+def _comparable(value):
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def choose(cases, most, seed):
+    """Indices of at most ``most`` of the cases: first all single values, then as many pairs of values as possible.
+
+    Ties are broken by a hash of the seed, so that tests with the same parameters have different pairs of them.
+    """
+    singles = [{(i, value) for i, value in enumerate(case)} for case in cases]
+    pairs = [set(itertools.combinations(enumerate(case), 2)) for case in cases]
+    left, seen = list(range(len(cases))), set()
+    chosen = []
+    while left and len(chosen) < most:
+        best = max(
+            left, key=lambda j: (len(singles[j] - seen), len(pairs[j] - seen), zlib.crc32(f"{seed}{j}".encode()))
+        )
+        left.remove(best)
+        chosen.append(best)
+        seen |= singles[best] | pairs[best]
+    return chosen
+
+
+def examples(n):
+    """``max_examples`` for Hypothesis where the default is not right; in the quick tier it is smaller in proportion."""
+    return max(1, n * settings().max_examples // 25)
