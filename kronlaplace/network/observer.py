@@ -221,7 +221,7 @@ class NetworkObserver:
         """Return the linear layer whose output in the last pass is the network's own, untouched, if there is one."""
         for layer in self.layers:
             calls = self._pass.calls.get(layer.name, ())
-            if len(calls) != 1 or not (isinstance(layer.module, nn.Linear) and layer.factors):
+            if len(calls) != 1 or not can_be_last(layer) or layer.shares_weights_over_space:
                 continue
             (call,) = calls
             place = (self._pass.places or {}).get((layer.name, 0))

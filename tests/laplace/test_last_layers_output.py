@@ -7,8 +7,10 @@ from torch import nn
 import kronlaplace as kl
 from kronlaplace.likelihoods.links import Link
 from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.testing import temporary_registrations
 from tests.support.output_shapes import (
     GLM_LINKS,
+    Hidden,
     assert_close,
     hidden,
     made_of,
@@ -61,6 +63,30 @@ def test_the_output_layer_alone_takes_no_backward_pass(network, monkeypatch):
         posterior.predict(made.inputs, link=link)
     with pytest.raises(AssertionError, match="a backward pass"):
         other.functional_variance(made.inputs, diagonal=True)
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2: its weight is transposed."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_nor_does_one_of_a_registered_type(monkeypatch):
+    with temporary_registrations():
+        kl.register_layer(Conv1D, "linear", transposed=True)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Conv1D(5, 3)).double().eval()
+        x = torch.randn(6, 4, dtype=torch.float64)
+        posterior = kl.KronLaplace(model, "classification", layers="last").fit([(x, torch.arange(6) % 3)])
+        general = kl.KronLaplace(Hidden(model), "classification", layers=["inner.2"]).fit([(x, torch.arange(6) % 3)])
+        expected = general.functional_variance(x)
+        monkeypatch.setattr(NetworkObserver, "backward", None)
+        assert_close(posterior.functional_variance(x), expected, 1e-10)
 
 
 def doubled(f):
