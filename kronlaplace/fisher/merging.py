@@ -52,11 +52,7 @@ def _estimators(fisher: KroneckerFisher) -> dict[str, Estimator]:
     """What made each layer's block: the Fisher's estimator, or `Diagonal` beside it on layers without factors."""
     estimator = estimator_from_json(fisher.metadata.settings)
     made_by = {row.layer: row.estimator for row in fisher.metadata.coverage if row.shape is not None}
-    # Files from before there was a table of coverage have no diagonal blocks but those.
-    return {
-        name: Diagonal() if made_by.get(name, block.kind) == Diagonal.name else estimator
-        for name, block in fisher.items()
-    }
+    return {name: Diagonal() if made_by[name] == Diagonal.name else estimator for name in fisher}
 
 
 def _check_fit(first: KroneckerFisher, second: KroneckerFisher) -> None:

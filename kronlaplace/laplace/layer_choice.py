@@ -156,6 +156,6 @@ def _last_layer_of(fisher: KroneckerFisher) -> str:
     if name is None:
         raise ValueError(
             "the fisher does not tell which layer's output is the network's: it is none of those with a block, or the "
-            f'file is from before that was kept. Instead of layers="last" name one of {list(fisher)}.'
+            f'Fisher was made of blocks alone. Instead of layers="last" name one of {list(fisher)}.'
         )
     return name

@@ -413,8 +413,3 @@ def test_moving_averages():
         combined(mean, average)
     with pytest.raises(ValueError, match="the first Fisher is a moving average"):
         combined(average, average)
-
-
-def test_a_file_without_a_table_of_coverage():
-    one, other, whole = parts_and_whole("norms", kl.KFAC(), 2)
-    assert_same(combined(*(with_metadata(f, coverage=kl.Coverage()) for f in (one, other))), whole)
