@@ -191,9 +191,9 @@ def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], e
     for layer in search.layers:
         count = layer.n_parameters
         notes = []
-        if layer.redundant:
-            notes.append(f"{', '.join(layer.redundant)} acts through its sum with the bias")
-        if layer.also:
+        if layer.merged_parameters:
+            notes.append(f"{', '.join(layer.merged_parameters)} acts through its sum with the bias")
+        if layer.tied_modules:
             notes.append(f"shared by {len(layer.modules)} modules")
         rows.append(
             CoverageRow(
