@@ -163,7 +163,7 @@ class Gain(nn.Module):
 class GainLayer(kl.Layer):
     """What it is to an estimator: a column of gains, without Kronecker factors."""
 
-    factors = False
+    has_kronecker_factors = False
 
     @property
     def shape(self):

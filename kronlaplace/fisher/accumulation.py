@@ -47,7 +47,7 @@ class Accumulation:
         """Be for these layers, before any data have been seen."""
         self._layers = {layer.name: layer for layer in layers}
         self.estimators = {
-            layer.name: self._estimator if layer.factors or self._estimator.for_any_layer else Diagonal()
+            layer.name: self._estimator if layer.has_kronecker_factors or self._estimator.for_any_layer else Diagonal()
             for layer in layers
         }
         self._states: dict[str, State] = {

@@ -204,7 +204,7 @@ def with_metadata(
     """
     search = search_layers(model, list(fisher), Unsupported.FIXED)
     check_belongs(fisher, search.layers, model, "the fisher", "estimated")
-    names = {layer.name: (estimator if layer.factors else Diagonal()).name for layer in search.layers}
+    names = {layer.name: (estimator if layer.has_kronecker_factors else Diagonal()).name for layer in search.layers}
     metadata = FisherMetadata(
         likelihood=likelihood,
         estimator=estimator.name,
@@ -225,9 +225,9 @@ def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], e
     for layer in search.layers:
         count = layer.n_parameters
         notes = []
-        if layer.redundant:
-            notes.append(f"{', '.join(layer.redundant)} acts through its sum with the bias")
-        if layer.also:
+        if layer.merged_parameters:
+            notes.append(f"{', '.join(layer.merged_parameters)} acts through its sum with the bias")
+        if layer.tied_modules:
             notes.append(f"shared by {len(layer.modules)} modules")
         rows.append(
             CoverageRow(

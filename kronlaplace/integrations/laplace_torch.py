@@ -236,7 +236,7 @@ class _Part:
         self.layer = layer
         self.name = name
         self.parameter = parameter
-        if layer.factors:
+        if layer.has_kronecker_factors:
             index = torch.arange(layer.shape[1], dtype=torch.float64, device=layer.device).expand(layer.shape)
             self._columns = layer.split_directions(index)[name].reshape(layer.shape[0], -1)[0].round().long()
 
@@ -246,7 +246,7 @@ class _Part:
         Raises:
             TypeError: If the estimator made a block of another kind.
         """
-        if isinstance(block, DiagonalBlock) and not self.layer.factors:
+        if isinstance(block, DiagonalBlock) and not self.layer.has_kronecker_factors:
             return [torch.diag(n_examples * self.layer.split_directions(block.values)[self.name].flatten())]
         if not isinstance(block, KroneckerBlock):
             raise TypeError(
@@ -267,7 +267,7 @@ def _parts(layer: Layer) -> list[_Part]:
     reason = None
     if layer.groups > 1:
         reason = f"its block is block diagonal over {layer.groups} groups of rows"
-    elif not layer.factors and any(p.ndim != 1 for p in layer.parameters.values()):
+    elif not layer.has_kronecker_factors and any(p.ndim != 1 for p in layer.parameters.values()):
         reason = "its block is diagonal, and its weight has more than one axis"
     if reason is not None:
         raise NotImplementedError(
@@ -277,4 +277,4 @@ def _parts(layer: Layer) -> list[_Part]:
         )
     last = layer.parameter_names[-1]
     own = [_Part(layer, name, parameter) for name, parameter in layer.parameters.items()]
-    return own + [_Part(layer, last, parameter) for parameter in layer.redundant.values()]
+    return own + [_Part(layer, last, parameter) for parameter in layer.merged_parameters.values()]

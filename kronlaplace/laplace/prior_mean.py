@@ -54,7 +54,7 @@ def _from_mapping(value: Mapping[str, Tensor], layer: Layer) -> Tensor:
     if is_matrix_of(layer, value):
         return value[layer.name]
     (mean,) = from_parameters(value, [layer], "prior_mean")
-    for name in layer.redundant:  # acts only through its sum with the block's last column (recurrent biases)
+    for name in layer.merged_parameters:  # acts only through its sum with the block's last column (recurrent biases)
         if name in value:
             last = (mean[:, -1] + value[name].to(mean)).unsqueeze(1)
             mean = torch.cat([mean[:, :-1], last], dim=1)

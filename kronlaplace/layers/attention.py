@@ -54,12 +54,12 @@ def attention_refusal(module: Any) -> str | None:
     return None
 
 
-def attention_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> list[Layer]:
+def attention_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
     """The block of the input projections; the output projection is found as a module."""
     prefix = f"{name}." if name else ""
     weight = {f"{prefix}in_proj_weight": module.in_proj_weight}
     bias = {} if module.in_proj_bias is None else {f"{prefix}in_proj_bias": module.in_proj_bias}
-    return [InProjectionLayer(f"{prefix}in_proj", module, weight, bias, also=also)]
+    return [InProjectionLayer(f"{prefix}in_proj", module, weight, bias, tied_modules=tied_modules)]
 
 
 def attention_forward(

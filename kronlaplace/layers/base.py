@@ -33,12 +33,12 @@ Sums = dict[str, Tensor]
 
 
 class Report(Protocol):
-    """How a module that runs written out tells of its blocks; ``slot`` is the number of the block in the module."""
+    """How a module that runs written out tells of its blocks; ``block_index`` is the number of the block in the module."""
 
-    def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
+    def __call__(self, block_index: int, x: Tensor, output: Tensor) -> None:
         """Report one call: its input, and its output or the `probe` that was added to it, examples first."""
 
-    def probe(self, slot: int, zeros: Tensor) -> Tensor:
+    def probe(self, block_index: int, zeros: Tensor) -> Tensor:
         """The zeros, ready to be added to an output whose gradient is wanted: the gradient at them is the output's."""
 
 
@@ -49,26 +49,30 @@ class Layer(ABC):
         name: The block's name.
         module: The module that has the parameters.
         parameters: They, by their names in `nn.Module.named_parameters`, in the order of the columns of ``W̄``.
-        also: Other modules that share all of these parameters.
+        tied_modules: Other modules that share all of these parameters.
     """
 
-    redundant: Mapping[str, nn.Parameter] = MappingProxyType({})
+    merged_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters that act only through their sum with one of the block's."""
 
-    factors: ClassVar[bool] = True
+    has_kronecker_factors: ClassVar[bool] = True
     """Whether it has ``a`` and ``g``, so that a Kronecker block is possible."""
 
     shares_weights_over_space: ClassVar[bool] = False
     """Whether it is a convolution, to which rules of the papers for spatially shared weights apply."""
 
     def __init__(
-        self, name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], also: Sequence[nn.Module] = ()
+        self,
+        name: str,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        tied_modules: Sequence[nn.Module] = (),
     ) -> None:
         self.name = name
         self.module: Any = module
         self.parameters = dict(parameters)
-        self.also = tuple(also)
-        self.slot = 0
+        self.tied_modules = tuple(tied_modules)
+        self.block_index = 0
         """Which of the module's blocks it is."""
 
     def __repr__(self) -> str:
@@ -77,7 +81,7 @@ class Layer(ABC):
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules whose calls are uses of the parameters."""
-        return (self.module, *self.also)
+        return (self.module, *self.tied_modules)
 
     @property
     @abstractmethod
@@ -96,8 +100,8 @@ class Layer(ABC):
 
     @property
     def n_parameters(self) -> int:
-        """Number of the network's parameters that the block stands for, with the redundant ones."""
-        return sum(p.numel() for p in (*self.parameters.values(), *self.redundant.values()))
+        """Number of the network's parameters that the block stands for, merged parameters included."""
+        return sum(p.numel() for p in (*self.parameters.values(), *self.merged_parameters.values()))
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +193,7 @@ class Layer(ABC):
         """How many numbers it takes to work with ``a``, ``g`` and ``X`` of a call, with ``a`` in any case or not."""
         (q, p), groups = self.shape, self.groups
         rows = grad.numel() // max(q // groups, 1)  # N·T·K
-        return (rows * p if self.factors else 0) + len(x) * q * p
+        return (rows * p if self.has_kronecker_factors else 0) + len(x) * q * p
 
     def input_norm(self, x: Tensor) -> Tensor | float:
         """Frobenius norm of what the gradients are multiplied with in ``Σ_n X_n``, which bounds its rounding error."""
@@ -249,7 +253,7 @@ class LinearLayer(Layer):
     Args:
         weights: The parameters that are matrices, side by side in ``W̄``.
         bias: The bias, or None.
-        redundant: A second bias that the layer adds to the first, and not part of the block (recurrent layers: both
+        merged_parameters: A second bias that the layer adds to the first, and not part of the block (recurrent layers: both
             act through their sum only). The block's last column is the sum, which is attributed to ``bias``.
     """
 
@@ -259,14 +263,14 @@ class LinearLayer(Layer):
         module: nn.Module,
         weights: Mapping[str, nn.Parameter],
         bias: Mapping[str, nn.Parameter],
-        redundant: Mapping[str, nn.Parameter] | None = None,
-        also: Sequence[nn.Module] = (),
+        merged_parameters: Mapping[str, nn.Parameter] | None = None,
+        tied_modules: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__(name, module, {**weights, **bias}, also)
+        super().__init__(name, module, {**weights, **bias}, tied_modules)
         self._weights = dict(weights)
         self._bias = next(iter(bias.items()), None)
-        self.redundant = dict(redundant or {})
-        self._constant = next(iter(self.redundant.values()), None)
+        self.merged_parameters = dict(merged_parameters or {})
+        self._constant = next(iter(self.merged_parameters.values()), None)
 
     @property
     def bias(self) -> bool:

@@ -35,9 +35,9 @@ class ConvolutionLayer(Layer):
         module: nn.Module,
         weight: Mapping[str, nn.Parameter],
         bias: Mapping[str, nn.Parameter],
-        also: Sequence[nn.Module] = (),
+        tied_modules: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__(name, module, {**weight, **bias}, also)
+        super().__init__(name, module, {**weight, **bias}, tied_modules)
         self.bias = bool(bias)
 
     @property

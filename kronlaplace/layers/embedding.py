@@ -20,7 +20,7 @@ class EmbeddingLayer(Layer):
     integer inputs are look-ups, calls with floating-point inputs are products.
     """
 
-    factors = False
+    has_kronecker_factors = False
 
     @property
     def _table(self) -> nn.Parameter:

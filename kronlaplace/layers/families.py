@@ -34,7 +34,7 @@ class Family:
         forward: Takes the place of the modules' own forward pass while a pass is recorded; None if they can be observed.
         weight: The name of the parameter that must be trainable; None if all parameters must be, or none.
         bias: The name of the parameter that may be trainable too, or None.
-        factors: Whether the layers have Kronecker factors.
+        has_kronecker_factors: Whether the layers have Kronecker factors.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Family:
     forward: Callable[..., Any] | None = None
     weight: str | None = "weight"
     bias: str | None = "bias"
-    factors: bool = True
+    has_kronecker_factors: bool = True
 
     @property
     def is_matrix(self) -> bool:
@@ -56,32 +56,36 @@ def _full_name(module_name: str, parameter: str) -> str:
 
 
 def _weight_and_bias(kind: Any, weight: str = "weight", bias: str = "bias") -> Callable[..., list[Layer]]:
-    def make(name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
+    def make(name: str, module: Any, tied_modules: Sequence[nn.Module]) -> list[Layer]:
         offset = getattr(module, bias, None)
         offsets = {_full_name(name, bias): offset} if offset is not None and offset.requires_grad else {}
-        return [kind(name, module, {_full_name(name, weight): getattr(module, weight)}, offsets, also=also)]
+        return [
+            kind(name, module, {_full_name(name, weight): getattr(module, weight)}, offsets, tied_modules=tied_modules)
+        ]
 
     return make
 
 
 def _all_parameters(kind: Any) -> Callable[..., list[Layer]]:
-    def make(name: str, module: nn.Module, also: Sequence[nn.Module]) -> list[Layer]:
+    def make(name: str, module: nn.Module, tied_modules: Sequence[nn.Module]) -> list[Layer]:
         parameters = {_full_name(name, key): p for key, p in module.named_parameters(recurse=False)}
-        return [kind(name, module, parameters, also)]
+        return [kind(name, module, parameters, tied_modules)]
 
     return make
 
 
-def _embedding(weight: str, name: str, module: Any, also: Sequence[nn.Module]) -> list[Layer]:
-    return [EmbeddingLayer(name, module, {_full_name(name, weight): getattr(module, weight)}, also)]
+def _embedding(weight: str, name: str, module: Any, tied_modules: Sequence[nn.Module]) -> list[Layer]:
+    return [EmbeddingLayer(name, module, {_full_name(name, weight): getattr(module, weight)}, tied_modules)]
 
 
 _LINEAR = Family("linear", _weight_and_bias(LinearLayer))
 _CONVOLUTION = Family("convolution", _weight_and_bias(ConvolutionLayer))
-_NORMALIZATION = Family("normalization", _weight_and_bias(NormalizationLayer), factors=False)
+_NORMALIZATION = Family("normalization", _weight_and_bias(NormalizationLayer), has_kronecker_factors=False)
 _RECURRENT = Family("recurrent", recurrent_layers, recurrent_refusal, recurrent_forward, weight=None)
 _ATTENTION = Family("attention", attention_layers, attention_refusal, attention_forward, weight=None)
-_EMBEDDING = Family("embedding", partial(_embedding, "weight"), embedding_refusal, bias=None, factors=False)
+_EMBEDDING = Family(
+    "embedding", partial(_embedding, "weight"), embedding_refusal, bias=None, has_kronecker_factors=False
+)
 
 LAYERS: Registry[type[nn.Module], Family] = Registry()
 """The types of modules that get a block."""
@@ -148,8 +152,8 @@ def register_layer(
               feature by feature on the last axes (in subclasses of torch's batch, group and instance norms on axis 1);
             - ``"embedding"``: integer inputs look up rows of the weight;
             - or a class derived from `Layer` that says itself what ``a``, ``g`` and ``X`` are. It is made as the class
-              that it is derived from: with ``(name, module, weights, bias, also=...)`` for `LinearLayer`,
-              `ConvolutionLayer` and `NormalizationLayer`, else with ``(name, module, parameters, also)`` and all
+              that it is derived from: with ``(name, module, weights, bias, tied_modules=...)`` for `LinearLayer`,
+              `ConvolutionLayer` and `NormalizationLayer`, else with ``(name, module, parameters, tied_modules)`` and all
               parameters of the module itself, which must be trainable together.
         weight: The name of the parameter that is the weight.
         bias: The name of the parameter that is the bias, if the module has one.
@@ -200,13 +204,22 @@ def _convolution_refusal(module: Any) -> str | None:
 
 def _normalization_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
     kind = NormalizationLayer if issubclass(module_type, _ON_AXIS_ONE) else ScaleLayer
-    return Family("normalization", _weight_and_bias(kind, weight, bias), weight=weight, bias=bias, factors=False)
+    return Family(
+        "normalization", _weight_and_bias(kind, weight, bias), weight=weight, bias=bias, has_kronecker_factors=False
+    )
 
 
 def _embedding_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
     if bias != "bias":
         raise ValueError(f"bias={bias!r} does not apply to an embedding, which has a table only.")
-    return Family("embedding", partial(_embedding, weight), embedding_refusal, weight=weight, bias=None, factors=False)
+    return Family(
+        "embedding",
+        partial(_embedding, weight),
+        embedding_refusal,
+        weight=weight,
+        bias=None,
+        has_kronecker_factors=False,
+    )
 
 
 _BY_NAME: dict[str, Callable[[type[nn.Module], str, str, bool], Family]] = {
@@ -225,10 +238,16 @@ def _own_family(kind: type[Layer], weight: str, bias: str) -> Family:
         raise TypeError(f"{kind.__name__} cannot be made: it does not define {missing}.")
     if issubclass(kind, (LinearLayer, ConvolutionLayer, NormalizationLayer)):
         return Family(
-            kind.__name__, _weight_and_bias(kind, weight, bias), weight=weight, bias=bias, factors=kind.factors
+            kind.__name__,
+            _weight_and_bias(kind, weight, bias),
+            weight=weight,
+            bias=bias,
+            has_kronecker_factors=kind.has_kronecker_factors,
         )
     if (weight, bias) != ("weight", "bias"):
         raise ValueError(
             f"{kind.__name__} takes all parameters of a module by their own names; leave out weight and bias."
         )
-    return Family(kind.__name__, _all_parameters(kind), weight=None, bias=None, factors=kind.factors)
+    return Family(
+        kind.__name__, _all_parameters(kind), weight=None, bias=None, has_kronecker_factors=kind.has_kronecker_factors
+    )

@@ -154,16 +154,16 @@ def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str
             continue
         # An embedding that is also an output layer is a table first: no Kronecker factors.
         first = next((m for m in members if _family(m[1]).kind == "embedding"), members[0])
-        layers += _made(*first, also=[module for _, module in members if module is not first[1]])
+        layers += _made(*first, tied_modules=[module for _, module in members if module is not first[1]])
     order = {id(module): i for i, module in enumerate(owners.values())}
     layers.sort(key=lambda layer: min(order[id(m)] for m in layer.modules))
     return layers, refusals
 
 
-def _made(name: str, module: nn.Module, also: Sequence[nn.Module] = ()) -> list[Layer]:
-    layers = _family(module).make(name, module, also)
-    for slot, layer in enumerate(layers):
-        layer.slot = slot
+def _made(name: str, module: nn.Module, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
+    layers = _family(module).make(name, module, tied_modules)
+    for block_index, layer in enumerate(layers):
+        layer.block_index = block_index
     return layers
 
 
@@ -246,7 +246,7 @@ def _left_out(
     model: nn.Module, layers: list[Layer], refusals: dict[str, str], reasons: Mapping[int, str]
 ) -> list[LeftOut]:
     """All parameters without a block, module by module; reasons by the ids of parameters that the caller left out."""
-    covered = {id(p) for layer in layers for p in (*layer.parameters.values(), *layer.redundant.values())}
+    covered = {id(p) for layer in layers for p in (*layer.parameters.values(), *layer.merged_parameters.values())}
     rows = []
     for name, module in model.named_modules():
         rest = [p for p in module.parameters(recurse=False) if id(p) not in covered]

@@ -17,7 +17,7 @@ __all__ = ["NormalizationLayer"]
 class NormalizationLayer(Layer):
     """Scale and shift of a normalisation layer: ``W̄ = [weight bias]``, one row per feature, shape ``(features, 2)``."""
 
-    factors = False
+    has_kronecker_factors = False
 
     def __init__(
         self,
@@ -25,9 +25,9 @@ class NormalizationLayer(Layer):
         module: nn.Module,
         weight: Mapping[str, nn.Parameter],
         bias: Mapping[str, nn.Parameter],
-        also: Sequence[nn.Module] = (),
+        tied_modules: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__(name, module, {**weight, **bias}, also)
+        super().__init__(name, module, {**weight, **bias}, tied_modules)
         self._bias = bool(bias)
 
     @property

@@ -31,7 +31,7 @@ def recurrent_refusal(module: Any) -> str | None:
     return None
 
 
-def recurrent_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> list[Layer]:
+def recurrent_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
     """The blocks of a recurrent module or cell."""
     prefix = f"{name}." if name else ""
     cell = isinstance(module, nn.RNNCellBase)
@@ -51,14 +51,14 @@ def recurrent_layers(name: str, module: Any, also: Sequence[nn.Module] = ()) -> 
                         module,
                         dict([list(weights.items())[i]]),
                         dict(list(biases.items())[i : i + 1]),
-                        also=also,
+                        tied_modules=tied_modules,
                     )
                 )
             continue
         several = len(suffixes) > 1
         block = f"{prefix}{suffix.removeprefix('_')}" if several else name
         first, second = dict(list(biases.items())[:1]), dict(list(biases.items())[1:])
-        layers.append(LinearLayer(block, module, weights, first, second, also=also))
+        layers.append(LinearLayer(block, module, weights, first, second, tied_modules=tied_modules))
     return layers
 
 

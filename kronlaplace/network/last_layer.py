@@ -93,7 +93,7 @@ def maker_of(tensor: Tensor, also: Collection[str] = ()) -> Any:
 
 def can_be_last(layer: Layer) -> bool:
     """Whether a layer can be the last: its output is that of its module, as a product with a weight of its own."""
-    return layer.factors and not layer.also and written_out(layer.module) is None
+    return layer.has_kronecker_factors and not layer.tied_modules and written_out(layer.module) is None
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def find_last_layer(model: nn.Module, inputs: Inputs) -> str:
         reason = f"its outputs are those of {origin.module!r} ({type(module).__name__})"
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             reason += ", whose parameters are frozen"
-        elif (found := family_of(module)) is not None and found[1].factors:
+        elif (found := family_of(module)) is not None and found[1].has_kronecker_factors:
             reason += ", which shares its weight, or cannot have a block"
     ran = [name for name in origin.called if name in candidates]
     raise ValueError(

@@ -321,7 +321,7 @@ class NetworkObserver:
         slots: dict[nn.Module, dict[int, Layer]] = {}
         for layer in self.layers:
             for owner in layer.modules:
-                slots.setdefault(owner, {})[layer.slot] = layer
+                slots.setdefault(owner, {})[layer.block_index] = layer
         for original in model.modules():
             module: Any = module_of(original)
             forward = written_out(original)
@@ -350,7 +350,9 @@ class NetworkObserver:
         axis = self.layout.input_axis
         self._pass.n_inputs = tensors[0].shape[axis] if tensors and tensors[0].ndim > axis else None
         # With inputs that carry a gradient no layer is the first, nor is one behind parameters that are not observed.
-        observed = {id(p) for layer in self.layers for p in (*layer.parameters.values(), *layer.redundant.values())}
+        observed = {
+            id(p) for layer in self.layers for p in (*layer.parameters.values(), *layer.merged_parameters.values())
+        }
         trainable = sum(p.requires_grad for p in self._model.parameters())
         self._pass.all_edges = trainable > len(observed) or any(t.requires_grad for t in tensors)
 
@@ -432,9 +434,9 @@ class _BlockReport:
         self._observer = observer
         self._layers = layers
 
-    def __call__(self, slot: int, x: Tensor, output: Tensor) -> None:
-        if slot in self._layers:
-            self._observer._note(self._layers[slot], x, output, written_out=True)
+    def __call__(self, block_index: int, x: Tensor, output: Tensor) -> None:
+        if block_index in self._layers:
+            self._observer._note(self._layers[block_index], x, output, written_out=True)
 
-    def probe(self, slot: int, zeros: Tensor) -> Tensor:
-        return zeros.requires_grad_() if slot in self._layers else zeros
+    def probe(self, block_index: int, zeros: Tensor) -> Tensor:
+        return zeros.requires_grad_() if block_index in self._layers else zeros

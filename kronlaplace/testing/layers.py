@@ -64,7 +64,7 @@ def check_layer(module: nn.Module, inputs: Tensor) -> None:
     grad = standard_normal(*output.shape, seed=1)
     exact = _per_example(layer, output, grad)
     _check_gradients(layer, x, grad, exact)
-    if layer.factors:
+    if layer.has_kronecker_factors:
         _check_factors(layer, x, output.detach(), grad)
     _check_fisher(layer, module, x, output)
 
