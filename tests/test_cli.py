@@ -1,9 +1,11 @@
 """The command line from end to end, on short recipes; errors are one line and exit code 2."""
 
 import csv
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +29,10 @@ def no_data_variable(monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """A hundredth of the training."""
+    shorten(monkeypatch)
+
+
+def shorten(monkeypatch):
     networks = {
         name: (network, replace(recipe, steps=20), title)
         for name, (network, recipe, title) in classification._NETWORKS.items()
@@ -34,6 +40,16 @@ def short(monkeypatch):
     monkeypatch.setattr(classification, "_NETWORKS", networks)
     monkeypatch.setattr(regression, "RECIPE", replace(regression.RECIPE, steps=50))
     monkeypatch.setattr(regression, "SINE_RECIPE", replace(regression.SINE_RECIPE, steps=50))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The exit code, folder, and what a short run on digits prints, for tests that only read them."""
+    out, printed, errors = tmp_path_factory.mktemp("out"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(errors):
+        shorten(patch)
+        code = main(["demo", "--dataset", "digits", "--out", str(out)])
+    return code, out / "digits", printed.getvalue(), errors.getvalue()
 
 
 def read(path):
@@ -51,40 +67,39 @@ def is_png(path):
 
 class TestDemo:
     @pytest.mark.grid
-    def test_classification_writes_what_it_prints(self, short, tmp_path, capsys):
-        assert main(["demo", "--dataset", "digits", "--out", str(tmp_path)]) == 0
-        printed = capsys.readouterr()
-        folder = tmp_path / "digits"
+    def test_classification_writes_what_it_prints(self, digits):
+        code, folder, printed, errors = digits
+        assert code == 0
         rows = read(folder / "table.csv")
         assert [row["method"] for row in rows] == ["MAP", "Laplace, last layer", "Laplace, all layers"]
         assert list(rows[0]) == ["method", "accuracy", "nll", "brier", "ece", "ood_auroc"]
         markdown = (folder / "table.md").read_text()
         for row in rows:
-            for text in (printed.out, markdown):
+            for text in (printed, markdown):
                 line = next(line for line in text.splitlines() if line.strip("| ").startswith(row["method"]))
                 written = [float(word) for word in line.replace("|", " ").removeprefix(" ").split()[-5:]]
                 np.testing.assert_allclose(written, numbers(row), atol=6e-5)
-        assert "rotated by 90 degrees" in printed.out
-        assert "predictive entropy" in printed.out
-        assert printed.err == ""
+        assert "rotated by 90 degrees" in printed
+        assert "predictive entropy" in printed
+        assert errors == ""
         assert is_png(folder / "reliability.png")
 
     @pytest.mark.grid
-    def test_posterior_files_hold_all_layers_and_the_last(self, short, tmp_path):
-        main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
-        everything = load_file(tmp_path / "digits" / "posterior.safetensors")
-        last = load_file(tmp_path / "digits" / "posterior_last_layer.safetensors")
+    def test_posterior_files_hold_all_layers_and_the_last(self, digits):
+        _, folder, _, _ = digits
+        everything = load_file(folder / "posterior.safetensors")
+        last = load_file(folder / "posterior_last_layer.safetensors")
         assert {name.split("/")[1] for name in everything if name.startswith("mean/")} == {"0", "3", "7", "9"}
         assert {name.split("/")[1] for name in last if name.startswith("mean/")} == {"9"}
 
     @pytest.mark.grid
-    def test_scores_are_those_of_the_saved_posterior(self, short, tmp_path):
+    def test_scores_are_those_of_the_saved_posterior(self, digits):
         """The Laplace row again, from the file, the network rebuilt from its weights."""
-        main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
         from kronlaplace.demo.datasets import load
 
         data = load("digits")
-        path = tmp_path / "digits" / "posterior.safetensors"
+        _, folder, _, _ = digits
+        path = folder / "posterior.safetensors"
         model = classification._NETWORKS["digits"][0]().eval()
         tensors = load_file(path)
         with torch.no_grad():
@@ -96,7 +111,7 @@ class TestDemo:
             posterior = kl.KronLaplace.load(path, model)
             probabilities = posterior.predict(data.test_x, link="mc", n_samples=1000).numpy()
             map_probabilities = model(data.test_x).softmax(1).numpy()
-        rows = {row["method"]: row for row in read(tmp_path / "digits" / "table.csv")}
+        rows = {row["method"]: row for row in read(folder / "table.csv")}
         labels = data.test_y.numpy()
         for p, method, tolerance in (
             (map_probabilities, "MAP", 1e-5),
