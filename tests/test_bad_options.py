@@ -100,7 +100,9 @@ def test_fit_takes_data_or_a_fisher():
         posterior.fit()
     other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
     fisher = kl.estimate_fisher(other, [X], "classification")
-    with pytest.raises(ValueError, match=r"the fisher is of another network: layer '0' has .* \(7, 5\) matrix there"):
+    with pytest.raises(
+        ValueError, match=r"the fisher belongs to a different network: its block for layer '0' .* \(7, 5\) matrix"
+    ):
         posterior.fit(fisher=fisher)
     with pytest.raises(
         ValueError, match=r"the fisher has no blocks for the layers \['0'\] of the posterior, only for \['2'\]"

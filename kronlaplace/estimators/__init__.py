@@ -1,4 +1,4 @@
-"""The curvature estimators, and their shorthands."""
+"""Curvature estimators and their shorthands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an estimator is: sums over a layer's inputs and output gradients, and the block they make."""
+"""Base class of the estimators, which turn sums over a layer's inputs and output gradients into a block."""
 
 from __future__ import annotations
 
@@ -15,75 +15,78 @@ __all__ = ["Estimator", "State", "kind_of", "weighted_mean"]
 _Block = TypeVar("_Block", bound=Block)
 
 State = dict[str, Any]
-"""What an estimator accumulates for one layer: named sums over examples (tensors), or lists that grow."""
+"""State that an estimator accumulates for one layer: named sums over examples (tensors), or lists that grow."""
 
 
 class Estimator(ABC):
-    """Turns what flows through a layer into its block.
+    """Base class of the estimators, which compute a layer's block from its inputs and output gradients.
 
-    An estimator holds settings only; what it accumulates is a `State` that the caller keeps. For each batch `add_inputs`
-    comes once, then `add_gradients` once per direction, then `end_batch`. A new estimator is a subclass with `start`,
-    `add_gradients` and `finish`, and what else it needs of the following.
+    An estimator holds only settings; what it accumulates is a `State` that the caller keeps. For each batch, `add_inputs`
+    is called once, then `add_gradients` once per direction, then `end_batch`. To define an estimator, derive a class with
+    `start`, `add_gradients` and `finish`, and override further methods as needed.
     """
 
     name: ClassVar[str]
-    """Shorthand and name in saved files."""
+    """Shorthand, and name in saved files."""
 
     for_any_layer: ClassVar[bool] = False
-    """Whether it also suits layers without Kronecker structure; those get a diagonal block from all others."""
+    """Whether layers without Kronecker structure are supported too; otherwise they get a diagonal block."""
 
     constants: ClassVar[frozenset[str]] = frozenset()
-    """Keys of the state that are no sums over the data of this pass."""
+    """Keys of state entries that are constant during a pass and must not be merged or decayed."""
 
-    not_combinable: ClassVar[str] = "it does not say how finished blocks add up (Estimator.combine)"
-    """Why `combine` refuses, for its error."""
+    not_combinable: ClassVar[str] = "it does not define how finished blocks add up (Estimator.combine)"
+    """Reason given in the error that `combine` raises."""
 
     @property
     def passes(self) -> int:
-        """How many times it needs to see the data."""
+        """Number of passes over the data that are needed."""
         return 1
 
     @abstractmethod
     def start(self, layer: Layer) -> State:
-        """The state before any data."""
+        """Return the state before any data."""
 
     def add_inputs(self, state: State, batch: LayerBatch) -> None:
-        """Take a layer's inputs of one batch."""
+        """Add a layer's inputs in one batch to its state."""
         return
 
     def state_from(self, block: Block, layer: Layer, weight: float) -> State:
-        """Make the state that data with a known block would have left, to go on from there.
+        """Return the state that data with a known block would have left, so that accumulation can continue from it.
 
         Args:
-            block: The mean over the examples of these data.
+            block: Mean over the examples of these data.
             layer: The layer.
-            weight: Number of the examples that the block is to count for.
+            weight: Number of examples that the block stands for.
 
         Raises:
             NotImplementedError: If finished blocks do not determine the state.
-            TypeError: For a block of another kind than the estimator makes.
+            TypeError: If the block is not of the kind that the estimator makes.
         """
         raise NotImplementedError(
-            f"the estimator {self.name!r} cannot start from a given block: that does not determine the sums that it "
+            f"the estimator {self.name!r} cannot start from a given block, which does not determine the sums that it "
             'accumulates. Use KFAC(), TKFAC(), KFOC(aggregation="running"), Diagonal() or ExactBlock().'
         )
 
     @abstractmethod
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
-        """Take the gradients at a layer's outputs along one direction ``d_v``.
+        """Add the gradients at a layer's outputs along one direction ``d_v`` to its state.
 
         Args:
-            state: The layer's state, changed in place.
+            state: The layer's state, modified in place.
             gradients: The layer's inputs in this batch, with the gradient of each example's own negative log-likelihood at
                 the output of every call.
         """
 
     def end_batch(self, state: State, batch: LayerBatch) -> None:
-        """All directions of a batch have come."""
+        """Finish a batch; called after its last direction."""
         return
 
     def merge(self, state: State, other: State) -> State:
-        """The state of both data sets together. Sums add up; a state that is not a sum overrides this."""
+        """Return the state of both data sets together.
+
+        The default adds the entries; estimators whose states are not sums override it.
+        """
         merged = dict(state)
         for key, value in other.items():
             if key not in merged:
@@ -93,25 +96,27 @@ class Estimator(ABC):
         return merged
 
     def decay(self, state: State, factor: float) -> None:
-        """Make all that was seen so far count ``factor`` times as much, in place; for moving averages."""
+        """Multiply the weight of everything seen so far by ``factor``, in place; for moving averages."""
         for key, value in state.items():
             if key not in self.constants:
-                assert isinstance(value, Tensor), f"{type(self).__name__} must say how its {key!r} decays"
+                assert isinstance(value, Tensor), f"{type(self).__name__} must define how its {key!r} decays"
                 value.mul_(factor)
 
     def next_pass(self, state: State, layer: Layer, weight: float) -> State:
-        """The state to begin the next pass over the data with, after a pass that is not the last.
+        """Return the state with which the next pass over the data begins, after a pass that is not the last.
 
         Args:
             state: The state at the end of the pass.
             layer: The layer.
             weight: Number of examples in the pass (their total weight in a moving average).
         """
-        raise NotImplementedError(f"{type(self).__name__} makes one pass only.")
+        raise NotImplementedError(f"{type(self).__name__} makes only one pass.")
 
     @abstractmethod
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        """The block, a mean over examples. The state is used up; its tensors may become the block's.
+        """Return the block, a mean over examples.
+
+        The state cannot be used afterwards: its tensors may become those of the block.
 
         Args:
             state: The state.
@@ -120,30 +125,30 @@ class Estimator(ABC):
         """
 
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
-        """The block of two data sets together, from the finished block of each.
+        """Return the block of two data sets together, from the finished block of each.
 
-        For estimators whose finished blocks still hold all their sums over examples; the others refuse.
+        Only estimators whose finished blocks still hold all their sums over examples define it; the others raise.
 
         Args:
-            first: A layer's block on one data set, untouched.
-            second: The same layer's block on the other, untouched.
+            first: A layer's block on one data set; left unchanged.
+            second: The same layer's block on the other; left unchanged.
             weights: Shares of the two data sets in all examples; they sum to one.
 
         Returns:
-            What `finish` makes of the data of both, up to rounding.
+            The block that `finish` would return for both data sets, up to rounding.
 
         Raises:
-            NotImplementedError: If the finished blocks do not determine it, with the ways out.
+            NotImplementedError: If the finished blocks do not determine it; the message lists alternatives.
         """
         raise NotImplementedError(
             f"finished Fishers of the estimator {self.name!r} cannot be combined: {self.not_combinable}. Estimate from all "
-            "data at once, such as DataLoader(torch.utils.data.ConcatDataset([first, second]), batch_size=...), or use "
-            "KFAC() or TKFAC(), whose blocks hold sums that add up."
+            "data at once, for example with DataLoader(torch.utils.data.ConcatDataset([first, second]), batch_size=...), or "
+            "use KFAC() or TKFAC(), whose blocks hold sums that add up."
         )
 
 
 def kind_of(block: Block, kind: type[_Block], layer: Layer) -> _Block:
-    """Return the block, which must be of a kind.
+    """Return the block after checking that it is of the given kind.
 
     Raises:
         TypeError: If it is not.
@@ -154,5 +159,5 @@ def kind_of(block: Block, kind: type[_Block], layer: Layer) -> _Block:
 
 
 def weighted_mean(first: Tensor, second: Tensor, weights: tuple[float, float]) -> Tensor:
-    """``w_1 x_1 + w_2 x_2``, of one shape, as a new tensor."""
+    """Return ``w_1 x_1 + w_2 x_2`` for tensors of one shape, as a new tensor."""
     return first * weights[0] + second * weights[1]

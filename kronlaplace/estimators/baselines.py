@@ -1,4 +1,4 @@
-"""The baselines: the diagonal of the Fisher's block, and the block itself."""
+"""Baselines: the diagonal of the Fisher's block, and the block itself."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class ExactBlock(Estimator):
     """The block itself, ``E[Σ_v vec(X) vec(X)ᵀ]``: the ground truth for small layers.
 
     Args:
-        max_size: Most parameters of a layer; a block takes that number squared of memory.
+        max_size: Maximum number of parameters of a layer; the memory of a block grows with the square of that number.
 
     Raises:
-        ValueError: Before any work, if a layer is larger, with the memory that its block would take.
+        ValueError: If a layer is larger, before any work is done; the message gives the memory that its block would take.
     """
 
     name: ClassVar[str] = "exact"
@@ -64,8 +64,8 @@ class ExactBlock(Estimator):
             memory = size**2 * torch.finfo(layer.dtype).bits / 8 / 2**30
             raise ValueError(
                 f"the exact block of layer {layer.name!r} is a matrix of {size} x {size} numbers and would take "
-                f"{memory:.1f} GiB; ExactBlock goes up to max_size={self.max_size} parameters. Leave the layer out with "
-                f"layers=[...], use a Kronecker estimator such as KFOC(), or give ExactBlock(max_size={size})."
+                f"{memory:.1f} GiB; ExactBlock allows up to max_size={self.max_size} parameters. Leave the layer out with "
+                f"layers=[...], use a Kronecker estimator such as KFOC(), or pass ExactBlock(max_size={size})."
             )
         return {"matrix": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)}
 

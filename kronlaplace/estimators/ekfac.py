@@ -19,19 +19,19 @@ __all__ = ["EKFAC"]
 class EKFAC(Estimator):
     """Eigenvalue-corrected K-FAC (George et al. 2018): ``λ_ij = E[(Q_Gᵀ X Q_A)_ij²]`` in the eigenbasis of ``basis``.
 
-    One pass over the data more than the basis needs. Its trace is the Fisher's, and its error is never larger than that
-    of the Kronecker factors that the basis comes from.
+    It needs one more pass over the data than ``basis``. Its trace equals that of the Fisher, and its error is never larger
+    than that of the Kronecker factors from which the basis comes.
 
     Args:
-        basis: The estimator of the Kronecker factors, such as ``KFAC()``, ``TKFAC()`` or ``KFOC()``.
+        basis: Estimator of the Kronecker factors, such as ``KFAC()``, ``TKFAC()`` or ``KFOC()``.
 
     Raises:
-        TypeError: If it does not make Kronecker factors.
+        TypeError: If ``basis`` does not make Kronecker factors.
     """
 
     name: ClassVar[str] = "ekfac"
     not_combinable: ClassVar[str] = (
-        "its eigenvalues belong to the eigenbasis of their own data, and in that of all data they are others"
+        "its eigenvalues refer to the eigenbasis of their own data, and they are different in the eigenbasis of all data"
     )
     constants: ClassVar[frozenset[str]] = frozenset({"gradient basis", "activation basis"})
     basis: Estimator = field(default_factory=KFAC)

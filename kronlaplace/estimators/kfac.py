@@ -1,4 +1,4 @@
-"""K-FAC, and KFC on convolutions."""
+"""K-FAC, which is KFC on convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["KFAC", "WeightSharing"]
 
 
 class WeightSharing(Choice):
-    """How positions that share weights enter: each for itself (``EXPAND``), or averaged first (``REDUCE``)."""
+    """Treatment of positions that share weights: each by itself (``EXPAND``), or averaged first (``REDUCE``)."""
 
     EXPAND = "expand"
     REDUCE = "reduce"
@@ -25,11 +25,12 @@ class WeightSharing(Choice):
 class KFAC(Estimator):
     """Kronecker-factored approximate curvature (K-FAC Eq. 1), on shared weights by the rule of KFC (Eq. 30–32).
 
-    ``A = E_n[Σ_t a_t a_tᵀ]`` and ``G = 1/T · E_n[Σ_v Σ_t g_t g_tᵀ]``, means over examples, ``scale = 1``. On a plain
-    linear layer ``T = 1``. If ``T`` differs between batches, each batch is weighted with its own ``1/T``.
+    The factors are ``A = E_n[Σ_t a_t a_tᵀ]`` and ``G = 1/T · E_n[Σ_v Σ_t g_t g_tᵀ]``, means over examples, with
+    ``scale = 1``. On a plain linear layer ``T = 1``. If ``T`` differs between batches, each batch is weighted with its own
+    ``1/T``.
 
     Args:
-        weight_sharing: What happens to the positions of shared weights outside convolutions (tokens, time steps):
+        weight_sharing: Treatment of the positions of shared weights outside convolutions (tokens, time steps):
             ``"expand"`` treats them like those of a convolution, ``"reduce"`` takes ``A = E[ā āᵀ]``,
             ``G = E[Σ_v g̅ g̅ᵀ]`` with ``ā`` the mean and ``g̅`` the sum over positions (Eschenhagen et al. 2023).
     """
@@ -71,7 +72,7 @@ class KFAC(Estimator):
             batch.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        # In place: the factors of a wide layer are larger than all else in a pass.
+        # In place: the factors of a wide layer are the largest tensors in a pass.
         activation = layer.activation_moment(state).div_(weight)
         return KroneckerBlock(squeezed(state["gradient"].div_(weight)), squeezed(activation), name=layer.name)
 

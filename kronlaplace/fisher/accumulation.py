@@ -1,4 +1,4 @@
-"""The accumulation of a Fisher: every layer's state, batch by batch, pass by pass."""
+"""Accumulation of a Fisher: the state of every layer, batch by batch and pass by pass."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Accumulation"]
 class Accumulation:
     """Sums of one estimator over batches, for all layers.
 
-    By default all examples count the same. With ``ema_decay`` it is a moving average: with every batch, what was
-    seen before counts ``ema_decay`` times as much. That holds for every estimator, and the weights are accounted for, so
-    that the first batches are not biased towards zero.
+    By default all examples have the same weight. With ``ema_decay`` the result is a moving average: with every batch,
+    everything seen before counts ``ema_decay`` times as much. This holds for every estimator, and the sum is divided by
+    the total weight, so that it is not biased toward zero after the first batches.
 
     Args:
-        estimator: The estimator. Layers without Kronecker structure get a diagonal block, unless it suits them.
+        estimator: The estimator. Layers without Kronecker structure get a diagonal block, unless it supports them.
         layers: The layers.
-        ema_decay: From 0 to 1, or None for a plain mean.
+        ema_decay: Decay of the moving average, from 0 to 1, or None for a plain mean.
     """
 
     def __init__(self, estimator: Estimator, layers: Sequence[Layer], ema_decay: float | None = None) -> None:
         self.passes = estimator.passes
-        """How many times the data must be seen."""
+        """Number of passes over the data that are needed."""
         self._estimator = estimator
         self.start(layers)
         self._ema_decay = ema_decay
@@ -44,7 +44,7 @@ class Accumulation:
         return f"Accumulation({self._estimator!r}, layers={list(self._layers)}{decay}, {seen})"
 
     def start(self, layers: Sequence[Layer]) -> None:
-        """Be for these layers, before any data have been seen."""
+        """Set the layers, before any data have been seen."""
         self._layers = {layer.name: layer for layer in layers}
         self.estimators = {
             layer.name: self._estimator if layer.has_kronecker_factors or self._estimator.for_any_layer else Diagonal()
@@ -55,14 +55,14 @@ class Accumulation:
         }
 
     def start_from(self, blocks: Mapping[str, Block], weight: float) -> None:
-        """Start from given blocks instead of from nothing, before any data have been seen.
+        """Start from given blocks instead of zero, before any data have been seen.
 
         With ``ema_decay=ξ``, batches of ``B`` examples and ``weight = B / (1 − ξ)``, after ``k`` batches each factor is
-        ``ξᵏ Ω₀ + (1 − ξ) Σ_j ξ^(k−j) Ω_j`` (KFC Eq. 33), where ``Ω₀`` is the given one.
+        ``ξᵏ Ω₀ + (1 − ξ) Σ_j ξ^(k−j) Ω_j`` (KFC Eq. 33), where ``Ω₀`` is the given factor.
 
         Args:
             blocks: A block for every layer, of the kind that the estimator makes, such as a `KroneckerFisher`.
-            weight: Number of examples that the blocks count for; positive.
+            weight: Number of examples that the blocks stand for; positive.
 
         Raises:
             ValueError: If layers are missing, data have been seen, or the weight is not positive.
@@ -71,9 +71,9 @@ class Accumulation:
         """
         missing = [name for name in self._layers if name not in blocks]
         if missing:
-            raise ValueError(f"there are no blocks to start from for the layers {missing}; given are {list(blocks)}.")
+            raise ValueError(f"there are no blocks to start from for the layers {missing}; got {list(blocks)}.")
         if self.weight > 0 or self._pass > 1:
-            raise ValueError("the accumulation has seen data; start another one from the blocks.")
+            raise ValueError("the accumulation has already seen data; start a new one from the blocks.")
         weight = positive_number(weight, "weight")
         for name, layer in self._layers.items():
             self._states[name] = self.estimators[name].state_from(blocks[name], layer, weight)
@@ -85,7 +85,7 @@ class Accumulation:
         return list(self._layers.values())
 
     def begin_batch(self, batches: Mapping[str, LayerBatch]) -> None:
-        """Take the inputs of all layers, after the forward pass."""
+        """Add the inputs of all layers, after the forward pass."""
         self._received.clear()
         if self._ema_decay is not None:
             self.weight *= self._ema_decay
@@ -96,14 +96,14 @@ class Accumulation:
                 self.estimators[name].add_inputs(state, batches[name])
 
     def add_gradients(self, gradients: LayerGradients) -> None:
-        """Take the gradients of one layer along one direction."""
+        """Add the gradients of one layer along one direction."""
         name = gradients.layer.name
         self._received.add(name)
         if self._wants_data(name):
             self.estimators[name].add_gradients(self._states[name], gradients)
 
     def end_batch(self, batches: Mapping[str, LayerBatch], n_examples: int) -> None:
-        """Finish a batch after its last direction. Layers that received no gradient in it are left as they are."""
+        """Finish a batch after its last direction; layers that received no gradient in it are left unchanged."""
         for name, state in self._states.items():
             if self._wants_data(name) and name in self._received:
                 self.estimators[name].end_batch(state, batches[name])
@@ -127,21 +127,24 @@ class Accumulation:
         self.weight = 0.0
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Forget some of the layers."""
+        """Remove some of the layers."""
         for name in names:
             for by_name in (self._layers, self.estimators, self._states, self._final_weights):
                 by_name.pop(name, None)
 
     def state(self, name: str) -> State:
-        """What has been accumulated for a layer."""
+        """Return the accumulated state of a layer."""
         return self._states[name]
 
     def so_far(self) -> dict[str, Block]:
-        """The blocks as if the data ended here, in the last pass and after a batch; the accumulation can go on."""
+        """Return the blocks as if the data ended here; the accumulation can continue.
+
+        Call it in the last pass, after a batch.
+        """
         return {name: self._finished(name, copy.deepcopy(self._states[name])) for name in self.estimators}
 
     def finish(self) -> dict[str, Block]:
-        """The blocks; the accumulation is used up."""
+        """Return the blocks; the accumulation cannot be used afterwards."""
         return {name: self._finished(name, self._states.pop(name)) for name in self.estimators}
 
     def _finished(self, name: str, state: State) -> Block:

@@ -1,4 +1,4 @@
-"""How good an approximation of the Fisher is, on the user's own network: ``‖F̂ − F‖ / ‖F‖`` by layer."""
+"""Error of an approximate Fisher on the user's own network: ``‖F̂ − F‖ / ‖F‖`` for each layer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["ErrorMethod", "RelativeError", "relative_error"]
 
 
 class ErrorMethod(Choice):
-    """How the error is computed.
+    """Method by which the error is computed.
 
     ``DENSE`` forms the layer's exact block. ``PROBING`` multiplies the blocks with random vectors ``z``: for standard
-    normal ``z``, ``E‖M z‖² = ‖M‖_F²``. ``AUTO`` is dense on small layers and probes the others.
+    normal ``z``, ``E‖M z‖² = ‖M‖_F²``. ``AUTO`` uses ``DENSE`` on small layers and ``PROBING`` on the others.
     """
 
     AUTO = "auto"
@@ -39,10 +39,10 @@ class ErrorMethod(Choice):
 
 
 class RelativeError(float):
-    """A relative error, a float.
+    """Relative error: a float with a standard error.
 
     Attributes:
-        standard_error: Its standard error, 0 if it is exact.
+        standard_error: Standard error of the estimate, 0 if it is exact.
         method: ``ErrorMethod.DENSE`` or ``ErrorMethod.PROBING``.
     """
 
@@ -79,41 +79,44 @@ def relative_error(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, RelativeError]:
-    """Relative Frobenius error ``‖F̂ − F‖_F / ‖F‖_F`` of every block, in one pass over the data.
+    """Compute the relative Frobenius error ``‖F̂ − F‖_F / ‖F‖_F`` of every block, in one pass over the data.
 
-    ``F`` is the layer's exact block with the sampling, label draws and seed that the Fisher was estimated with; on the
-    same batches in the same order the draws are the same, so that what is measured is the approximation alone.
+    ``F`` is the layer's exact block with the sampling, number of label draws and seed with which the Fisher was estimated.
+    On the same batches in the same order the draws are the same, so that only the approximation is measured.
 
     Args:
-        fisher: The Fisher, of any estimator.
-        model: Its network, at the same weights.
-        data: The data that it was estimated on.
-        likelihood: None is the Fisher's own.
+        fisher: The Fisher, from any estimator.
+        model: The network of the Fisher, at the same weights.
+        data: The data on which the Fisher was estimated.
+        likelihood: The likelihood; None uses the Fisher's own.
         method: ``"auto"`` (dense for layers of up to ``max_dense`` parameters, probing above), ``"dense"`` or
             ``"probing"``.
-        max_dense: Most parameters of a layer that is small: its block has that number squared of entries.
+        max_dense: Maximum number of parameters of a layer for the dense method; its block has the square of that number of
+            entries.
         n_probes: Number of random vectors.
         seed: Seed of the random vectors.
         progress: Whether to show a progress bar.
 
     Returns:
-        By layer a float, with its standard error and method; NaN where the layer's exact block is zero.
+        One float per layer, with its standard error and method; NaN where the layer's exact block is zero.
 
     Raises:
-        ValueError: If the Fisher is of another network or likelihood, or of other weights; and as `estimate_fisher`.
+        ValueError: If the Fisher belongs to a different network or likelihood, or to different weights; and as
+            `estimate_fisher`.
         TypeError, NotImplementedError: As `estimate_fisher`.
     """
     method = choice(ErrorMethod, method, "method")
     max_dense = positive_integer(max_dense, "max_dense")
     n_probes = positive_integer(n_probes, "n_probes")
     if n_probes < 2 and method is not ErrorMethod.DENSE:
-        raise ValueError("n_probes must be at least 2, or there is no standard error.")
+        raise ValueError(f"n_probes must be at least 2 to give a standard error; got {n_probes}.")
     metadata = fisher.metadata
     likelihood = metadata.likelihood if likelihood is None else resolve_likelihood(likelihood)
     likelihood = likelihood.completed_by(metadata.likelihood)
     if likelihood != metadata.likelihood:
         raise ValueError(
-            f"the fisher was estimated with {metadata.likelihood}; its error cannot be told by {likelihood}."
+            f"the fisher was estimated with {metadata.likelihood}; the likelihood passed here must match (got "
+            f"{likelihood})."
         )
     check_model(model)
     layers = find_layers(model, list(fisher))
@@ -139,7 +142,7 @@ def relative_error(
 
 @dataclass(frozen=True)
 class _GroundTruth(Estimator):
-    """The exact block of small layers, and products of random vectors with the exact block of all others."""
+    """Exact blocks of small layers, and products of random vectors with the exact blocks of all others."""
 
     name: ClassVar[str] = "ground truth"
     for_any_layer: ClassVar[bool] = True
@@ -170,7 +173,7 @@ class _GroundTruth(Estimator):
                 state["products"].addmm_(state["probes"] @ x.T, x)
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
-        raise AssertionError("the states are compared, not made into blocks")
+        raise AssertionError("states are compared, not turned into blocks")
 
 
 def _dense(state: State, block: Block, weight: float) -> RelativeError:
@@ -190,7 +193,7 @@ def _probed(state: State, block: Block, weight: float) -> RelativeError:
     ratio = float(squared_errors.mean() / squared_norms.mean())
     if not ratio > 0:
         return RelativeError(math.sqrt(ratio) if ratio == 0 else math.nan, 0.0, ErrorMethod.PROBING)
-    # Standard error of a ratio of means, then of its root.
+    # Standard error of a ratio of means, then of its square root.
     deviation = (squared_errors - ratio * squared_norms) / squared_norms.mean()
     standard_error = float(deviation.std() / math.sqrt(len(deviation)))
     return RelativeError(math.sqrt(ratio), standard_error / (2 * math.sqrt(ratio)), ErrorMethod.PROBING)

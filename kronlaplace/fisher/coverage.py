@@ -1,4 +1,4 @@
-"""What a Fisher covers: a table of the network's parameters."""
+"""Coverage of a Fisher: a table of the network's parameters."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Coverage", "CoverageRow"]
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One block, or the parameters of one module that have none.
+    """One block, or the parameters of one module that have no block.
 
     Attributes:
         layer: Name of the block, or of the module.
         module: Type of the module.
         block: Kind of the block, or "none".
-        estimator: What made it, or "".
-        shape: ``(q, p)`` of the block, or None.
-        parameters: Number of the network's parameters.
-        share: Their share of all the network's parameters, from 0 to 1.
-        note: Why there is no block; what else to know.
+        estimator: Name of the block's estimator, or "".
+        shape: Shape ``(q, p)`` of the block, or None.
+        parameters: Number of parameters in this row.
+        share: Share of all parameters of the network, from 0 to 1.
+        note: Reason why there is no block, or other remarks.
     """
 
     layer: str
@@ -39,10 +39,10 @@ class CoverageRow:
 
 
 class Coverage(Sequence[CoverageRow]):
-    """The rows, blocks first, in the order of the network; ``print`` shows them as a table.
+    """Sequence of rows, blocks first, in the order of the network; ``print`` shows a table.
 
     Args:
-        rows: The rows.
+        rows: The rows of the table.
     """
 
     def __init__(self, rows: Sequence[CoverageRow] = ()) -> None:
@@ -50,13 +50,13 @@ class Coverage(Sequence[CoverageRow]):
 
     @classmethod
     def of_blocks(cls, blocks: Mapping[str, Block]) -> Coverage:
-        """Return the rows of blocks of which nothing else is known."""
+        """Return the rows for blocks about which nothing else is known."""
         total = sum(math.prod(block.shape) for block in blocks.values())
         rows = []
         for name, block in blocks.items():
             count = math.prod(block.shape)
             rows.append(
-                CoverageRow(name, "", block.kind, "", block.shape, count, count / total, "made of blocks alone")
+                CoverageRow(name, "", block.kind, "", block.shape, count, count / total, "built from blocks alone")
             )
         return cls(rows)
 
@@ -104,11 +104,11 @@ class Coverage(Sequence[CoverageRow]):
     __repr__ = __str__
 
     def reasons(self) -> dict[str, str]:
-        """Why what has no block has none, by layer or module."""
+        """Return the reasons why layers or modules have no block, by name."""
         return {row.layer: row.note for row in self if row.shape is None}
 
     def restricted_to(self, layers: set[str], reasons: Mapping[str, str] | None = None) -> Coverage:
-        """The same with the blocks of all other layers left out, for reasons by layer."""
+        """Return a copy in which all other layers have no block, for the given reasons by layer."""
         known = reasons or {}
         return Coverage(
             [
@@ -120,10 +120,10 @@ class Coverage(Sequence[CoverageRow]):
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """As JSON-compatible values."""
+        """Return the rows as JSON-compatible values."""
         return [asdict(row) for row in self]
 
     @classmethod
     def from_json(cls, values: list[dict[str, Any]]) -> Coverage:
-        """Inverse of `to_json`."""
+        """Restore a table from the result of `to_json`."""
         return cls([CoverageRow(**{**row, "shape": tuple(row["shape"]) if row["shape"] else None}) for row in values])

@@ -1,6 +1,7 @@
-"""From a network's outputs to an accumulation: one batch, and passes over a whole data set.
+"""Accumulation of a network's outputs: from one batch, and in passes over a whole data set.
 
-`accumulate_batch` is the unit, for whoever runs the network: the passes below, an optimizer, other libraries' loops.
+`accumulate_batch` is the building block for any code that runs the network: the passes below, an optimizer, the training
+loop of another library.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ def accumulate_batch(
 ) -> None:
     """Add one batch to an accumulation, from a forward pass that the observer has seen.
 
-    The gradients of parameters are not touched. With ``retain_graph`` the caller can go on with the outputs, as in
-    ``loss(outputs, targets).backward()``.
+    The gradients of the parameters are not touched. With ``retain_graph=True`` the caller can keep using the outputs, as
+    in ``loss(outputs, targets).backward()``.
 
     Args:
-        observer: The observer of the pass.
-        outputs: What the network returned, with its graph; the first axis counts examples.
+        observer: The observer of the forward pass.
+        outputs: Outputs of the network, with their graph; the first axis counts examples.
         likelihood: The likelihood.
         sampling: How directions are chosen.
-        accumulation: What takes inputs and gradients, for the observer's layers.
-        targets: The data's targets, if there are any; ``"empirical"`` sampling needs them.
-        index: Number of the batch or of the training step: label draws depend on it and the seed alone.
+        accumulation: Accumulation for the observer's layers.
+        targets: Targets in the data, if there are any; required for ``"empirical"`` sampling.
+        index: Number of the batch or of the training step; label draws depend only on it and on the seed.
         retain_graph: Whether the graph of the outputs is needed afterwards.
 
     Raises:
         RuntimeError: If no forward pass was observed.
-        UnusableLayersError: If a layer cannot have a block in the network as it runs. If that is because the outputs do
+        UnusableLayersError: If a layer cannot have a block in the network as it runs. If the reason is that the outputs do
             not depend on it, all other layers have been accumulated.
         ValueError: If outputs or targets do not fit the likelihood.
     """
@@ -76,7 +77,7 @@ def accumulate_batch(
             observer.backward(
                 outputs, direction, accumulation.add_gradients, retain_graph=retain_graph or v < n_directions
             )
-        except UnusableLayersError as error:  # of layers that receive nothing; all others have
+        except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
             unused = error
     accumulation.end_batch(batches, len(outputs))
     if unused is not None:
@@ -84,16 +85,18 @@ def accumulate_batch(
 
 
 class CurvaturePass:
-    """Runs a network on batches that come one by one, checks what they show, and accumulates them; in a ``with`` block.
+    """Passes of a network over batches that arrive one at a time, which are checked and accumulated.
+
+    Use it as a context manager, in a ``with`` block.
 
     Args:
         model: The network.
         likelihood: The likelihood.
-        accumulation: What takes inputs and gradients; with ``unsupported="fixed"`` it loses the layers that turn out not to
-            be usable.
+        accumulation: Accumulation of inputs and gradients; with ``unsupported="fixed"``, layers that turn out to be
+            unusable are removed from it.
         sampling: How directions are chosen.
-        unsupported: What happens to layers that cannot have a block in the network as it runs.
-        choose: Tells the layers by the first batch's inputs, if the accumulation has none yet.
+        unsupported: How to treat layers that cannot have a block in the network as it runs.
+        choose: Function that chooses the layers from the first batch's inputs, if the accumulation has none yet.
     """
 
     def __init__(
@@ -111,11 +114,11 @@ class CurvaturePass:
         self.n_examples = 0
         """Number of examples seen in the first pass."""
         self.statistics: Tensor | None = None
-        """Sufficient statistics of their log-likelihood, None without targets."""
+        """Sufficient statistics of the log-likelihood of these examples, or None without targets."""
         self.left_out: dict[str, str] = {}
-        """Layers that were left out on the way, with the reasons."""
+        """Layers that were left out during the passes, with the reasons."""
         self.last_layer: str | None = None
-        """The layer whose output is the network's, if it is one of those observed."""
+        """The layer whose output is the network's output, if it is one of the observed layers."""
         self._model = model
         self._accumulation = accumulation
         self._sampling = sampling
@@ -135,7 +138,7 @@ class CurvaturePass:
 
     @property
     def layout(self) -> Layout:
-        """Where the examples are in inputs and calls."""
+        """Position of the examples in the inputs and calls."""
         return self._forward.layout
 
     def next_pass(self) -> None:
@@ -144,7 +147,7 @@ class CurvaturePass:
         self._pass += 1
 
     def settle(self) -> None:
-        """Raise what the values of the data were found to break, if anything; waits for the device."""
+        """Raise the error of the first failed check on the values of the data, if any; waits for the device."""
         self._checks.settle()
 
     @in_full_precision
@@ -183,7 +186,7 @@ class CurvaturePass:
             self._leave_out(error)
 
     def _outputs(self, batch: Batch) -> Tensor:
-        """Return the outputs of a batch, from a pass in which all layers that are left are usable."""
+        """Return the outputs of a batch, from a forward pass in which all remaining layers are usable."""
         several = batch.inputs.count(self.layout.input_axis) > 1
         while True:
             try:
@@ -202,7 +205,7 @@ class CurvaturePass:
         return outputs
 
     def _note(self, batch: Batch, outputs: Tensor) -> None:
-        """Note what a batch tells of the data."""
+        """Record the number of examples, the statistics and what else a batch reveals about the data."""
         detached = outputs.detach()
         if self.n_examples == 0:
             check_outputs_are_logits(self._model, batch.inputs, outputs, self.likelihood)
@@ -210,7 +213,7 @@ class CurvaturePass:
             self.last_layer = None if last is None else last.name
             self.likelihood = self.likelihood.informed_by(detached, batch.targets)
         elif (batch.targets is None) != (self.statistics is None):
-            raise ValueError(f"batch {batch.index}: targets must come with every batch or with none.")
+            raise ValueError(f"batch {batch.index}: either every batch must have targets or none.")
         if batch.targets is not None:
             new = self.likelihood.statistics(detached, batch.targets)
             self.statistics = new if self.statistics is None else self.statistics + new
@@ -243,17 +246,17 @@ def accumulate(
 
     Args:
         model: The network.
-        data: As in `estimate_fisher`.
-        likelihood: As in `CurvaturePass`, like the options that are not explained here.
-        accumulation: What takes inputs and gradients.
+        data: Batches, as in `estimate_fisher`.
+        likelihood: The likelihood.
+        accumulation: Accumulation of inputs and gradients.
         sampling: How directions are chosen.
         progress: Whether to show a progress bar.
-        description: What the bar says.
-        unsupported: What happens to layers that cannot have a block in the network as it runs.
-        choose: Tells the layers by the first batch's inputs.
+        description: Label of the progress bar.
+        unsupported: How to treat layers that cannot have a block in the network as it runs.
+        choose: Function that chooses the layers from the first batch's inputs, as in `CurvaturePass`.
 
     Returns:
-        The finished passes, with what they have found out.
+        The finished passes, with their results as attributes.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
@@ -284,13 +287,13 @@ def accumulate(
 
 
 _OTHER_ORDER = (
-    "the data came in another order than in the first pass. Labels are drawn batch by batch, so that every pass must see "
-    'the same batches: give a loader that does not shuffle, or use sampling="exact".'
+    "the data came in a different order than in the first pass. Labels are drawn batch by batch, so every pass must see "
+    'the same batches: use a loader that does not shuffle, or sampling="exact".'
 )
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Tell whether two batches of outputs are the same up to rounding, as a boolean 0-dim tensor."""
+    """Return whether two batches of outputs are equal up to rounding, as a boolean 0-dim tensor."""
     if a.shape != b.shape:
         return torch.zeros((), dtype=torch.bool, device=a.device)
     return torch.linalg.vector_norm(a - b) <= 1e-2 * torch.linalg.vector_norm(a)

@@ -48,48 +48,49 @@ def estimate_fisher(
     """Estimate the Fisher of a trained network as one block per layer.
 
     The Fisher is the mean over examples of the per-example Fisher, ``F = 1/N Σ_n Σ_v vec(X_vn) vec(X_vn)ᵀ``, where
-    ``X_vn`` is the gradient of example ``n``'s own negative log-likelihood along direction ``v``. Neither batch size nor
-    order of the data changes the result (but for rounding, and for which labels are drawn in ``"mc"``).
+    ``X_vn`` is the gradient of example ``n``'s own negative log-likelihood along direction ``v``. Neither the batch size nor
+    the order of the data changes the result (except for rounding and for which labels are drawn in ``"mc"``).
 
     Args:
-        model: The network, in the mode in which it predicts (``model.eval()``). It is left as found: parameters,
-            gradients, flags, hooks, mode.
-        data: Batches ``(inputs, targets)``, such as a DataLoader, with inputs that are a tensor, or a tuple (given as
-            ``model(*inputs)``) or a dict of tensors; see `kronlaplace.data.loader.iterate`. Targets are needed for
-            ``sampling="empirical"`` and for the evidence of a Laplace posterior. They are moved to the model's device.
-            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be read again. Where several processes
-            work together each needs all of the data: nothing is exchanged between them.
-        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, `Euclidean`, or a shorthand:
+        model: The network, in evaluation mode (``model.eval()``). It is left as it was: parameters, gradients, flags,
+            hooks, mode.
+        data: Batches ``(inputs, targets)``, such as a DataLoader. The inputs are a tensor, a tuple of tensors (passed as
+            ``model(*inputs)``) or a dict of tensors; see `kronlaplace.data.loader.iterate`. Targets are required for
+            ``sampling="empirical"`` and for the evidence of a Laplace posterior. Batches are moved to the model's device.
+            Estimators that make several passes (`KFOC`, `EKFAC`) need data that can be iterated more than once. When
+            several processes work together, each needs all of the data: nothing is exchanged between them.
+        likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian` or `Euclidean`, or a shorthand:
             ``"classification"``, ``"binary"``, ``"regression"``, ``"heteroscedastic"``, ``"euclidean"``.
-        estimator: How blocks are made: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal`, `ExactBlock`, or a shorthand:
-            ``"kfac"``, ``"sua"``, ``"tkfac"``, ``"kfoc"``, ``"ekfac"``, ``"diagonal"``, ``"exact"``. Scale and shift of
-            normalisation layers and embeddings get a diagonal block from all but the last.
+        estimator: Estimator of the blocks: `KFAC`, `SUA`, `TKFAC`, `KFOC`, `EKFAC`, `Diagonal` or `ExactBlock`, or a
+            shorthand: ``"kfac"``, ``"sua"``, ``"tkfac"``, ``"kfoc"``, ``"ekfac"``, ``"diagonal"``, ``"exact"``. The scale
+            and shift of normalization layers, and embeddings, get a diagonal block from every estimator but the last.
         sampling: ``"exact"`` (Fisher type 2, the generalized Gauss-Newton matrix; about one backward pass per output),
             ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
-            ``"empirical"`` (the data's labels; one backward pass, and not the Fisher).
-        mc_samples: Label draws per example in ``"mc"``.
-        layers: Which modules get a block: their names, or patterns that match these as in `fnmatch`, such as
-            ``"encoder.*.query"`` (``*`` is for dots, too); a string or several. ``"last"`` is the linear layer or
-            convolution whose output is the network's, perhaps in another shape or behind a log-softmax; the first batch
-            shows which. None means all with trainable parameters.
-        exclude: Names or patterns of modules that get none.
+            ``"empirical"`` (the labels in the data; one backward pass, but the result is not the Fisher).
+        mc_samples: Number of label draws per example, in ``"mc"``.
+        layers: Modules that get a block, as a string or several: names, or patterns as in `fnmatch`, such as
+            ``"encoder.*.query"`` (``*`` also matches dots). ``"last"`` is the linear layer or convolution whose output is
+            the network's output, possibly after a reshape or a log-softmax; the first batch shows which. None means every
+            module with trainable parameters.
+        exclude: Names or patterns of modules that get no block.
         unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
-            values, and `KroneckerFisher.coverage` lists them with the reasons. That is also for what only the data show:
-            modules that are not called, do not matter to the outputs, or whose parameters a function uses, too.
-        ema_decay: None for the mean over all examples; from 0 to 1 for a moving average, in which everything seen before a
-            batch counts ``ema_decay`` times as much.
-        seed: Seed of the draws. Batch ``i`` draws from a generator made from ``(seed, i)``, whatever the global state.
-        progress: Whether to show a progress bar (only where the output is a terminal).
+            values, and `KroneckerFisher.coverage` lists them with the reasons. This also covers what only the data reveal:
+            modules that are not called, that do not affect the outputs, or whose parameters are also used by a function.
+        ema_decay: None for the mean over all examples; a number from 0 to 1 for a moving average, in which everything seen
+            before a batch counts ``ema_decay`` times as much.
+        seed: Seed of the draws. Batch ``i`` draws from a generator seeded with ``(seed, i)``, regardless of the global
+            random state.
+        progress: Whether to show a progress bar (only if the output is a terminal).
 
     Returns:
         The Fisher; ``fisher[layer_name]`` is a layer's block.
 
     Raises:
         ValueError: For empty data, NaN or infinite inputs, parameters or outputs, targets that do not fit, unknown
-            names, batch norm or dropout in training mode, outputs of a softmax or sigmoid where the likelihood takes
-            logits (a log-softmax is accepted with `Categorical`: it changes neither probabilities nor curvature).
+            names, batch norm or dropout in training mode, or softmax or sigmoid outputs where the likelihood takes logits
+            (a log-softmax is accepted with `Categorical`: it changes neither the probabilities nor the curvature).
         TypeError: For data, batches or options of the wrong type.
-        NotImplementedError: For layers or outputs that are not supported, with the ways out.
+        NotImplementedError: For layers or outputs that are not supported; the message lists alternatives.
 
     Warns:
         UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
@@ -116,10 +117,10 @@ def estimate_fisher(
         search = search_layers(model, layers, unsupported, exclude)
     if draws.kind is Sampling.EMPIRICAL:
         warn(
-            'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher, and it vanishes '
-            'where the network fits its data. Use "mc" or "exact" unless you mean it.'
+            'sampling="empirical" uses the labels in the data: this gives the empirical Fisher, not the Fisher, and it '
+            'vanishes where the network fits its data. Use "mc" or "exact" unless this is what you want.'
         )
-    with torch.inference_mode(False):  # blocks that the evidence can be differentiated through, wherever the caller is
+    with torch.inference_mode(False):  # so that the evidence can be differentiated through the blocks
         accumulation = Accumulation(estimator, search.layers, ema_decay)
         passed = accumulate(
             model,
@@ -153,35 +154,35 @@ def estimate_fisher(
 
 
 def check_belongs(fisher: KroneckerFisher, layers: Sequence[Layer], model: nn.Module, what: str, made: str) -> None:
-    """Check that a Fisher is of these layers of this network, at the network's present weights as far as it knows.
+    """Check that a Fisher belongs to these layers of this network and, if it has metadata, to its current weights.
 
     Args:
         fisher: The Fisher.
-        layers: The layers that it should have.
+        layers: The layers for which it should have blocks.
         model: The network.
-        what: What the Fisher is of, to begin the error with.
-        made: How it came about, "estimated" or "fitted".
+        what: Subject of the error message, such as "the fisher".
+        made: How it was obtained, "estimated" or "fitted".
 
     Raises:
         ValueError: Naming the first difference.
     """
     names = [layer.name for layer in layers]
     if list(fisher) != names:
-        raise ValueError(f"{what} has blocks for {list(fisher)}, the model's layers are {names}.")
+        raise ValueError(f"{what} has blocks for {list(fisher)}, but the model's layers are {names}.")
     for layer in layers:
         parameters = fisher.metadata.parameters[layer.name] if fisher.has_metadata else layer.parameter_names
         if parameters != layer.parameter_names or fisher[layer.name].shape != layer.shape:
             raise ValueError(
-                f"{what} is of another network: layer {layer.name!r} has {parameters} as a "
-                f"{fisher[layer.name].shape} matrix there, {layer.parameter_names} as {layer.shape} in the model."
+                f"{what} belongs to a different network: its block for layer {layer.name!r} holds {parameters} as a "
+                f"{fisher[layer.name].shape} matrix, whereas the model has {layer.parameter_names} as {layer.shape}."
             )
     if not fisher.has_metadata:
         return
     changed = difference(fisher.metadata.weights, fingerprint(model))
     if changed is not None:
         raise ValueError(
-            f"{what} was {made} at other weights: {changed!r} differs. Load the network that it belongs to first "
-            f"(model.load_state_dict(...)), in the dtype that it was {made} in, or make it anew."
+            f"{what} was {made} at different weights: {changed!r} differs. Load the weights that it belongs to first "
+            f"(model.load_state_dict(...)), in the dtype in which it was {made}, or refit."
         )
 
 
@@ -226,7 +227,7 @@ def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], e
         count = layer.n_parameters
         notes = []
         if layer.merged_parameters:
-            notes.append(f"{', '.join(layer.merged_parameters)} acts through its sum with the bias")
+            notes.append(f"{', '.join(layer.merged_parameters)} acts only through its sum with the bias")
         if layer.tied_modules:
             notes.append(f"shared by {len(layer.modules)} modules")
         rows.append(

@@ -1,6 +1,6 @@
-"""The Fisher of a network as one block per layer: algebra, saving, loading, what it covers.
+"""The Fisher of a network as one block per layer: algebra, saving and loading, coverage.
 
-The Fisher is the **mean over examples**; whoever needs the sum multiplies by ``n_examples``.
+The Fisher is the **mean over examples**; multiply by ``n_examples`` to get the sum.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["KroneckerFisher"]
 
 
 class KroneckerFisher(Mapping[str, Block]):
-    """A network's Fisher as one block per layer: a mapping from layer names to blocks.
+    """Fisher of a network as one block per layer: a mapping from layer names to blocks.
 
     Args:
-        blocks: A block for each layer, by its name.
-        n_examples: Number of examples ``N`` that the mean was taken over.
-        metadata: How it was estimated. None for a Fisher that is made of blocks alone: then nobody can check which network
-            and which weights it belongs to, and whatever needs to know says so.
+        blocks: One block per layer, keyed by layer name.
+        n_examples: Number of examples ``N`` over which the mean was taken.
+        metadata: How the Fisher was estimated. None for a Fisher built from blocks alone: it cannot be checked which
+            network and weights such a Fisher belongs to, and methods that need to know raise an error.
         statistics: Sufficient statistics of the log-likelihood of those examples (see `Likelihood.statistics`), or None if
-            the data came without targets.
+            the data had no targets.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class KroneckerFisher(Mapping[str, Block]):
     ) -> None:
         self._blocks = _with_least_trace(blocks)
         self.n_examples = n_examples
-        """Number of examples ``N`` that the mean was taken over."""
+        """Number of examples ``N`` over which the mean was taken."""
         self._metadata = metadata
         self.statistics = statistics
-        """Sufficient statistics of the log-likelihood of those examples, or None if the data came without targets."""
+        """Sufficient statistics of the log-likelihood of those examples, or None if the data had no targets."""
 
     @property
     def has_metadata(self) -> bool:
@@ -59,12 +59,12 @@ class KroneckerFisher(Mapping[str, Block]):
         """How the Fisher was estimated.
 
         Raises:
-            ValueError: If it was made of blocks alone.
+            ValueError: If the Fisher was built from blocks alone.
         """
         if self._metadata is None:
             raise ValueError(
-                "this Fisher was made of blocks alone, so that it is not known of which network, likelihood and estimator "
-                "it is. Make it with estimate_fisher, or give KroneckerFisher(blocks, n_examples, metadata)."
+                "this Fisher was built from blocks alone, so its network, likelihood and estimator are unknown. Create it "
+                "with estimate_fisher, or pass metadata: KroneckerFisher(blocks, n_examples, metadata)."
             )
         return self._metadata
 
@@ -94,14 +94,14 @@ class KroneckerFisher(Mapping[str, Block]):
     @overload
     def matmul(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def matmul(self, vectors: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """The Fisher times vectors.
+        """Multiply the Fisher with vectors.
 
         Args:
-            vectors: Either ``{layer: (..., q, p)}``, or the layers' row-major flattened matrices joined in the order
-                of the blocks, shape ``(..., P)``.
+            vectors: Either ``{layer: (..., q, p)}``, or the layers' matrices, flattened in row-major order and
+                concatenated in the order of the blocks, shape ``(..., P)``.
 
         Returns:
-            The same form as was given.
+            The products, in the same form as ``vectors``.
 
         Raises:
             ValueError: If names or sizes do not fit the blocks.
@@ -119,23 +119,23 @@ class KroneckerFisher(Mapping[str, Block]):
         return {name: block.matmul(vectors[name]) for name, block in self.items()}
 
     def to_dense(self) -> Tensor:
-        """The block-diagonal matrix of shape ``(P, P)``, in the order of the blocks. For small networks."""
+        """Return the block-diagonal matrix, shape ``(P, P)``, in the order of the blocks. Only for small networks."""
         return torch.block_diag(*(block.to_dense() for block in self.values()))
 
     def trace(self) -> Tensor:
-        """Sum of the blocks' traces, 0-dim."""
+        """Return the sum of the blocks' traces, 0-dim."""
         return torch.stack([block.trace() for block in self.values()]).sum()
 
     def frobenius_norm(self) -> Tensor:
-        """Frobenius norm of the block-diagonal matrix, 0-dim."""
+        """Return the Frobenius norm of the block-diagonal matrix, 0-dim."""
         return torch.linalg.norm(torch.stack([block.frobenius_norm() for block in self.values()]))
 
     def restricted_to(self, layers: Sequence[str], reasons: Mapping[str, str] | None = None) -> KroneckerFisher:
-        """The Fisher of some of the layers; blocks and their decompositions are shared.
+        """Return the Fisher of a subset of the layers; it shares the blocks and their decompositions.
 
         Args:
             layers: Names of the layers.
-            reasons: Why others are left out, by name, for `coverage`.
+            reasons: Why other layers are left out, keyed by layer name, for `coverage`.
 
         Raises:
             KeyError: If a layer has no block.
@@ -152,18 +152,18 @@ class KroneckerFisher(Mapping[str, Block]):
         return KroneckerFisher(blocks, self.n_examples, metadata, self.statistics)
 
     def coverage(self) -> Coverage:
-        """Which layers have which block and how many parameters, and what has none and why; prints as a table.
+        """Return a table of the layers with their blocks and parameters, and of what has no block and why.
 
-        Of a Fisher that was made of blocks alone, only the blocks are known.
+        For a Fisher built from blocks alone, only the blocks are known.
         """
         return self.metadata.coverage if self.has_metadata else Coverage.of_blocks(self)
 
     def decompose(self) -> None:
-        """Compute the eigendecompositions of all blocks, together, and keep them; those that are there already stay."""
+        """Compute and cache the eigendecompositions of all blocks in one go; those already cached are kept."""
         decompose(self.values())
 
     def to(self, device: torch.device | str, dtypes: Mapping[str, torch.dtype] | None = None) -> KroneckerFisher:
-        """A copy on another device, and with other dtypes by layer if they are given; nothing is decomposed yet."""
+        """Return a copy on another device, optionally with other dtypes by layer; decompositions are not copied."""
         blocks = {}
         for name, block in self.items():
             dtype = block.dtype if dtypes is None else dtypes[name]
@@ -175,7 +175,7 @@ class KroneckerFisher(Mapping[str, Block]):
         return KroneckerFisher(blocks, self.n_examples, self._metadata, statistics)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for saving."""
+        """Return all tensors by name, for saving."""
         tensors: dict[str, Tensor] = {}
         for name, block in self.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in block.to_tensors().items()}
@@ -184,7 +184,7 @@ class KroneckerFisher(Mapping[str, Block]):
         return tensors
 
     def to_json(self) -> dict[str, Any]:
-        """All that is not a tensor, as JSON-compatible values."""
+        """Return everything that is not a tensor, as JSON-compatible values."""
         kinds = {name: block.kind for name, block in self.items()}
         spatial = [name for name, block in self.items() if block.shares_weights_over_space]
         metadata = self.metadata.to_json() if self.has_metadata else {}
@@ -192,9 +192,9 @@ class KroneckerFisher(Mapping[str, Block]):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> KroneckerFisher:
-        """Inverse of `to_tensors` and `to_json`."""
+        """Restore a Fisher from the results of `to_tensors` and `to_json`."""
         metadata = FisherMetadata.from_json(values) if "likelihood" in values else None
-        types = values.get("layer_types", {})  # in files of version 0.1.0
+        types = values.get("layer_types", {})  # only in files of version 0.1.0
         spatial = values.get("shares_weights_over_space", [k for k, v in types.items() if v == "ConvolutionLayer"])
         blocks = {}
         for name, kind in values["blocks"].items():
@@ -209,22 +209,22 @@ class KroneckerFisher(Mapping[str, Block]):
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> KroneckerFisher:
-        """Read a file that `save` wrote; nothing is unpickled.
+        """Load a file written by `save`; nothing is unpickled.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is not such a file, or is damaged.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file was not written by `save`, or is damaged.
         """
         return cls.from_tensors(*load_tensors(path, "fisher", device))
 
 
 def _with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
-    """Blocks that know the least trace in their network; those that know it keep it, also where they are fewer now."""
+    """Return the blocks with the least trace in their network set; those that have it keep it, even in a subset."""
     kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
     if not kronecker:
         return dict(blocks)
     traces = torch.cat([block.group_traces().detach().to(kronecker[0].scale) for block in kronecker])
-    # Layers that get no gradient count for nothing, though rounding may leave them something.
+    # Ignore layers that receive no gradient; rounding may leave them a tiny trace.
     some = traces > torch.finfo(traces.dtype).eps ** 2 * traces.amax()
     least = torch.where(some, traces, torch.inf).amin()
     result = {}

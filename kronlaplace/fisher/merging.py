@@ -1,4 +1,4 @@
-"""Two finished Fishers of one network, on different data, as the Fisher of all of it."""
+"""Merging of two finished Fishers of one network, estimated on different data."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.network.fingerprint import difference
 
-__all__ = ["combined"]
+__all__ = ["merge_fishers"]
 
 
-def combined(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher:
-    """The Fisher of two data sets together, from the finished Fisher of each.
+def merge_fishers(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher:
+    """Return the Fisher of two data sets together, from the finished Fisher of each.
 
-    It is the mean over the examples of both, and equals `estimate_fisher` on all of them up to rounding (in ``"mc"`` but
-    for which labels are drawn). Order does not matter, and several Fishers are combined one by one.
+    The result is the mean over the examples of both, and equals `estimate_fisher` on all of them up to rounding (and, in
+    ``"mc"``, except for which labels are drawn). The order does not matter; merge several Fishers one after another.
 
     Args:
         first: The Fisher on one data set.
-        second: The Fisher of the same network on other examples; one that is in both data sets counts twice.
+        second: The Fisher of the same network on other examples; an example in both data sets counts twice.
 
     Returns:
-        A new Fisher with ``n_examples`` and statistics summed and the metadata of ``first``; both are left as they are.
+        A new Fisher with ``n_examples`` and statistics summed and the metadata of ``first``; both arguments are left
+        unchanged.
 
     Raises:
-        TypeError: If one is not a Fisher.
-        ValueError: If they are not of the same network at the same weights, estimated in the same way, or if one is a
-            moving average; naming the first difference.
-        NotImplementedError: If the estimator's finished blocks do not determine those of all data (all but `KFAC`, `TKFAC`,
-            `Diagonal` and `ExactBlock`), with the ways out.
+        TypeError: If one of them is not a Fisher.
+        ValueError: If they do not belong to the same network at the same weights, were not estimated in the same way, or
+            if one is a moving average; the message names the first difference.
+        NotImplementedError: If the estimator's finished blocks do not determine the block of all data (all estimators
+            except `KFAC`, `TKFAC`, `Diagonal` and `ExactBlock`); the message lists alternatives.
     """
     for fisher in (first, second):
         if not isinstance(fisher, KroneckerFisher):
-            raise TypeError(f"both must be Fishers, as estimate_fisher returns them; got {type(fisher).__name__}.")
+            raise TypeError(
+                f"both arguments must be Fishers, as returned by estimate_fisher; got {type(fisher).__name__}."
+            )
     _check_fit(first, second)
     n_examples = first.n_examples + second.n_examples
     weights = first.n_examples / n_examples, second.n_examples / n_examples
@@ -49,52 +52,52 @@ def combined(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher
 
 
 def _estimators(fisher: KroneckerFisher) -> dict[str, Estimator]:
-    """What made each layer's block: the Fisher's estimator, or `Diagonal` beside it on layers without factors."""
+    """Return the estimator of each layer's block: the Fisher's own, or `Diagonal` on layers without factors."""
     estimator = estimator_from_json(fisher.metadata.settings)
     made_by = {row.layer: row.estimator for row in fisher.metadata.coverage if row.shape is not None}
     return {name: Diagonal() if made_by[name] == Diagonal.name else estimator for name in fisher}
 
 
 def _check_fit(first: KroneckerFisher, second: KroneckerFisher) -> None:
-    """Check that two Fishers are of one network, estimated in the same way.
+    """Check that two Fishers belong to one network and were estimated in the same way.
 
     Raises:
-        ValueError: Naming the first difference.
+        ValueError: If they differ; the message names the first difference.
     """
     for which, fisher in (("first", first), ("second", second)):
         if fisher.metadata.ema_decay is not None:
             raise ValueError(
-                f"the {which} Fisher is a moving average (ema_decay={fisher.metadata.ema_decay}): its batches count by "
-                "their age, so that it has no share in a mean over examples. Estimate it with ema_decay=None."
+                f"the {which} Fisher is a moving average (ema_decay={fisher.metadata.ema_decay}): its batches are weighted "
+                "by age, so it cannot be part of a mean over examples. Estimate it with ema_decay=None."
             )
     if first.keys() != second.keys():
         raise ValueError(
             f"the first Fisher has blocks for {list(first)}, the second for {list(second)}. Estimate both with the same "
-            "layers=[...], or take what they share with restricted_to([...])."
+            "layers=[...], or select the layers that they share with restricted_to([...])."
         )
     changed = difference(first.metadata.weights, second.metadata.weights)
     if changed is not None:
         raise ValueError(
-            f"the Fishers were estimated at different weights: {changed!r} differs. The sum of both is a Fisher at the same "
-            "weights of one network only; estimate both there, in the same dtype."
+            f"the Fishers were estimated at different weights: {changed!r} differs. Their sum is a Fisher only if both were "
+            "estimated at the same weights of one network; estimate both there, in the same dtype."
         )
     for (what, one), (_, other) in zip(_particulars(first), _particulars(second), strict=True):
         if one != other:
             raise ValueError(
                 f"the Fishers were not estimated in the same way: {what} is {one} in the first and {other} in the second. "
-                "Estimate both alike, on one device."
+                "Estimate both in the same way, on one device."
             )
 
 
 def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
-    """What must be the same in two Fishers with the same layers, by a name for errors."""
+    """Yield what must be equal in two Fishers with the same layers, each with a name for error messages."""
     metadata = fisher.metadata
     yield "the likelihood", metadata.likelihood
     yield "the estimator", estimator_from_json(metadata.settings)
     yield "the sampling", metadata.sampling.value
     yield "mc_samples", metadata.mc_samples
     yield "the axis of the inputs that counts the examples", metadata.input_axis
-    yield "what the data came with", "inputs only" if fisher.statistics is None else "inputs and targets"
+    yield "the content of the data", "inputs only" if fisher.statistics is None else "inputs and targets"
     for name in sorted(fisher):
         block = fisher[name]
         parameters = ", ".join(metadata.parameters.get(name, ()))

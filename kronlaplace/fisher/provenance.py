@@ -1,4 +1,4 @@
-"""How a Fisher was estimated."""
+"""Metadata on how a Fisher was estimated."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["FisherMetadata"]
 
 @dataclass(frozen=True)
 class FisherMetadata:
-    """How a Fisher was estimated.
+    """Record of how a Fisher was estimated.
 
     Attributes:
-        likelihood: The likelihood whose output metric was pulled back.
-        estimator: The estimator's name.
-        settings: The estimator's name and settings, as JSON-compatible values.
-        sampling: How directions were chosen.
-        mc_samples: Label draws per example (``Sampling.MC`` only).
-        seed: Seed of those draws.
-        parameters: The parameters in each block, by layer: weight, then bias if the block contains it.
-        weights: Fingerprint of all the network's parameters and buffers, by name.
-        coverage: What has a block and what has none.
-        input_axis: The axis of the network's inputs that counts the examples.
-        shared_inputs: Input tensors that are the same for all examples, by their paths in the inputs.
-        ema_decay: Decay of the moving average, None for a plain mean.
-        last_layer: The layer whose output is the network's, None if it is none of these.
+        likelihood: Likelihood whose output metric was pulled back.
+        estimator: Name of the estimator.
+        settings: Name and settings of the estimator, as JSON-compatible values.
+        sampling: Rule by which directions were chosen.
+        mc_samples: Number of label draws per example (``Sampling.MC`` only).
+        seed: Seed of the label draws.
+        parameters: Parameters in each block, by layer: weight, then bias if the block contains it.
+        weights: Fingerprints of the network's parameters and buffers, by name.
+        coverage: Table of what has a block and what does not.
+        input_axis: Axis of the network's inputs that counts the examples.
+        shared_inputs: Paths of the input tensors that are the same for all examples.
+        ema_decay: Decay of the moving average, or None for a plain mean.
+        last_layer: Layer whose output is the network's output, or None if it has no block.
     """
 
     likelihood: Likelihood
@@ -46,7 +46,7 @@ class FisherMetadata:
     last_layer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON-compatible values."""
+        """Return the record as JSON-compatible values."""
         return {
             "likelihood": self.likelihood.to_json(),
             "estimator": self.estimator,
@@ -65,7 +65,7 @@ class FisherMetadata:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> FisherMetadata:
-        """Inverse of `to_json`."""
+        """Restore a record from the result of `to_json`."""
         return cls(
             likelihood=Likelihood.from_json(values["likelihood"]),
             estimator=values["estimator"],

@@ -12,7 +12,7 @@ from kronlaplace._arguments import choice
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher.estimation import check_belongs, estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.fisher.merging import combined
+from kronlaplace.fisher.merging import merge_fishers
 from kronlaplace.laplace.state import State
 from kronlaplace.layers import NOT_WANTED, Layer, Unsupported, entries_of, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
@@ -123,7 +123,7 @@ class LayerChoice:
         if before is not None:
             if set(names) < set(before):
                 before = before.restricted_to(names, fisher.coverage().reasons())
-            fisher = combined(before, fisher)
+            fisher = merge_fishers(before, fisher)
         return remaining, fisher
 
     def _reasons(self, names: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
 from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.fisher.merging import combined
+from kronlaplace.fisher.merging import merge_fishers
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
@@ -242,7 +242,7 @@ class _Checks:
             return
         first, second = self.problem.batches(3, 5)
         with law(f"{self.estimator!r}: finished Fishers can be combined"):
-            both = combined(self.estimate([first]), self.estimate([second]))
+            both = merge_fishers(self.estimate([first]), self.estimate([second]))
         self.compare(both, "combine makes the block of both data sets")
 
     def goes_on_from_blocks(self) -> None:

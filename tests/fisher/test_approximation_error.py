@@ -219,7 +219,9 @@ def test_nothing_is_left_behind(method):
 def test_another_network():
     made, other = mlp(), mlp(outputs=2)
     fisher = kl.estimate_fisher(made.model, made.batches(), "classification")
-    with pytest.raises(ValueError, match=r"the fisher is of another network: layer '2' has .*\(3, 7\) matrix there"):
+    with pytest.raises(
+        ValueError, match=r"the fisher belongs to a different network: its block for layer '2' .*\(3, 7\) matrix"
+    ):
         kl.relative_error(fisher, other.model, other.batches())
     with pytest.raises(ValueError, match="the model has no module '2'"):
         kl.relative_error(fisher, nn.Sequential(nn.Linear(4, 3)).double(), made.batches())
@@ -229,7 +231,7 @@ def test_changed_weights():
     made = mlp()
     fisher = kl.estimate_fisher(made.model, made.batches(), "classification")
     made.model[2].bias.data[0] += 1
-    with pytest.raises(ValueError, match=r"the fisher was estimated at other weights: '2\.bias' differs"):
+    with pytest.raises(ValueError, match=r"the fisher was estimated at different weights: '2\.bias' differs"):
         kl.relative_error(fisher, made.model, made.batches())
 
 
@@ -241,7 +243,7 @@ def test_another_likelihood(own, other):
     made = mlp(own)
     fisher = kl.estimate_fisher(made.model, made.batches(), own)
     kl.relative_error(fisher, made.model, made.batches(), own)
-    with pytest.raises(ValueError, match=r"the fisher was estimated with .*; its error cannot be told by "):
+    with pytest.raises(ValueError, match=r"the fisher was estimated with .*; the likelihood passed here must match "):
         kl.relative_error(fisher, made.model, made.batches(), other)
 
 

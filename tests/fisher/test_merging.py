@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.fisher.merging import combined
+from kronlaplace.fisher.merging import merge_fishers
 from tests.support.assertions import assert_close
 from tests.support.estimators import White
 from tests.support.problems import batches, problem
@@ -88,7 +88,7 @@ def assert_same(fisher, expected, rtol=1e-12):
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_two_parts_make_the_whole(name, network):
     one, other, whole = parts_and_whole(network, ADDITIVE[name](), 1)
-    both = combined(one, other)
+    both = merge_fishers(one, other)
     assert_same(both, whole)
     assert both.metadata == one.metadata
     assert {block.name for block in both.values()} == set(both)
@@ -99,7 +99,7 @@ def test_two_parts_make_the_whole(name, network):
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_with_other_likelihoods(name, likelihood):
     one, other, whole = parts_and_whole("cnn", ADDITIVE[name](), 2, likelihood=likelihood)
-    assert_same(combined(one, other), whole)
+    assert_same(merge_fishers(one, other), whole)
 
 
 @pytest.mark.quick(2)
@@ -110,7 +110,7 @@ def test_diagonal_blocks_beside_any_estimator(name):
     diagonal = [layer for layer, block in whole.items() if block.kind == "diagonal"]
     assert len(diagonal) == 6
     one, other, whole = (fisher.restricted_to(diagonal) for fisher in (one, other, whole))
-    assert_same(combined(one, other), whole)
+    assert_same(merge_fishers(one, other), whole)
 
 
 @pytest.mark.parametrize("name", ["kfac", "kfac-reduce", "tkfac", "tkfac-uncorrelated"])
@@ -123,14 +123,14 @@ def test_sequences_of_different_lengths(name):
         kl.estimate_fisher(model, some, "regression", ADDITIVE[name](), sampling="exact")
         for some in (data[:1], data[1:], data)
     )
-    assert_same(combined(one, other), whole)
+    assert_same(merge_fishers(one, other), whole)
 
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_the_order_of_two_does_not_matter(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
-    assert_same(combined(one, other), combined(other, one))
+    assert_same(merge_fishers(one, other), merge_fishers(other, one))
 
 
 @pytest.mark.quick(3)
@@ -138,16 +138,16 @@ def test_the_order_of_two_does_not_matter(name):
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_three_in_any_order(name, network):
     a, b, c, whole = parts_and_whole(network, ADDITIVE[name](), 1, 2)
-    assert_same(combined(combined(a, b), c), whole)
-    assert_same(combined(a, combined(b, c)), whole)
-    assert_same(combined(combined(c, a), b), whole)
+    assert_same(merge_fishers(merge_fishers(a, b), c), whole)
+    assert_same(merge_fishers(a, merge_fishers(b, c)), whole)
+    assert_same(merge_fishers(merge_fishers(c, a), b), whole)
 
 
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_a_fisher_with_itself_is_the_same_mean(name):
     made, _ = problem("depthwise")
     fisher = estimate(made, ADDITIVE[name](), batches(made))
-    twice = combined(fisher, fisher)
+    twice = merge_fishers(fisher, fisher)
     assert_same(twice, kl.KroneckerFisher(fisher, 2 * fisher.n_examples, fisher.metadata, 2 * fisher.statistics))
 
 
@@ -156,7 +156,7 @@ def test_a_fisher_with_itself_is_the_same_mean(name):
 def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
     before = [{key: t.clone() for key, t in fisher.to_tensors().items()} for fisher in (one, other)]
-    for tensor in combined(one, other).to_tensors().values():
+    for tensor in merge_fishers(one, other).to_tensors().values():
         tensor.fill_(7)
     for fisher, tensors in zip((one, other), before, strict=True):
         for key, tensor in fisher.to_tensors().items():
@@ -168,7 +168,7 @@ def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
 def test_saved_loaded_and_combined(name, tmp_path):
     one, other, whole = parts_and_whole("norms", ADDITIVE[name](), 1)
     other.save(tmp_path / "other")
-    both = combined(one, kl.KroneckerFisher.load(tmp_path / "other"))
+    both = merge_fishers(one, kl.KroneckerFisher.load(tmp_path / "other"))
     both.save(tmp_path / "both")
     assert_same(kl.KroneckerFisher.load(tmp_path / "both"), whole)
 
@@ -180,7 +180,7 @@ def test_a_scale_that_a_block_was_given_counts(name):
         kl.KroneckerFisher({k: b.scaled(3.0) for k, b in f.items()}, f.n_examples, f.metadata, f.statistics)
         for f in (one, other)
     ]
-    for layer, block in combined(*scaled).items():
+    for layer, block in merge_fishers(*scaled).items():
         assert_close(block.to_dense(), 3 * whole[layer].to_dense(), 1e-12, layer)
 
 
@@ -216,7 +216,7 @@ def test_dead_layers(name, alive):
         for some in (data[:2], data[2:], data)
     )
     assert bool(whole["conv"].to_dense().any()) == any(alive)
-    both = combined(one, other)
+    both = merge_fishers(one, other)
     assert all(torch.isfinite(tensor).all() for tensor in both.to_tensors().values())
     assert_same(both, whole)
 
@@ -228,7 +228,7 @@ def test_statistics_are_summed_and_used():
     made, _ = problem("cnn", "regression")
     data = batches(made, 1)
     one, other = (estimate(made, kl.KFAC(), some) for some in (data[:2], data[2:]))
-    both = combined(one, other)
+    both = merge_fishers(one, other)
     assert both.n_examples == len(made.targets)
     torch.testing.assert_close(both.statistics, one.statistics + other.statistics)
     squared_error = (made.model(made.inputs) - made.targets).square().sum()
@@ -238,19 +238,19 @@ def test_statistics_are_summed_and_used():
 def test_without_targets_there_are_no_statistics():
     made, _ = problem("mlp")
     one, other = (estimate(made, kl.KFAC(), [x]) for x in (made.inputs[:2], made.inputs[2:]))
-    assert combined(one, other).statistics is None
+    assert merge_fishers(one, other).statistics is None
     with_targets = estimate(made, kl.KFAC(), batches(made))
     message = "what the data came with is inputs and targets in the first and inputs only in the second"
     with pytest.raises(ValueError, match=message):
-        combined(with_targets, other)
+        merge_fishers(with_targets, other)
     with pytest.raises(ValueError, match="came with is inputs only in the first and inputs and targets in the second"):
-        combined(other, with_targets)
+        merge_fishers(other, with_targets)
 
 
 def test_draws_of_other_seeds_are_combined():
     made, _ = problem("mlp")
     one, other = (estimate(made, kl.KFAC(), batches(made), "mc", seed=seed) for seed in (0, 1))
-    both = combined(one, other)
+    both = merge_fishers(one, other)
     assert both.metadata.seed == 0
     for layer, block in both.items():
         expected = (one[layer].gradient_factor + other[layer].gradient_factor) / 2
@@ -269,9 +269,9 @@ def test_estimators_whose_blocks_do_not_add_up(name, network):
     one, other, _ = parts_and_whole(network, make(), 2)
     shorthand = make().name
     with pytest.raises(NotImplementedError, match=f"of the estimator '{shorthand}' cannot be combined: .*{reason}.*"):
-        combined(one, other)
+        merge_fishers(one, other)
     with pytest.raises(NotImplementedError, match=r"torch\.utils\.data\.ConcatDataset.*or use KFAC\(\) or TKFAC\(\)"):
-        combined(one, other)
+        merge_fishers(one, other)
 
 
 def test_an_estimator_that_says_nothing():
@@ -291,11 +291,11 @@ def test_an_estimator_of_ones_own_beside_which_a_layer_gets_a_diagonal_block():
     one, other, whole = parts_and_whole("norms", Factors(), 1)
     assert all(block.kind == "diagonal" for block in whole.values())
     with pytest.raises(NotImplementedError, match="knows its name only"):
-        combined(one, other)
+        merge_fishers(one, other)
     beside = [row.layer for row in whole.coverage() if row.estimator == "diagonal"]
     assert 0 < len(beside) < len(whole)
     one, other, whole = (fisher.restricted_to(beside) for fisher in (one, other, whole))
-    assert_same(combined(one, other), whole)
+    assert_same(merge_fishers(one, other), whole)
 
 
 def test_two_blocks_of_sua_do_not_determine_that_of_both():
@@ -319,7 +319,7 @@ def test_what_is_no_fisher(bad):
     fisher = estimate(made, kl.KFAC(), batches(made))
     for pair in ((fisher, bad), (bad, fisher)):
         with pytest.raises(TypeError, match=f"both must be Fishers, .* got {type(bad).__name__}"):
-            combined(*pair)
+            merge_fishers(*pair)
 
 
 def test_other_weights():
@@ -333,7 +333,7 @@ def test_other_weights():
             with pytest.raises(
                 ValueError, match=r"estimated at different weights: '2\.weight' differs\. .* both there"
             ):
-                combined(*pair)
+                merge_fishers(*pair)
 
 
 def test_weights_that_were_trained_on():
@@ -343,15 +343,15 @@ def test_weights_that_were_trained_on():
     one = kl.estimate_fisher(model, data, "regression")
     model[1].running_mean += 1
     with pytest.raises(ValueError, match=r"'1\.running_mean' differs"):
-        combined(one, kl.estimate_fisher(model, data, "regression"))
+        merge_fishers(one, kl.estimate_fisher(model, data, "regression"))
 
 
 def test_other_layers():
     one, other, whole = parts_and_whole("mlp", kl.KFAC(), 2)
     message = r"first Fisher has blocks for \['0', '2'\], the second for \['2'\]. .* restricted_to"
     with pytest.raises(ValueError, match=message):
-        combined(one, other.restricted_to(["2"]))
-    both = combined(one, other.restricted_to(["2", "0"]))  # another order is no other Fisher
+        merge_fishers(one, other.restricted_to(["2"]))
+    both = merge_fishers(one, other.restricted_to(["2", "0"]))  # another order is no other Fisher
     assert_same(both, whole)
 
 
@@ -383,7 +383,7 @@ def test_fishers_that_were_not_estimated_in_the_same_way(name):
     changes, message = PARTICULARS[name]
     one, other, _ = parts_and_whole("mlp", kl.KFAC(), 2)
     with pytest.raises(ValueError, match=f"not estimated in the same way: {message}.*Estimate both alike"):
-        combined(one, with_metadata(other, **changes))
+        merge_fishers(one, with_metadata(other, **changes))
 
 
 def test_blocks_of_other_shapes_kinds_and_places():
@@ -403,13 +403,13 @@ def test_blocks_of_other_shapes_kinds_and_places():
     ):
         changed = kl.KroneckerFisher({**other, "2": wrong}, other.n_examples, other.metadata, other.statistics)
         with pytest.raises(ValueError, match=f"the block of layer '2' .*{message}"):
-            combined(one, changed)
+            merge_fishers(one, changed)
 
 
 def test_moving_averages():
     made, _ = problem("mlp")
     mean, average = (estimate(made, kl.KFAC(), batches(made), ema_decay=decay) for decay in (None, 0.9))
     with pytest.raises(ValueError, match=r"the second Fisher is a moving average \(ema_decay=0\.9\).*ema_decay=None"):
-        combined(mean, average)
+        merge_fishers(mean, average)
     with pytest.raises(ValueError, match="the first Fisher is a moving average"):
-        combined(average, average)
+        merge_fishers(average, average)

@@ -444,9 +444,9 @@ def test_a_fisher_of_blocks_alone(tmp_path):
             for name, block in other.items():
                 for inverse in (together[name], by_name[name], damping.invert(block)):
                     torch.testing.assert_close(inverse.eigenvalues, expected[name].eigenvalues)
-    with pytest.raises(ValueError, match="made of blocks alone"):
+    with pytest.raises(ValueError, match="built from blocks alone"):
         fisher.metadata  # noqa: B018 - looking is what fails
-    with pytest.raises(ValueError, match="made of blocks alone"):
+    with pytest.raises(ValueError, match="built from blocks alone"):
         kl.relative_error(fisher, model, batches(model))
 
 
