@@ -120,7 +120,7 @@ class UnknownEstimator(Estimator):
     """
 
     not_combinable: ClassVar[str] = (
-        "kronlaplace knows its name only, and not how its blocks add up (kl.register_estimator makes its class known)"
+        "kronlaplace knows only its name, not how its blocks add up (kl.register_estimator makes its class known)"
     )
 
     def __init__(self, values: Mapping[str, Any]) -> None:
