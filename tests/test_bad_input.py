@@ -42,7 +42,7 @@ BAD_DATA = {
     ),
     "one-hot labels": ([(X, nn.functional.one_hot(Y))], ValueError, r"got shape \(6, 3\).*targets.argmax\(1\)"),
     "too few labels": ([(X, Y[:4])], ValueError, r"shape \(6,\).* for outputs of shape \(6, 3\); got shape \(4,\)"),
-    "targets come and go": ([(X, Y), X], ValueError, "batch 1: targets must come with every batch or with none"),
+    "targets come and go": ([(X, Y), X], ValueError, "batch 1: either every batch must have targets or none"),
 }
 
 
@@ -73,7 +73,7 @@ LABELS = {
     "bools": (Y > 0, r"dtype torch.bool\. Use targets\.long\(\) if they are class indices\.$"),
     "one-hot": (
         ONE_HOT,
-        r"Use targets\.argmax\(1\) if yours are one-hot; probabilities of the classes are not supported\.$",
+        r"Use targets\.argmax\(1\) if yours are one-hot; class probabilities are not supported\.$",
     ),
     "one-hot floats": (ONE_HOT.float(), r"Use targets\.argmax\(1\) if yours are one-hot"),
     "a column": (Y[:, None], r"got shape \(6, 1\), dtype torch.int64\. Use targets\.squeeze\(1\)\.$"),

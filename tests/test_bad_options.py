@@ -69,7 +69,7 @@ CALLS = {
     "sample none": (lambda p: p.sample(0), "n must be at least 1, got 0"),
     "tune method": (lambda p: p.tune(method="magic"), "unknown method 'magic'; allowed are 'evidence', 'validation'"),
     "tune structure": (lambda p: p.tune(structure="full"), "unknown structure 'full'; allowed are"),
-    "noise": (lambda p: p.log_marginal_likelihood(noise_std=1.0), "noise_std belongs to the Gaussian likelihood"),
+    "noise": (lambda p: p.log_marginal_likelihood(noise_std=1.0), "noise_std only applies to the Gaussian likelihood"),
     "prior": (lambda p: p.log_marginal_likelihood(prior_precision=0.0), "prior_precision must be positive"),
 }
 
@@ -100,9 +100,7 @@ def test_fit_takes_data_or_a_fisher():
         posterior.fit()
     other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
     fisher = kl.estimate_fisher(other, [X], "classification")
-    with pytest.raises(
-        ValueError, match=r"the fisher belongs to a different network: its block for layer '0' .* \(7, 5\) matrix"
-    ):
+    with pytest.raises(ValueError, match=r"belongs to a different network: its block for layer '0' .* \(7, 5\) matrix"):
         posterior.fit(fisher=fisher)
     with pytest.raises(
         ValueError, match=r"the fisher has no blocks for the layers \['0'\] of the posterior, only for \['2'\]"
@@ -122,7 +120,10 @@ CALLS_BY_TYPE = {
         lambda p: p.tune("validation", data=[(X, Y)], predictive="mc"),
         r"predictive must be a kl.Predictive, .*got 'mc'",
     ),
-    "inverting a Fisher": (lambda p: kl.damping.Tikhonov(1.0).invert(p.fisher), r"invert takes one block.*invert_all"),
+    "inverting a Fisher": (
+        lambda p: kl.damping.Tikhonov(1.0).invert(p.fisher),
+        r"invert takes a single block.*invert_all",
+    ),
     "inverting all of a block": (
         lambda p: kl.damping.Tikhonov(1.0).invert_all(p.fisher["0"]),
         r"invert_all takes a Fisher or a dict of blocks; got KroneckerBlock",
@@ -146,7 +147,7 @@ def test_a_gradient_without_the_bias():
 
 def test_noise_of_a_classifier():
     posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
-    with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood"):
+    with pytest.raises(ValueError, match="noise_std only applies to the Gaussian likelihood"):
         posterior.hyperparameters = kl.Hyperparameters(kl.IsotropicPrior(1.0), noise_std=1.0)
 
 

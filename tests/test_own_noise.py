@@ -96,6 +96,6 @@ def test_a_likelihood_without_noise():
     assert [Own().noise_exponent(kl.Sampling(s)) for s in ("exact", "mc", "empirical")] == [-2, -2, -4]
     assert likelihood.has_normalizer
     assert not kl.Euclidean().has_normalizer
-    with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood"):
+    with pytest.raises(ValueError, match="noise_std only applies to the Gaussian likelihood"):
         likelihood.with_noise_std(1.0)
     assert kl.Categorical().completed_by(kl.Categorical(class_axis=-1)) == kl.Categorical(class_axis=-1)

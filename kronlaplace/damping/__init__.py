@@ -1,4 +1,4 @@
-"""How blocks are made invertible, and what the inverse answers."""
+"""Damping, which makes blocks invertible, and the damped inverse."""
 
 from kronlaplace.damping.inverse import DampedInverse
 from kronlaplace.damping.strategies import Damping, FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto

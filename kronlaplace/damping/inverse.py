@@ -1,8 +1,8 @@
-"""The damped inverse: one object answers everything that the consumers ask of a damped block.
+"""Damped inverse: a single object for everything that is computed from a damped block.
 
-Every damping strategy changes the eigenvalues of a block and leaves its eigenbasis alone, so that a change of damping
-costs no new eigendecomposition: that is of the undamped block, which keeps it. The one exception is a damping of each
-weight by itself (`PlusDiagonal`), which has another eigenbasis.
+Every damping strategy changes the eigenvalues of a block but not its eigenbasis, so a change of damping needs no new
+eigendecomposition: that of the undamped block is cached there. The only exception is a separate damping for each weight
+(`PlusDiagonal`), which has a different eigenbasis.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["DampedInverse"]
 
 
 class DampedInverse:
-    """Inverse of a damped block, exactly, from its eigendecomposition (KFC Eq. 39–44).
+    """Exact inverse of a damped block, from its eigendecomposition (KFC Eq. 39–44).
 
-    Damping strategies make it (see `kronlaplace.damping`).
+    It is created by damping strategies (see `kronlaplace.damping`).
 
     Args:
-        block: A block with the eigenbasis of the damped block.
+        block: Block with the eigenbasis of the damped block.
         eigenvalues: Eigenvalues of the damped block, shape ``(q, p)``, float64; they may carry a gradient.
-        damping: What damped it, to be shown; None if that was not a strategy.
+        damping: Damping to show in the repr, or None if no strategy was used.
     """
 
     def __init__(self, block: Block, eigenvalues: Tensor, damping: object = None) -> None:
@@ -49,44 +49,47 @@ class DampedInverse:
         return self._eigenvalues.reciprocal().to(self.block.dtype)
 
     def bases(self) -> tuple[Tensor, Tensor] | None:
-        """``B_G`` of shape ``(K, q/K, q/K)`` and ``B_A`` of shape ``(K, p, p)`` of the basis ``B`` in which the inverse is
-        ``B diag(w) Bᵀ``, if it is a Kronecker product ``B_G ⊗ B_A`` by groups of rows; else None.
+        """Return the factors of the basis ``B`` in which the inverse is ``B diag(w) Bᵀ``.
+
+        Returns:
+            ``B_G``, shape ``(K, q/K, q/K)``, and ``B_A``, shape ``(K, p, p)``, if ``B`` is a Kronecker product
+            ``B_G ⊗ B_A`` for each group of rows; otherwise None.
         """
         return self.block.bases() if isinstance(self.block, RotatedBlock) else None
 
     def coordinates(self, matrices: Tensor) -> Tensor:
-        """``Bᵀ vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape."""
+        """Return ``Bᵀ vec(M)`` for ``M`` of shape ``(..., q, p)``, in the same shape."""
         return self.block.to_eigenbasis(matrices)
 
     def _combined(self, coordinates: Tensor) -> Tensor:
-        """``B vec(C)``, for ``C`` of shape ``(..., q, p)``; same shape."""
+        """Return ``B vec(C)`` for ``C`` of shape ``(..., q, p)``, in the same shape."""
         return self.block.from_eigenbasis(coordinates)
 
     def solve(self, matrices: Tensor) -> Tensor:
-        """The inverse times ``vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape (KFC Eq. 42–44)."""
+        """Multiply the inverse with ``vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape (KFC Eq. 42–44)."""
         return self._apply(matrices, self.weights)
 
     def sqrt_solve(self, matrices: Tensor) -> Tensor:
-        """The symmetric square root of the inverse times ``vec(M)``: turns white noise into samples.
+        """Multiply the symmetric square root of the inverse with ``vec(M)``, which turns white noise into samples.
 
         Args:
-            matrices: ``M``, shape ``(..., q, p)``.
+            matrices: Matrices ``M``, shape ``(..., q, p)``.
         """
         return self._apply(matrices, self.weights.sqrt())
 
     def logdet(self) -> Tensor:
-        """``log det`` of the damped block (not of its inverse), 0-dim, float64."""
+        """Return ``log det`` of the damped block (not of its inverse), 0-dim, float64."""
         return self._eigenvalues.log().sum()
 
     def diagonal(self) -> Tensor:
-        """Diagonal of the inverse, as a ``(q, p)`` matrix."""
+        """Return the diagonal of the inverse, as a ``(q, p)`` matrix."""
         return self.block.diagonal_of(self.weights)
 
     @cached_property
     def row_weights(self) -> Tensor:
-        """The inverse's eigenvalues seen from the rows of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``.
+        """Eigenvalues of the inverse weighted for each row of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``.
 
-        With one input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
+        For an input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
         """
         bases = self.bases()
         assert bases is not None
@@ -94,7 +97,7 @@ class DampedInverse:
 
     @cached_property
     def centered_row_weights(self) -> Tensor:
-        """`row_weights` for each row less the mean of all rows; for blocks without groups."""
+        """The `row_weights` of each row minus the mean of all rows, for blocks without groups."""
         bases = self.bases()
         assert bases is not None
         (basis,) = bases[0]
@@ -115,5 +118,5 @@ class DampedInverse:
 
 @in_full_precision
 def _times_by_group(left: Tensor, matrix: Tensor) -> Tensor:
-    """``L M`` by groups of rows: ``(K, q/K, q/K)`` and ``(q, p)``."""
+    """Compute ``L M`` by groups of rows, for shapes ``(K, q/K, q/K)`` and ``(q, p)``."""
     return (left @ matrix.unflatten(0, (len(left), -1))).flatten(0, 1)

@@ -1,22 +1,21 @@
-"""Two blocks at once, ``c F + t P``: for a Fisher block ``F`` and ``P = s F₁ + δ I`` of an earlier one, for any ``c`` and
-``t``.
+"""Inverse of ``c F + t P`` for a Fisher block ``F`` and ``P = s F₁ + δ I`` of an earlier block, for any ``c`` and ``t``.
 
 A basis ``W``, not orthogonal in general, makes both diagonal, ``Wᵀ F W = diag(λ)`` and ``Wᵀ P W = diag(π)``. Then
-``(c F + t P)⁻¹ = W diag(1 / (c λ + t π)) Wᵀ``: all that a `DampedInverse` answers follows, and ``c`` and ``t`` cost
-nothing new.
+``(c F + t P)⁻¹ = W diag(1 / (c λ + t π)) Wᵀ``: everything that a `DampedInverse` provides follows from this, and changing
+``c`` and ``t`` needs no new decomposition.
 
 | blocks | ``W`` | |
 | --- | --- | --- |
-| both diagonal, or in one eigenbasis | that basis | exact |
+| both diagonal, or with the same eigenbasis | that basis | exact |
 | Kronecker products, ``δ = 0`` | ``W_G ⊗ W_A`` of the problems ``(G, G₁)`` and ``(A, A₁)`` | exact |
 | Kronecker products, and one side has a single row or column | likewise, with ``δ`` in the other side's factor | exact |
-| any others of up to `LARGEST_DENSE` weights | of the dense problem ``(F, P)``, by groups of rows | exact |
+| any others of up to `LARGEST_DENSE` weights | from the dense problem ``(F, P)``, by groups of rows | exact |
 | larger Kronecker products, ``δ > 0`` | ``W_G ⊗ W_A`` of ``(G, s G₁ + ε I)`` and ``(A, A₁ + ε' I)`` | approximate |
-| all others | none | refused |
+| all others | none | rejected |
 
 ``F + s G₁ ⊗ A₁ + δ I`` has three terms, which no Kronecker basis makes diagonal in general. In the approximate case ``ε ε'
-= δ`` (factored damping, with the ratio by the trace norms) sets the basis only: ``π`` is the diagonal of the true ``Wᵀ P
-W``, and what is off the diagonal is dropped. That is exact where the two Fishers share an eigenbasis, and where one of
+= δ`` (factored damping, with the ratio from the trace norms) only determines the basis: ``π`` is the diagonal of the true
+``Wᵀ P W``, and the off-diagonal entries are dropped. This is exact if the two Fishers share an eigenbasis, and if one of
 them vanishes. Otherwise the determinant is too large (Hadamard).
 """
 
@@ -41,22 +40,22 @@ __all__ = ["JointBasis", "JointInverse", "joint_basis"]
 
 
 class _Basis(ABC):
-    """``W``."""
+    """Basis ``W``."""
 
     @abstractmethod
     def coordinates(self, matrices: Tensor) -> Tensor:
-        """``Wᵀ vec(M)``, for ``M`` of shape ``(..., q, p)``; same shape."""
+        """Return ``Wᵀ vec(M)`` for ``M`` of shape ``(..., q, p)``, in the same shape."""
 
     @abstractmethod
     def combined(self, coordinates: Tensor) -> Tensor:
-        """``W vec(C)``, for ``C`` of shape ``(..., q, p)``; same shape."""
+        """Return ``W vec(C)`` for ``C`` of shape ``(..., q, p)``, in the same shape."""
 
     @abstractmethod
     def diagonal_of(self, weights: Tensor) -> Tensor:
-        """The diagonal of ``W diag(w) Wᵀ`` for ``w`` of shape ``(q, p)``; same shape."""
+        """Return the diagonal of ``W diag(w) Wᵀ`` for ``w`` of shape ``(q, p)``, in the same shape."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """``W_G`` and ``W_A`` if it is a Kronecker product."""
+        """Return ``W_G`` and ``W_A`` if ``W`` is a Kronecker product, otherwise None."""
         return None
 
 
@@ -72,7 +71,7 @@ class _Identity(_Basis):
 
 
 class _Product(_Basis):
-    """``W_G ⊗ W_A`` by groups of rows: ``(K, q/K, q/K)`` and ``(K, p, p)``."""
+    """Kronecker product ``W_G ⊗ W_A`` by groups of rows, shapes ``(K, q/K, q/K)`` and ``(K, p, p)``."""
 
     def __init__(self, gradient: Tensor, activation: Tensor) -> None:
         self._gradient = gradient
@@ -92,7 +91,7 @@ class _Product(_Basis):
 
 
 class _Dense(_Basis):
-    """One matrix for each group of rows, ``(K, m, m)`` with ``m = q p / K``."""
+    """Dense matrix for each group of rows, shape ``(K, m, m)`` with ``m = q p / K``."""
 
     def __init__(self, vectors: Tensor) -> None:
         self._vectors = vectors
@@ -115,14 +114,14 @@ def _by_group(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class JointBasis:
-    """A basis that makes a Fisher block ``F`` and a precision ``P`` diagonal.
+    """Basis that makes a Fisher block ``F`` and a precision ``P`` diagonal.
 
     Attributes:
-        basis: ``W``, in the block's dtype.
-        curvature: ``λ``, the diagonal of ``Wᵀ F W``, shape ``(q, p)``, float64.
-        prior: ``π``, the diagonal of ``Wᵀ P W``, shape ``(q, p)``, float64, positive.
-        log_volume: ``−2 log |det W|``, 0-dim, float64.
-        exact: Whether both really are diagonal.
+        basis: Basis ``W``, in the block's dtype.
+        curvature: Diagonal ``λ`` of ``Wᵀ F W``, shape ``(q, p)``, float64.
+        prior: Diagonal ``π`` of ``Wᵀ P W``, shape ``(q, p)``, float64, positive.
+        log_volume: Value of ``−2 log |det W|``, 0-dim, float64.
+        exact: Whether both are exactly diagonal.
     """
 
     basis: _Basis
@@ -135,9 +134,9 @@ class JointBasis:
         """Return ``(c F + t P)⁻¹``.
 
         Args:
-            block: ``F``.
-            scale: ``c``.
-            multiple: ``t``.
+            block: Block ``F``.
+            scale: Factor ``c``.
+            multiple: Factor ``t``.
         """
         return JointInverse(block, self, scale * self.curvature + multiple * self.prior)
 
@@ -145,13 +144,13 @@ class JointBasis:
 class JointInverse(DampedInverse):
     """Inverse of ``c F + t P`` in a basis that is not orthogonal, ``W diag(w) Wᵀ``.
 
-    Its `eigenvalues` are those relative to that basis, ``c λ + t π``, and `sqrt_solve` applies the root ``W diag(√w)``,
-    which is not symmetric and turns white noise into samples all the same.
+    Its `eigenvalues` are relative to that basis, ``c λ + t π``, and `sqrt_solve` applies the root ``W diag(√w)``, which is
+    not symmetric but still turns white noise into samples.
 
     Args:
-        block: ``F``.
+        block: Block ``F``.
         joint: The basis.
-        eigenvalues: ``c λ + t π``, shape ``(q, p)``, float64.
+        eigenvalues: Eigenvalues ``c λ + t π``, shape ``(q, p)``, float64.
     """
 
     def __init__(self, block: Block, joint: JointBasis, eigenvalues: Tensor) -> None:
@@ -168,7 +167,7 @@ class JointInverse(DampedInverse):
         return self._joint.basis.combined(coordinates)
 
     def sqrt_solve(self, matrices: Tensor) -> Tensor:
-        """A square root ``R`` of the inverse, ``R Rᵀ``, times ``vec(M)``: turns white noise into samples."""
+        """Multiply a root ``R`` of the inverse ``R Rᵀ`` with ``vec(M)``, which turns white noise into samples."""
         return self._combined(self._checked(matrices) * self.weights.sqrt())
 
     def logdet(self) -> Tensor:
@@ -183,10 +182,10 @@ def joint_basis(block: Block, earlier: Block, scale: Tensor, plus: Tensor) -> Jo
     """Find the basis for a block ``F`` and a precision ``P = s F₁ + δ I``; see the module's table.
 
     Args:
-        block: ``F``.
-        earlier: ``F₁``, of the same shape.
-        scale: ``s``, 0-dim, float64, positive.
-        plus: ``δ``, 0-dim, float64, not negative; if it is zero ``F₁`` is positive definite.
+        block: Block ``F``.
+        earlier: Block ``F₁`` of the same shape.
+        scale: Factor ``s``, 0-dim, float64, positive.
+        plus: Number ``δ``, 0-dim, float64, not negative; if it is zero, ``F₁`` must be positive definite.
 
     Raises:
         NotImplementedError: For blocks of different kinds, or in different eigenbases, that are too large to be made dense.
@@ -208,16 +207,16 @@ def joint_basis(block: Block, earlier: Block, scale: Tensor, plus: Tensor) -> Jo
             return pair.approximately()
     if math.prod(shape) > LARGEST_DENSE:
         raise NotImplementedError(
-            f"the layer {block.name!r} has a {block.kind} block and its prior a {earlier.kind} block. Their sum is "
-            "found exactly "
-            f"for up to {LARGEST_DENSE:,} weights, and this layer has {math.prod(shape):,}. Use an estimator with Kronecker "
-            "products for both (kl.KFAC, kl.TKFAC, kl.KFOC), kl.Diagonal for both, or leave the layer out (layers=)."
+            f"layer {block.name!r} has a {block.kind} block and its prior a {earlier.kind} block. Their sum can be "
+            f"inverted exactly only for up to {LARGEST_DENSE:,} weights, but this layer has {math.prod(shape):,}. Use an "
+            "estimator with Kronecker products for both (kl.KFAC, kl.TKFAC, kl.KFOC), kl.Diagonal for both, or leave the "
+            "layer out (layers=)."
         )
     return _dense(block, earlier, precision, groups or 1)
 
 
 def _groups(block: Block, earlier: Block) -> int:
-    """How many groups of rows both have; zero if not both have a Kronecker basis, of as many groups."""
+    """Return the number of groups of rows; zero unless both have a Kronecker basis with the same number of groups."""
     if not (isinstance(block, RotatedBlock) and isinstance(earlier, RotatedBlock)):
         return 0
     one, other = len(block.bases()[0]), len(earlier.bases()[0])
@@ -230,7 +229,7 @@ def _same_bases(block: Block, earlier: Block) -> bool:
 
 
 class _Factors:
-    """Two Kronecker products, as eigendecompositions of their factors in float64, with the axis of the groups in front."""
+    """Two Kronecker products, as eigendecompositions of their factors in float64, with a leading axis of groups."""
 
     def __init__(self, block: KroneckerBlock, earlier: KroneckerBlock, scale: Tensor, plus: Tensor) -> None:
         (gradient, activation), (gradient_1, activation_1) = block.eigen(), earlier.eigen()
@@ -247,7 +246,7 @@ class _Factors:
         self._values_1 = [scales * gradient_1.values.double(), activation_1.values.double()]  # the scale in the first
 
     def exactly(self) -> JointBasis:
-        """Find the basis where ``δ = 0``, or one factor is a number, so that ``P`` is a Kronecker product itself."""
+        """Find the basis if ``δ = 0`` or one factor is a number, so that ``P`` itself is a Kronecker product."""
         gradient, activation = self._values_1
         if float(self._plus):
             if gradient.shape[1] == 1:
@@ -257,20 +256,23 @@ class _Factors:
         return self._joint(gradient, activation, None)
 
     def approximately(self) -> JointBasis:
-        """Find the basis of the factored damping, and the diagonal of the true precision in it."""
+        """Find the basis of the factored damping and the diagonal of the true precision in it."""
         gradient, activation = self._values_1
         means = activation.mean(1, keepdim=True), gradient.mean(1, keepdim=True)
         alive = (means[0] > 0) & (means[1] > 0)
         pi = torch.sqrt(torch.where(alive, means[0], 1.0) / torch.where(alive, means[1], 1.0))
         root = self._plus.sqrt()
-        # A product that vanishes by one of its factors has no say in the basis.
+        # A product that vanishes because one of its factors does must not influence the basis.
         gradient, activation = gradient * alive, activation * alive
         norms = [torch.linalg.matrix_norm(factor, keepdim=True) for factor in self._roots]
         self._roots = [factor * ((norms[0] > 0) & (norms[1] > 0)) for factor in self._roots]
         return self._joint(gradient + root / pi, activation + pi * root, self._values_1)
 
     def _joint(self, gradient: Tensor, activation: Tensor, true_values: Sequence[Tensor] | None) -> JointBasis:
-        """The basis for a precision with these eigenvalues of its factors, which is the true one if no others are given."""
+        """Return the basis for a precision whose factors have these eigenvalues.
+
+        ``true_values`` are the eigenvalues of the true precision's factors, or None if it is this precision.
+        """
         values, bases = [], []
         parts = zip(self._names, self._roots, self._bases_1, (gradient, activation), strict=True)
         for name, root, basis, precision in parts:
@@ -292,7 +294,7 @@ class _Factors:
 
 
 def _dense(block: Block, earlier: Block, precision: Tensor, groups: int) -> JointBasis:
-    """The dense problem, by groups of rows."""
+    """Solve the dense problem, by groups of rows."""
     root = _dense_basis(block, groups) * block.eigenvalues().view(groups, 1, -1).sqrt()
     whitening = _dense_basis(earlier, groups) * precision.view(groups, 1, -1).rsqrt()
     values, vectors = _simultaneous(f"the precision of layer {block.name!r}", root, whitening)
@@ -304,12 +306,12 @@ def _simultaneous(name: str, root: Tensor, whitening: Tensor) -> tuple[Tensor, T
     """Solve generalized eigenproblems, by groups.
 
     Args:
-        name: What errors call them.
-        root: ``R`` with ``R Rᵀ = F``, shape ``(K, n, n)``, float64.
-        whitening: ``B`` with ``Bᵀ P B = I``, same shape.
+        name: Name of the matrices in error messages.
+        root: Root ``R`` with ``R Rᵀ = F``, shape ``(K, n, n)``, float64.
+        whitening: Matrix ``B`` with ``Bᵀ P B = I``, same shape.
 
     Returns:
-        ``λ``, shape ``(K, n)``, and ``W``, ``(K, n, n)``, with ``Wᵀ F W = diag(λ)`` and ``Wᵀ P W = I``.
+        ``λ``, shape ``(K, n)``, and ``W``, shape ``(K, n, n)``, with ``Wᵀ F W = diag(λ)`` and ``Wᵀ P W = I``.
     """
     half = whitening.mT @ root
     parts = eigendecompose_symmetric([(name, matrix) for matrix in half @ half.mT])
@@ -318,7 +320,7 @@ def _simultaneous(name: str, root: Tensor, whitening: Tensor) -> tuple[Tensor, T
 
 
 def _dense_basis(block: Block, groups: int) -> Tensor:
-    """Eigenvectors as matrices, ``(K, m, m)``, float64."""
+    """Return the eigenvectors as matrices, shape ``(K, m, m)``, float64."""
     if isinstance(block, RotatedBlock):
         parts = zip(*(basis.double() for basis in block.bases()), strict=True)
         dense = [torch.kron(g.contiguous(), a.contiguous()) for g, a in parts]
@@ -329,5 +331,5 @@ def _dense_basis(block: Block, groups: int) -> Tensor:
 
 
 def _outer(gradient: Tensor, activation: Tensor) -> Tensor:
-    """``x yᵀ`` by groups: ``(K, q/K)`` and ``(K, p)`` to ``(q, p)``."""
+    """Compute ``x yᵀ`` by groups: shapes ``(K, q/K)`` and ``(K, p)`` to ``(q, p)``."""
     return (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1)

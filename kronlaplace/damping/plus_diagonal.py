@@ -1,4 +1,4 @@
-"""A block plus another number for every weight."""
+"""A block plus a separate number for every weight."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kronlaplace.damping.inverse import DampedInverse
 __all__ = ["LARGEST_DENSE", "PlusDiagonal"]
 
 LARGEST_DENSE = 2048
-"""Weights that a block may have to be made dense, so that each of its weights can have a damping of its own."""
+"""Maximum number of weights of a block that is made dense so that each weight can have its own damping."""
 
 
 class PlusDiagonal:
-    """``c F + diag(d)`` for a block ``F``, with another ``d`` for every weight.
+    """Sum ``c F + diag(d)`` for a block ``F``, with one entry of ``d`` per weight.
 
-    Exact for diagonal and dense blocks, and for all others of up to `LARGEST_DENSE` weights, which become dense. Above
-    that a Kronecker or EKFAC block keeps its eigenbasis ``U`` and gets the diagonal of ``Uᵀ diag(d) U`` on its
-    eigenvalues: the nearest in Frobenius norm with that basis, exact where all ``d`` are equal, and with a determinant
-    that is never too small (Hadamard).
+    It is exact for diagonal and dense blocks, and for all others of up to `LARGEST_DENSE` weights, which become dense.
+    Larger Kronecker and EKFAC blocks keep their eigenbasis ``U``, and the diagonal of ``Uᵀ diag(d) U`` is added to their
+    eigenvalues: this is the nearest matrix in Frobenius norm with that basis, exact if all ``d`` are equal, and its
+    determinant is never too small (Hadamard).
 
     Args:
-        block: ``F``.
+        block: Block ``F``.
     """
 
     def __init__(self, block: Block) -> None:
@@ -35,11 +35,11 @@ class PlusDiagonal:
 
     @property
     def exact(self) -> bool:
-        """Whether it is exact."""
+        """Whether the sum is exact."""
         return isinstance(self._block, (DiagonalBlock, DenseBlock)) or math.prod(self._block.shape) <= LARGEST_DENSE
 
     def damped(self, diagonal: Tensor) -> DampedInverse:
-        """The inverse, for ``c = 1`` and ``d`` of shape ``(q, p)``, positive."""
+        """Return the inverse for ``c = 1`` and positive ``d`` of shape ``(q, p)``."""
         block = self._block
         diagonal = diagonal.to(block.device, torch.float64)
         if isinstance(block, DiagonalBlock):
@@ -48,13 +48,16 @@ class PlusDiagonal:
             return DampedInverse(block, self._projected(1.0, diagonal))
         name = f"the damped block of layer {block.name!r}"
         values, vectors, _ = eigendecompose_symmetric([(name, self._dense + torch.diag(diagonal.flatten()))])[0]
-        values = values.clamp_min(diagonal.detach().min())  # which it cannot be below, but for rounding
+        values = values.clamp_min(diagonal.detach().min())  # a lower bound up to rounding
         basis = DenseBlock(self._dense.to(block.dtype), block.shape, name=block.name)
         basis.adopt([Eigen(values, vectors.to(block.dtype))])
         return DampedInverse(basis, values.unflatten(0, block.shape))
 
     def logdet(self, scale: Tensor, diagonal: Tensor) -> Tensor:
-        """``log det (c F + diag(d))``, 0-dim, float64, differentiable in ``c`` and ``d``; no eigendecomposition."""
+        """Compute ``log det (c F + diag(d))``, 0-dim, float64, differentiable in ``c`` and ``d``.
+
+        No eigendecomposition is needed.
+        """
         if isinstance(self._block, DiagonalBlock):
             return (scale * self._block.eigenvalues() + diagonal).log().sum()
         if not self.exact:
@@ -62,20 +65,20 @@ class PlusDiagonal:
         matrix = scale * self._dense + torch.diag(diagonal.flatten())
         root, failed = torch.linalg.cholesky_ex(matrix)
         pivots = root.diagonal()
-        if failed or pivots.min() < 1e-6 * pivots.max():  # of the smallest, rounding has left few digits or none
+        if failed or pivots.min() < 1e-6 * pivots.max():  # the smallest ones have lost most of their digits to rounding
             stacked = torch.cat([scale.sqrt() * self._root, torch.diag(diagonal.flatten().sqrt())])
             pivots = torch.linalg.qr(stacked).R.diagonal().abs()
         return 2 * pivots.log().sum()
 
     def _projected(self, scale: Tensor | float, diagonal: Tensor) -> Tensor:
-        """Diagonal of ``Uᵀ (c F + diag(d)) U``, shape ``(q, p)``, float64."""
+        """Return the diagonal of ``Uᵀ (c F + diag(d)) U``, shape ``(q, p)``, float64."""
         assert isinstance(self._block, RotatedBlock)
         projected = self._block.projected_diagonal(diagonal.to(self._block.dtype)).double()
         return scale * self._block.eigenvalues() + projected
 
     @cached_property
     def _basis(self) -> Tensor:
-        """``U`` as a float64 matrix, ``(q·p, q·p)``."""
+        """Eigenbasis ``U`` as a float64 matrix, shape ``(q·p, q·p)``."""
         block = self._block
         if isinstance(block, RotatedBlock):
             parts = zip(*(basis.double() for basis in block.bases()), strict=True)
@@ -85,10 +88,10 @@ class PlusDiagonal:
 
     @property
     def _root(self) -> Tensor:
-        """``R`` with ``Rᵀ R = F``, float64."""
+        """Root ``R`` with ``Rᵀ R = F``, float64."""
         return self._block.eigenvalues().sqrt().flatten().unsqueeze(1) * self._basis.T
 
     @cached_property
     def _dense(self) -> Tensor:
-        """``F`` as a float64 matrix that is positive semidefinite to float64 rounding, whatever the block's dtype."""
+        """Matrix ``F`` in float64, positive semidefinite up to float64 rounding, whatever the block's dtype."""
         return (self._basis * self._block.eigenvalues().flatten()) @ self._basis.T

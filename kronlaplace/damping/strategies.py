@@ -1,8 +1,8 @@
-"""Damping strategies: how ``γ`` enters a block before it is inverted.
+"""Damping strategies, which add ``γ`` to a block before it is inverted.
 
-All of them keep the block's eigenbasis, so that the eigendecompositions are made once, for equal sizes in one batched call,
-and a change of damping costs only new eigenvalues. With the factors of a block ``scale · G ⊗ A``, eigenvalues ``d_G``,
-``d_A``, of sizes ``q`` and ``p``, and the block's trace ``δ = scale · tr G · tr A``:
+All of them keep the block's eigenbasis, so that the eigendecompositions are computed once, in one batched call for equal
+sizes, and a change of damping costs only new eigenvalues. For a block ``scale · G ⊗ A`` whose factors have eigenvalues
+``d_G``, ``d_A`` and sizes ``q``, ``p``, with the trace ``δ = scale · tr G · tr A``:
 
 | strategy | eigenvalues of the damped block | |
 | --- | --- | --- |
@@ -13,8 +13,8 @@ and a change of damping costs only new eigenvalues. With the factors of a block 
 
 Kronecker blocks with groups of rows are damped group by group.
 
-A strategy of your own is a class derived from `Damping` with one method, `Damping.eigenvalues`; this one adds a share of the
-mean eigenvalue:
+To define a strategy of your own, derive a class from `Damping` with one method, `Damping.eigenvalues`. This one adds a
+fraction of the mean eigenvalue:
 
     >>> class Relative(Damping):
     ...     def eigenvalues(self, block):
@@ -47,9 +47,9 @@ __all__ = [
 
 
 class Damping(ABC):
-    """A rule that makes a block invertible: new eigenvalues in the block's eigenbasis.
+    """Base class of the damping strategies, which make a block invertible by new eigenvalues in its eigenbasis.
 
-    A rule of your own defines `eigenvalues`. `kronlaplace.testing.check_damping` tells whether it keeps the laws of one.
+    A subclass defines `eigenvalues`. `kronlaplace.testing.check_damping` checks whether it obeys the laws of a damping.
     """
 
     @abstractmethod
@@ -57,22 +57,22 @@ class Damping(ABC):
         """Return the eigenvalues of the damped block, shape ``(q, p)``, float64, positive and finite.
 
         Args:
-            block: One layer's block. `Block.eigenvalues` has its own eigenvalues; a `KroneckerBlock` has those of its
-                factors in `KroneckerBlock.eigen`. It is not changed.
+            block: Block of one layer, which is not changed. Its own eigenvalues are in `Block.eigenvalues`, and those of
+                the factors of a `KroneckerBlock` in `KroneckerBlock.eigen`.
         """
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is added, so that a block that is singular up to rounding must be refused."""
+        """Whether nothing is added, so that a block that is singular up to rounding must be rejected."""
         return False
 
     def invert(self, block: Block) -> DampedInverse:
-        """The damped inverse of one layer's block.
+        """Return the damped inverse of one layer's block.
 
         Raises:
             TypeError: If it is not a block.
-            ValueError: If the damping is zero while the block is singular, or if a factor has NaN or infinite entries,
-                naming the layer. Eigenvalues count as zero where they are no larger than rounding.
+            ValueError: If the damping is zero and the block is singular, or if a factor has NaN or infinite entries; the
+                message names the layer. Eigenvalues no larger than rounding count as zero.
         """
         _check_block(block)
         values = self.eigenvalues(block)
@@ -84,23 +84,28 @@ class Damping(ABC):
         return self._checked(block, values)
 
     def _checked(self, block: Block, eigenvalues: Tensor) -> DampedInverse:
-        """The damped inverse; its eigenvalues must be finite and positive, without damping beyond rounding."""
+        """Return the damped inverse after checking its eigenvalues.
+
+        They must be finite and positive; if the damping is zero, they must also exceed rounding.
+        """
         if not torch.isfinite(eigenvalues).all():
             raise ValueError(
-                f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues: nothing can be inverted. Look "
-                "at its scale and at the size of its entries."
+                f"the damped block of layer {block.name!r} has NaN or infinite eigenvalues, so it cannot be inverted. Check "
+                "its scale and the size of its entries."
             )
         if self.is_zero:
             _refuse_singular(block, eigenvalues, _rounding(block, eigenvalues))
         elif not (eigenvalues > 0).all():
             raise ValueError(
                 f"the block of layer {block.name!r}, damped by {self!r}, has an eigenvalue of "
-                f"{float(eigenvalues.detach().min()):.3g}; all must be larger than 0. Give a larger damping."
+                f"{float(eigenvalues.detach().min()):.3g}; all must be larger than 0. Use a larger damping."
             )
         return DampedInverse(block, eigenvalues, self)
 
     def invert_all(self, blocks: Mapping[str, Block]) -> dict[str, DampedInverse]:
-        """The damped inverses of all blocks, such as those of a `KroneckerFisher`; equal sizes are decomposed together.
+        """Return the damped inverses of all blocks, such as those of a `KroneckerFisher`.
+
+        Blocks of equal size are decomposed together.
 
         Raises:
             TypeError: If it is not a mapping of blocks.
@@ -119,13 +124,13 @@ class Tikhonov(Damping):
     """Exact Tikhonov damping: ``γ`` is added to the block itself, ``F + γ I`` (KFC Eq. 39–44).
 
     Args:
-        damping: ``γ``, not negative: a number, a 0-dim tensor, or one for every weight, shape ``(q, p)`` (see
-            `kronlaplace.damping.plus_diagonal.PlusDiagonal` for what that is exact for). Tensors may carry a gradient; one
-            for every weight passes it on to `logdet`, and to solutions only where no eigenvalues of the damped block are
-            equal.
+        damping: Nonnegative ``γ``: a number, a 0-dim tensor, or a tensor with one value per weight, shape ``(q, p)`` (see
+            `kronlaplace.damping.plus_diagonal.PlusDiagonal` for the blocks for which this is exact). Tensors may carry a
+            gradient; with one value per weight it reaches `logdet`, and solutions only if the eigenvalues of the damped
+            block are distinct.
 
     Raises:
-        ValueError: If it is negative or not finite.
+        ValueError: If the damping is negative or not finite.
     """
 
     damping: float | Tensor
@@ -133,7 +138,7 @@ class Tikhonov(Damping):
     def __post_init__(self) -> None:
         if isinstance(self.damping, Tensor) and self.damping.ndim == 2:
             if not ((self.damping >= 0) & torch.isfinite(self.damping)).all():
-                raise ValueError("damping must be finite and not negative for every weight; some is not.")
+                raise ValueError("damping must be finite and not negative for every weight; some values are not.")
             return
         _number(self.damping, "damping")
 
@@ -154,7 +159,7 @@ class Tikhonov(Damping):
         assert isinstance(self.damping, Tensor)
         if self.damping.shape != block.shape:
             raise ValueError(
-                f"the damping of layer {block.name!r} must be one number or of shape {block.shape}, one for every "
+                f"the damping of layer {block.name!r} must be a single number or have shape {block.shape}, one value per "
                 f"weight; got shape {tuple(self.damping.shape)}."
             )
         inverse = PlusDiagonal(block).damped(self.damping)
@@ -171,7 +176,7 @@ class Tikhonov(Damping):
 
 
 class _ByFactor(Damping):
-    """Damps both factors of a Kronecker block; other blocks get the equivalent change of eigenvalues."""
+    """Damping of each factor of a Kronecker block; other blocks get the equivalent change of eigenvalues."""
 
     def eigenvalues(self, block: Block) -> Tensor:
         if isinstance(block, KroneckerBlock):
@@ -181,21 +186,24 @@ class _ByFactor(Damping):
 
     @abstractmethod
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``, the scale in one or both."""
+        """Return the eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``.
+
+        The block's scale is contained in one or both of them.
+        """
 
     @abstractmethod
     def _damped_values(self, block: Block) -> Tensor:
-        """Eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
+        """Return the eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
 
 
 class _Factors:
-    """Eigenvalues of a block's factors in float64, with an axis of ``K`` groups in front, and what dampings make of them.
+    """Eigenvalues of a block's factors in float64, with a leading axis of ``K`` groups.
 
     Attributes:
-        scale: Shape ``(K, 1)``.
-        gradient: ``d_G``, shape ``(K, q/K)``.
-        activation: ``d_A``, shape ``(K, p)``.
-        trace: ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
+        scale: Scale of the block, shape ``(K, 1)``.
+        gradient: Eigenvalues ``d_G``, shape ``(K, q/K)``.
+        activation: Eigenvalues ``d_A``, shape ``(K, p)``.
+        trace: Trace ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
         block: The block.
     """
 
@@ -207,7 +215,7 @@ class _Factors:
         self.trace = self.scale * self.gradient.sum(1, keepdim=True) * self.activation.sum(1, keepdim=True)
 
     def unit_trace(self) -> tuple[Tensor, Tensor]:
-        """``d_G / tr G`` and ``d_A / tr A``; zeros where the trace is zero."""
+        """Return ``d_G / tr G`` and ``d_A / tr A``, with zeros where the trace is zero."""
         return _unit(self.gradient), _unit(self.activation)
 
 
@@ -217,7 +225,7 @@ def _unit(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class _ByNumber(_ByFactor):
-    """What dampings by one number have in common."""
+    """Common base of the dampings by a single number."""
 
     damping: float | Tensor
 
@@ -235,7 +243,7 @@ class _ByNumber(_ByFactor):
         return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
 
     def _root(self, device: torch.device) -> Tensor:
-        """``√γ``."""
+        """Return ``√γ``."""
         return torch.as_tensor(self.damping, dtype=torch.float64, device=device).sqrt()
 
 
@@ -243,14 +251,14 @@ class _ByNumber(_ByFactor):
 class FactoredTikhonov(_ByNumber):
     """Factored Tikhonov damping ``(G + √γ/π I) ⊗ (A + π √γ I)`` with ``π`` from the trace norm (K-FAC appendix, KFC Eq. 28).
 
-    The product does not depend on how a scale is divided between the factors. Blocks that have no factors (diagonal, dense,
-    EKFAC) get ``γ`` itself, which this approximates.
+    The product does not depend on how a scale is divided between the factors. Blocks without factors (diagonal, dense,
+    EKFAC) get ``γ`` itself, which this damping approximates.
 
     Args:
-        damping: ``γ``, not negative; a number or a 0-dim tensor.
+        damping: Nonnegative ``γ``, a number or a 0-dim tensor.
 
     Raises:
-        ValueError: If it is negative or not finite.
+        ValueError: If the damping is negative or not finite.
     """
 
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
@@ -264,41 +272,42 @@ class FactoredTikhonov(_ByNumber):
 
 @dataclass(frozen=True, repr=False)
 class TraceRestricted(_ByNumber):
-    """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of the factors with unit traces (TKFAC Eq. 5.15).
+    """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of factors with unit traces (TKFAC Eq. 5.15).
 
-    For any Kronecker block: its factors are brought to unit traces first, with ``δ`` the block's trace. Blocks that have no
-    factors (diagonal, dense, EKFAC) get ``λ`` itself.
+    It applies to any Kronecker block: the factors are first scaled to unit traces, and ``δ`` is the block's trace. Blocks
+    without factors (diagonal, dense, EKFAC) get ``λ`` itself.
 
     Args:
-        damping: ``λ``, not negative; a number or a 0-dim tensor.
+        damping: Nonnegative ``λ``, a number or a 0-dim tensor.
 
     Raises:
-        ValueError: If it is negative or not finite.
+        ValueError: If the damping is negative or not finite.
     """
 
     def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         gradient, activation = factors.unit_trace()
         damping = self._root(gradient.device)
         alive = factors.trace != 0
-        root = torch.where(alive, factors.trace, 1.0).sqrt() * alive  # the root of zero has no derivative
+        root = torch.where(alive, factors.trace, 1.0).sqrt() * alive  # the square root has no derivative at zero
         return root * gradient + damping, root * activation + damping
 
 
 @dataclass(frozen=True)
 class TraceRestrictedAuto(_ByFactor):
-    """TKFAC's automatic damping: from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
+    """TKFAC's automatic damping, derived from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
 
-    ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)`` with the factors at unit traces and ``δ̃ = max(ν, δ)`` for convolutions. All other
-    layers of a network are expanded by the largest factor by which any layer is, ``δ̃ = max(ν, β δ)`` with
-    ``β = max_l max(ν, δ_l) / δ_l`` over its Kronecker blocks (which the blocks of a `KroneckerFisher` know of, also alone
-    and in a dict: `kronlaplace.blocks.Block.least_trace`). A block that is of no network is not expanded. Blocks that have
-    no factors (diagonal, dense, EKFAC) are multiplied by ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
+    The damped block is ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)``, with factors of unit trace and ``δ̃ = max(ν, δ)`` for
+    convolutions. All other layers of a network are expanded by the largest factor by which any of its layers is expanded,
+    ``δ̃ = max(ν, β δ)`` with ``β = max_l max(ν, δ_l) / δ_l`` over its Kronecker blocks. The blocks of a `KroneckerFisher`
+    carry the trace needed for this, even when used alone or in a dict (`kronlaplace.blocks.Block.least_trace`); a block
+    that does not come from a network is not expanded. Blocks without factors (diagonal, dense, EKFAC) are multiplied by
+    ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
 
     Args:
-        minimum: ``ν``, positive: the smallest trace of a block.
+        minimum: Positive ``ν``, the smallest trace of a block.
 
     Raises:
-        ValueError, TypeError: If it is not a positive finite number.
+        ValueError, TypeError: If ``minimum`` is not a positive finite number.
     """
 
     minimum: float
@@ -307,7 +316,7 @@ class TraceRestrictedAuto(_ByFactor):
         positive_number(self.minimum, "minimum")
 
     def _restricted(self, trace: Tensor, block: Block) -> Tensor:
-        """``δ̃``."""
+        """Return ``δ̃``."""
         if (least := block.least_trace) is not None:
             trace = trace * (self.minimum / least.double()).clamp_min(1.0)  # β
         return trace.clamp_min(self.minimum)
@@ -325,17 +334,17 @@ class TraceRestrictedAuto(_ByFactor):
 
 
 def _number(damping: float | Tensor, name: str) -> float:
-    """The value of ``γ``.
+    """Return the value of ``γ`` as a float.
 
     Raises:
-        ValueError: If it is not one finite number, or negative.
+        ValueError: If it is negative or not a single finite number.
     """
     is_number = isinstance(damping, (int, float, np.integer, np.floating)) or (
         isinstance(damping, Tensor) and damping.ndim == 0
     )
     value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
     if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be one finite number that is not negative, got {damping!r}.")
+        raise ValueError(f"{name} must be a single finite number that is not negative, got {damping!r}.")
     return value
 
 
@@ -347,13 +356,13 @@ def _check_block(block: object) -> None:
     """
     if not isinstance(block, Block):
         raise TypeError(
-            f"invert takes one block, such as fisher[layer_name]; got {type(block).__name__}. For all blocks of a "
+            f"invert takes a single block, such as fisher[layer_name]; got {type(block).__name__}. For all blocks of a "
             "Fisher use invert_all(fisher)."
         )
 
 
 def _shown(damping: float | Tensor) -> str:
-    """A damping in a repr: the number, whatever it is stored in."""
+    """Format a damping for a repr: as a number, however it is stored."""
     if isinstance(damping, Tensor) and damping.ndim:
         return f"{'x'.join(map(str, damping.shape))} numbers"
     return f"{float(damping):.6g}"
@@ -361,14 +370,15 @@ def _shown(damping: float | Tensor) -> str:
 
 def _refuse_singular(block: Block, eigenvalues: Tensor, rounding: Tensor) -> None:
     if not (eigenvalues > rounding).all():
-        raise ValueError(f"the block of layer {block.name!r} is singular; give a damping larger than 0.")
+        raise ValueError(f"the block of layer {block.name!r} is singular; use a damping larger than 0.")
 
 
 def _rounding(block: Block, eigenvalues: Tensor) -> Tensor:
-    """What eigenvalues of a block may be that are zero but for rounding; broadcasts against ``(q, p)``.
+    """Return the size up to which a block's eigenvalues may be rounding; broadcasts against ``(q, p)``.
 
-    Factors of a Kronecker block have had theirs taken out when they were decomposed; entries of a diagonal block are sums
-    of squares of their own. An `EigenBlock`'s basis turns a share of its largest eigenvalues into those that should be zero.
+    For a Kronecker block, rounding was removed when its factors were decomposed, and each entry of a diagonal block is a
+    sum of squares by itself. In the basis of an `EigenBlock`, rounding adds a fraction of the largest eigenvalues to those
+    that should be zero.
     """
     if isinstance(block, DenseBlock):
         return eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps * eigenvalues.detach().max()

@@ -1,4 +1,4 @@
-"""Which estimators there are, by name, and how their settings go to JSON and back."""
+"""Registry of the estimators by name, and conversion of their settings to JSON and back."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ __all__ = [
 ]
 
 ESTIMATORS: ClassRegistry[Estimator] = ClassRegistry(Estimator, "estimator", lambda cls: cls.name)  # type: ignore[type-abstract]
-"""The estimators that files and shorthands can name, by their ``name``."""
+"""Registry of the estimators that files and shorthands can name, by their ``name``."""
 
 _Class = TypeVar("_Class", bound=type[Estimator])
 
 
 def register_estimator(estimator: _Class) -> _Class:
-    """Make an estimator of your own known by its ``name``: as a shorthand, and to files.
+    """Register an estimator of your own by its ``name``, for use as a shorthand and in files.
 
-    May be used as a decorator, above that of the dataclass. A class that is defined again, as in a notebook, replaces the
-    one before. `kronlaplace.testing.check_estimator` tells whether it keeps the laws of an estimator.
+    It can be used as a decorator, above the dataclass decorator. A class that is defined again, as in a notebook, replaces
+    the previous one. `kronlaplace.testing.check_estimator` checks whether it obeys the laws of an estimator.
 
     Args:
         estimator: The class, a frozen dataclass derived from `Estimator`, with a ``name`` of its own and fields that JSON
-            can hold (or that are estimators themselves).
+            can represent (or that are estimators themselves).
 
     Returns:
         The class.
 
     Raises:
         TypeError: If it is not such a class.
-        ValueError: If another estimator has that name, or a field is called ``name`` or ``defined_in``.
+        ValueError: If another estimator has the same name, or a field is called ``name`` or ``defined_in``.
     """
     if isinstance(estimator, type) and issubclass(estimator, Estimator):
         name = vars(estimator).get("name")
         if not (isinstance(name, str) and name) or name in _ALIASES:
             raise TypeError(
-                f"{estimator.__name__} needs a name of its own, which stands for it in files and as a shorthand; got "
+                f"{estimator.__name__} needs a name of its own, for use in files and as a shorthand; got {name!r}. "
                 'Write, for example, name: ClassVar[str] = "clipped" in the class.'
             )
     ESTIMATORS.register(estimator)
@@ -59,7 +59,7 @@ _ALIASES = {"kfc": "kfac"}
 
 
 class _Shorthands(Mapping[str, Callable[[], Estimator]]):
-    """Every registered estimator by its name, and by the aliases that there are."""
+    """Mapping from the name and aliases of every registered estimator to the estimator."""
 
     def __getitem__(self, name: str) -> Callable[[], Estimator]:
         return ESTIMATORS[_ALIASES.get(name, name)]
@@ -74,25 +74,25 @@ class _Shorthands(Mapping[str, Callable[[], Estimator]]):
 
 
 SHORTHANDS: Mapping[str, Callable[[], Estimator]] = _Shorthands()
-"""Names by which an estimator with its default settings can be asked for."""
+"""Shorthands for estimators with default settings."""
 
 
 def resolve_estimator(estimator: Estimator | str) -> Estimator:
-    """Turn a shorthand into its estimator; an estimator passes through. Raises as `kronlaplace._arguments.resolve`.
+    """Turn a shorthand into its estimator and pass an estimator through; raises as `kronlaplace._arguments.resolve`.
 
     Raises:
-        TypeError: If the settings of a registered estimator could not be saved.
+        TypeError: If the settings of a registered estimator cannot be saved.
     """
     resolved = resolve(estimator, Estimator, SHORTHANDS, "estimator")  # type: ignore[type-abstract]
-    estimator_to_json(resolved)  # so that a long fit does not end with it
+    estimator_to_json(resolved)  # fail here rather than after a long fit
     return resolved
 
 
 def estimator_to_json(estimator: Estimator) -> dict[str, Any]:
-    """Return name and settings as JSON-compatible values; of an estimator that is not registered, the name only.
+    """Return name and settings as JSON-compatible values, or only the name if the estimator is not registered.
 
     Raises:
-        TypeError: If a registered estimator has settings that JSON cannot hold.
+        TypeError: If a registered estimator has settings that JSON cannot represent.
     """
     if isinstance(estimator, UnknownEstimator):
         return dict(estimator.values)
@@ -102,25 +102,27 @@ def estimator_to_json(estimator: Estimator) -> dict[str, Any]:
 
 
 def estimator_from_json(values: Mapping[str, Any]) -> Estimator:
-    """Inverse of `estimator_to_json`.
+    """Restore an estimator from the result of `estimator_to_json`.
 
-    An estimator that is not registered becomes an `UnknownEstimator`: what is finished can be used, and nothing fitted.
+    An estimator that is not registered becomes an `UnknownEstimator`: finished results can be used, but nothing fitted.
 
     Raises:
-        ValueError: If the estimator has other settings now.
+        ValueError: If the estimator now has different settings.
     """
     return ESTIMATORS.from_json(values) if ESTIMATORS.can_restore(values) else UnknownEstimator(values)
 
 
 class UnknownEstimator(Estimator):
-    """An estimator from a file whose class is not registered here. It refuses to be used, saying what to import.
+    """Placeholder for an estimator from a file whose class is not registered.
+
+    It cannot be used for fitting: an error says what to import.
 
     Args:
-        values: What the file has of it.
+        values: Name and settings from the file.
     """
 
     not_combinable: ClassVar[str] = (
-        "kronlaplace knows its name only, and not how its blocks add up (kl.register_estimator makes its class known)"
+        "kronlaplace knows only its name, not how its blocks add up (kl.register_estimator makes its class known)"
     )
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -137,8 +139,8 @@ class UnknownEstimator(Estimator):
 
     def start(self, layer: Layer) -> State:
         raise ValueError(
-            f"nothing can be fitted with what a file names here: {ESTIMATORS.complaint(self.values)} Or make a new "
-            "posterior with another estimator: KronLaplace(model, likelihood, estimator)."
+            f"the estimator named in the file cannot be used for fitting: {ESTIMATORS.complaint(self.values)} Or create a "
+            "new posterior with a different estimator: KronLaplace(model, likelihood, estimator)."
         )
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:

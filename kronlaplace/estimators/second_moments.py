@@ -1,14 +1,14 @@
-"""The weighted second moments that all estimators are made of.
+"""Weighted second moments, of which all estimators consist.
 
 With ``X_n = Σ_t g_t a_tᵀ`` and symmetric ``A``, ``G``, the two maps
 
     G ↦ Σ_n X_nᵀ G X_n        A ↦ Σ_n X_n A X_nᵀ
 
-are the Fisher, rearranged, as an operator between the spaces of the two factors (DESIGN: weighted second moments; K-FOC
-Eq. 13–15). With the identity on the right they are TKFAC's sums, repeated they are K-FOC's power iteration.
+are the rearranged Fisher as an operator between the spaces of the two factors (DESIGN: weighted second moments; K-FOC
+Eq. 13–15). Applied to the identity, they are TKFAC's sums; applied repeatedly, they are K-FOC's power iteration.
 
-Where each example uses the weights once they are second moments of ``a`` with weights ``gᵀ G g`` and of ``g`` with weights
-``aᵀ A a``. Else either ``X`` is formed or, where positions are few, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ`` is.
+If each example uses the weights once, they are second moments of ``a`` with weights ``gᵀ G g`` and of ``g`` with weights
+``aᵀ A a``. Otherwise either ``X`` is formed or, if there are few positions, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def add_pair_sums(
 ) -> None:
     """Add ``Σ_n Xᵀ G X`` to ``sums["activation"]`` and ``Σ_n X A Xᵀ`` to ``sums["gradient"]``, for one direction.
 
-    Where weights are used once per example the first of them waits until `add_row_sums`, after all directions: then the
-    inputs are multiplied out once and not once per direction.
+    If the weights are used once per example, the first sum is deferred to `add_row_sums`, after all directions, so that
+    the products of the inputs are formed once instead of once per direction.
 
     Args:
-        sums: The state.
-        gradients: The layer's inputs and the gradients at its outputs.
-        activation_factor: ``A``, shape ``(K, p, p)``; None is the identity.
-        gradient_factor: ``G``, shape ``(K, q/K, q/K)``; None is the identity.
+        sums: State of the estimator, modified in place.
+        gradients: Inputs of the layer and gradients at its outputs.
+        activation_factor: Factor ``A``, shape ``(K, p, p)``; None stands for the identity.
+        gradient_factor: Factor ``G``, shape ``(K, q/K, q/K)``; None stands for the identity.
     """
     activation_out, gradient_out = (gradients.layer.sum_of(sums, key) for key in ("activation", "gradient"))
     if gradients.once_per_example:
@@ -75,7 +75,7 @@ def add_pair_sums(
 
 
 def add_row_sums(sums: dict[str, Any], batch: LayerBatch) -> None:
-    """After all directions of a batch: add what `add_pair_sums` has put off."""
+    """Add what `add_pair_sums` has deferred, after all directions of a batch."""
     weight = sums.pop(_PENDING, None)
     if weight is not None:
         a = batch.activations()[:, :, 0]
@@ -83,41 +83,41 @@ def add_row_sums(sums: dict[str, Any], batch: LayerBatch) -> None:
 
 
 def activation_sum(x: Tensor, gradient_factor: Tensor | None) -> Tensor:
-    """``Σ_n X_nᵀ G X_n`` of shape ``(K, p, p)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    """Compute ``Σ_n X_nᵀ G X_n``, shape ``(K, p, p)``, for ``X`` of shape ``(K, N, q/K, p)``."""
     left = x if gradient_factor is None else gradient_factor.unsqueeze(1) @ x
     return _symmetric_product(x.flatten(1, 2), left.flatten(1, 2))
 
 
 def gradient_sum(x: Tensor, activation_factor: Tensor | None) -> Tensor:
-    """``Σ_n X_n A X_nᵀ`` of shape ``(K, q/K, q/K)``, for ``X`` of shape ``(K, N, q/K, p)``."""
+    """Compute ``Σ_n X_n A X_nᵀ``, shape ``(K, q/K, q/K)``, for ``X`` of shape ``(K, N, q/K, p)``."""
     left = x if activation_factor is None else (x.flatten(1, 2) @ activation_factor).view_as(x)
     return (left @ x.mT).sum(1)
 
 
 def frobenius(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Frobenius norms over the last two axes, which stay, in ``dtype``.
+    """Compute Frobenius norms over the last two axes, which are kept, in ``dtype``.
 
-    In float64 the squares of small single-precision entries do not underflow; it takes a few times as long.
+    In float64 the squares of small single-precision entries do not underflow, but it takes several times as long.
     """
     return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=dtype)
 
 
 def squeezed(matrices: Tensor) -> Tensor:
-    """Without the axis of the groups if there is one group only."""
+    """Return the matrices without the axis of groups if there is only one group."""
     return matrices[0] if len(matrices) == 1 else matrices
 
 
 def mean_factors(
     first: Block, second: Block, weights: tuple[float, float], *, scaled_activation: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weighted means of the factors of two finished Kronecker blocks, as new tensors.
+    """Compute weighted means of the factors of two finished Kronecker blocks, as new tensors.
 
     Args:
         first: A block.
-        second: Another of the same shape.
-        weights: Weights of the two; they sum to one.
-        scaled_activation: Whether ``A`` too counts times the block's ``scale`` (`TKFAC`: both factors come of ``X``), or
-            is a mean of its own (`KFAC`).
+        second: Another block of the same shape.
+        weights: Weights of the two blocks; they sum to one.
+        scaled_activation: Whether ``A`` is also multiplied by the block's ``scale`` (`TKFAC`, where both factors are
+            moments of ``X``) or is a mean by itself (`KFAC`).
 
     Returns:
         ``Σ w · scale · G``, shape ``(K, q/K, q/K)``, and ``Σ w · A`` or ``Σ w · scale · A``, shape ``(K, p, p)``.
@@ -138,7 +138,7 @@ def factors_by_group(block: KroneckerBlock) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def partial_traces(block: KroneckerBlock, layer: Layer, weight: float) -> dict[str, Tensor]:
-    """Return the sums ``Σ_n X Xᵀ`` and ``Σ_n Xᵀ X`` over ``weight`` examples whose mean Fisher is the block."""
+    """Return the sums ``Σ_n X Xᵀ`` and ``Σ_n Xᵀ X`` over ``weight`` examples with the block as their mean Fisher."""
     gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
     sizes = {"gradient": trace(activation), "activation": trace(gradient)}
     return {
@@ -148,7 +148,7 @@ def partial_traces(block: KroneckerBlock, layer: Layer, weight: float) -> dict[s
 
 
 def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:
-    """``uᵀ v`` for ``(K, m, d)`` where it is symmetric: a quarter of the work is saved."""
+    """Compute ``uᵀ v`` for ``(K, m, d)`` if it is symmetric, which saves a quarter of the work."""
     size = u.shape[2]
     if size < 64:
         return u.mT @ v
@@ -161,11 +161,11 @@ def _symmetric_product(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _quadratic_form(vectors: Tensor, matrix: Tensor | None) -> Tensor:
-    """``vᵀ M v`` for vectors ``(K, N, d)``: shape ``(K, N)``."""
+    """Compute ``vᵀ M v`` for vectors ``(K, N, d)``, shape ``(K, N)``."""
     return (vectors * (vectors if matrix is None else vectors @ matrix)).sum(2)
 
 
 def _mixed(u: Tensor, v: Tensor, matrix: Tensor | None) -> Tensor:
-    """``Σ_n Σ_tt' (v_tᵀ M v_t') u_t u_t'ᵀ`` for ``u``, ``v`` of shape ``(K, N, T, ·)``."""
+    """Compute ``Σ_n Σ_tt' (v_tᵀ M v_t') u_t u_t'ᵀ`` for ``u``, ``v`` of shape ``(K, N, T, ·)``."""
     kernel = (v if matrix is None else v @ matrix.unsqueeze(1)) @ v.mT  # (K, N, T, T)
     return _symmetric_product(u.flatten(1, 2), (kernel @ u).flatten(1, 2))

@@ -21,17 +21,17 @@ __all__ = ["SUA"]
 class SUA(Estimator):
     """Spatially uncorrelated activations and white derivatives, the limit of PRONG (KFC §4.2 and Theorem 4).
 
-    Activations are correlated within a pixel only, with the same moments everywhere:
-    ``A[(j,δ), (j',δ')] = β(δ,δ') · (Σ(j,j') 1[δ=δ'] + M(j) M(j'))`` with the channels' covariance ``Σ`` and mean ``M`` and
-    the number ``β`` of output positions at which both taps of the kernel are on the image. Derivatives are white:
-    ``G = I``, and ``scale`` is their mean square. On other layers ``A`` is that of K-FAC.
+    Activations are only correlated within a pixel, with the same moments everywhere:
+    ``A[(j,δ), (j',δ')] = β(δ,δ') · (Σ(j,j') 1[δ=δ'] + M(j) M(j'))``, where ``Σ`` and ``M`` are the covariance and mean of
+    the channels and ``β`` is the number of output positions at which both taps of the kernel lie inside the image.
+    Derivatives are white: ``G = I``, and ``scale`` is their mean square. On other layers ``A`` is the same as for K-FAC.
     """
 
     name: ClassVar[str] = "sua"
     constants: ClassVar[frozenset[str]] = frozenset({"uses"})
     not_combinable: ClassVar[str] = (
-        "on a convolution the activation factor holds products of the channels' means, which do not tell the means (not "
-        "even their signs), and the products of the means of all data are needed"
+        "on a convolution the activation factor holds products of the channels' means, which do not determine the means "
+        "(not even their signs), and the products of the means of all data are needed"
     )
 
     def start(self, layer: Layer) -> State:
@@ -73,8 +73,8 @@ def _add_pixel_moments(layer: ConvolutionLayer, x: Tensor, sums: Sums, weight: f
 
     Args:
         layer: The layer.
-        x: The input of a call. Where padding repeats pixels, the padded image counts as the image.
-        sums: The sums, which are changed in place.
+        x: Input of a call. If padding repeats pixels, the padded image counts as the image.
+        sums: The sums, which are modified in place.
         weight: One over the number of calls.
     """
     n = len(x)
@@ -100,7 +100,7 @@ def _uncorrelated_moment(layer: ConvolutionLayer, sums: Sums, weight: float) -> 
 
     Args:
         layer: The layer.
-        sums: What `_add_pixel_moments` has made; used up.
+        sums: Sums from `_add_pixel_moments`, which are removed from the dict.
         weight: Number of examples.
     """
     pixel, mean, overlap, inside, positions = (

@@ -19,9 +19,9 @@ __all__ = ["TKFAC", "SpatialCorrelation", "trace_preserving_block"]
 
 
 class SpatialCorrelation(Choice):
-    """What is assumed of products ``g_t a_tᵀ`` at different positions.
+    """Assumption about the products ``g_t a_tᵀ`` at different positions.
 
-    ``EXACT`` assumes nothing, ``UNCORRELATED`` that they are uncorrelated (TKFAC Assumption 4.1).
+    ``EXACT`` makes none, ``UNCORRELATED`` assumes that they are uncorrelated (TKFAC Assumption 4.1).
     """
 
     EXACT = "exact"
@@ -32,13 +32,13 @@ class SpatialCorrelation(Choice):
 class TKFAC(Estimator):
     """Trace-restricted K-FAC: ``A ∝ E[Σ ‖g‖² a aᵀ]`` and ``G ∝ E[Σ ‖a‖² g gᵀ]`` with unit traces (TKFAC Eq. 4.9).
 
-    ``scale`` is the trace ``δ`` of the block, on linear layers exactly that of the Fisher's block.
+    The ``scale`` is the trace ``δ`` of the block; on linear layers it is exactly the trace of the Fisher's block.
 
     Args:
-        spatial: The rule on shared weights. ``"exact"`` (the default): ``A ∝ E[XᵀX]``, ``G ∝ E[XXᵀ]`` with the example's
-            whole gradient ``X``, so that the trace is exact on every layer; the first half step of K-FOC.
-            ``"uncorrelated"``: the paper's Eq. 4.13, positions one by one; the trace is that of the Fisher without
-            the terms between positions.
+        spatial: Rule for shared weights. ``"exact"`` (the default) is ``A ∝ E[XᵀX]``, ``G ∝ E[XXᵀ]`` with the full
+            gradient ``X`` of the example, so that the trace is exact on every layer; this is the first half step of
+            K-FOC. ``"uncorrelated"`` is the paper's Eq. 4.13, which takes positions one by one; its trace is that of the
+            Fisher without the terms between positions.
     """
 
     name: ClassVar[str] = "tkfac"
@@ -74,7 +74,7 @@ class TKFAC(Estimator):
 
 
 def trace_preserving_block(gradient: Tensor, activation: Tensor, weight: float, name: str) -> KroneckerBlock:
-    """The block of the two partial traces ``Σ X Xᵀ`` and ``Σ Xᵀ X``, which have the same trace."""
+    """Return the block for the two partial traces ``Σ X Xᵀ`` and ``Σ Xᵀ X``, which have the same trace."""
     total = trace(activation)
     tiny = torch.finfo(total.dtype).tiny
     divisor = total.clamp_min(tiny).view(-1, 1, 1)

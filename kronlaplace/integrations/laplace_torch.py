@@ -100,7 +100,7 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
         self._sampling = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
         if self._sampling.kind is Sampling.EMPIRICAL:
             warnings.warn(
-                'sampling="empirical" uses the data\'s labels: that is the empirical Fisher, not the Fisher.',
+                'sampling="empirical" uses the labels in the data: this gives the empirical Fisher, not the Fisher.',
                 stacklevel=2,
             )
         self._pass: _Pass | None = None

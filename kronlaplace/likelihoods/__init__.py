@@ -1,14 +1,14 @@
-"""Likelihoods: what the network's output means, and the metric on it that the Fisher pulls back.
+"""Likelihoods: the meaning of the network's outputs, and the metric on them that the Fisher pulls back.
 
 A likelihood is a small frozen object. It answers five questions, each about a batch of network outputs ``f`` as the
-network gives them, of shape ``(N,)``, ``(N, C)`` or ``(N, ...)``:
+network returns them, of shape ``(N,)``, ``(N, C)`` or ``(N, ...)``:
 
-* do the targets fit the outputs (`check_targets`);
-* how well do the outputs explain them (`statistics`, additive over batches, and `log_likelihood`);
-* which gradients are propagated back (`directions`): vectors ``d_v`` of the outputs' shape with
-  ``Σ_v d_v d_vᵀ = M(f)``, the Fisher information of one example's (flattened) output;
-* what is predicted when the outputs themselves are Gaussian (`predictive`);
-* how well do such predictions explain the targets (`predictive_nll`, additive over batches).
+* Do the targets fit the outputs (`check_targets`)?
+* How well do the outputs explain the targets (`statistics`, additive over batches, and `log_likelihood`)?
+* Which gradients are propagated back (`directions`)? These are vectors ``d_v`` of the outputs' shape with
+  ``Σ_v d_v d_vᵀ = M(f)``, the Fisher information of one example's (flattened) output.
+* What is predicted when the outputs themselves are Gaussian (`predictive`)?
+* How well do such predictions explain the targets (`predictive_nll`, additive over batches)?
 
 | likelihood | outputs ``f`` | metric ``M(f)`` of one example | exact directions |
 | --- | --- | --- | --- |
@@ -18,9 +18,9 @@ network gives them, of shape ``(N,)``, ``(N, C)`` or ``(N, ...)``:
 | `Euclidean` | ``(N, ...)`` | ``I`` | one per output |
 | `HeteroscedasticGaussian` | means, log-variances ``s``: ``(N, 2C)`` | ``diag(e⁻ˢ, ½)`` | one per output |
 
-Directions are always of **one example's** negative log-likelihood, summed over its positions, never of a reduced batch
-loss, so no ``reduction=`` in the user's own loss can change a Fisher. No method but `log_likelihood` and `predictive`
-waits for an accelerator.
+Directions always belong to **one example's** negative log-likelihood, summed over its positions, never to a reduced batch
+loss, so a ``reduction=`` in the user's own loss cannot change a Fisher. Only `log_likelihood` and `predictive` wait for
+an accelerator.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SHORTHANDS = {
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
-    """Turn a shorthand into its likelihood; a likelihood passes through. Raises as `kronlaplace._arguments.resolve`."""
+    """Turn a shorthand into its likelihood and pass a likelihood through; raises as `kronlaplace._arguments.resolve`."""
     return resolve(likelihood, Likelihood, _SHORTHANDS, "likelihood")  # type: ignore[type-abstract]
 
 

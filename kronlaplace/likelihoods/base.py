@@ -1,4 +1,4 @@
-"""What a likelihood is: the five questions that it answers, and how it becomes known by name."""
+"""Base class of the likelihoods, with the five questions that each answers, and their registry."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["LIKELIHOODS", "Likelihood", "Sampling", "register_likelihood"]
 
 
 class Sampling(Choice):
-    """How the directions of one output metric are chosen.
+    """Rule that picks the directions of an output metric.
 
     ``EXACT`` takes a complete square root of the metric (Fisher type 2, equal to the generalized Gauss-Newton
-    matrix), ``MC`` draws labels from the model's own predictive distribution, ``EMPIRICAL`` uses the labels of
-    the data (which is not the Fisher).
+    matrix), ``MC`` draws labels from the model's own predictive distribution, and ``EMPIRICAL`` uses the labels in
+    the data (the result is not the Fisher).
     """
 
     EXACT = "exact"
@@ -34,42 +34,40 @@ class Sampling(Choice):
 
 @dataclass(frozen=True)
 class Likelihood(ABC):
-    """Base class; see the package's docstring for the five questions.
+    """Base class of the likelihoods; see the package's docstring for the five questions that each answers.
 
-    A likelihood whose noise can be tuned is a dataclass with a field ``noise_std`` and takes a second argument in
-    ``log_likelihood(statistics, noise_std=None)``, a number or 0-dim tensor that replaces its own and may carry a gradient.
+    A likelihood with tunable noise is a dataclass with a field ``noise_std``. Its ``log_likelihood(statistics,
+    noise_std=None)`` takes a second argument, a number or 0-dim tensor that overrides the field and may carry a gradient.
     """
 
     @property
     def noise_std(self) -> float | None:
-        """Standard deviation (or another scale) of the observation noise, in the targets' unit; None if there is no such
-        number.
-        """
+        """Standard deviation (or another scale) of the observation noise, in target units, or None if there is none."""
         return None
 
     def with_noise_std(self, noise_std: float) -> Likelihood:
-        """Return a copy with another noise.
+        """Return a copy with a different noise.
 
         Raises:
             ValueError: If this likelihood has no ``noise_std``.
         """
         if self.noise_std is None:
-            raise ValueError(f"noise_std belongs to the Gaussian likelihood; this posterior has {self}.")
-        return replace(self, noise_std=noise_std)  # type: ignore[call-arg]  # a field of those that have it
+            raise ValueError(f"noise_std only applies to the Gaussian likelihood; this posterior has {self}.")
+        return replace(self, noise_std=noise_std)  # type: ignore[call-arg]  # only some likelihoods have this field
 
     def log_likelihood_at(self, statistics: Tensor, noise_std: Tensor | float | None) -> Tensor:
-        """Log-likelihood of all data with another noise; None stands for the likelihood's own.
+        """Compute the log-likelihood of all data with a different noise.
 
         Args:
             statistics: The summed `statistics`.
-            noise_std: A number or 0-dim tensor, which may carry a gradient.
+            noise_std: A number or 0-dim tensor, which may carry a gradient; None uses the likelihood's own noise.
         """
         if noise_std is None or self.noise_std is None:
             return self.log_likelihood(statistics)
         return self.log_likelihood(statistics, noise_std)  # type: ignore[call-arg]
 
     def noise_derivatives(self, statistics: Tensor, noise_std: float) -> tuple[float, float]:
-        """First and second derivative of the log-likelihood of all data in the logarithm of the noise."""
+        """Return the first and second derivative of the log-likelihood of all data with respect to ``log(noise_std)``."""
         with torch.inference_mode(False), torch.enable_grad():
             log = torch.tensor(math.log(noise_std), dtype=torch.float64, device=statistics.device, requires_grad=True)
             value = self.log_likelihood_at(statistics.clone(), log.exp())
@@ -78,7 +76,7 @@ class Likelihood(ABC):
         return float(first.detach()), float(second)
 
     def training_error(self, statistics: Tensor) -> float:
-        """Typical error of the outputs on the data, in the targets' unit: about this the noise is searched for.
+        """Return the typical error of the outputs on the data, in target units; the noise is searched for around it.
 
         Args:
             statistics: The summed `statistics`.
@@ -91,9 +89,9 @@ class Likelihood(ABC):
         return self.noise_std
 
     def noise_exponent(self, sampling: Sampling) -> int:
-        """The power of the noise that the Fisher is proportional to; 0 if there is no noise.
+        """Return the exponent of the power of the noise to which the Fisher is proportional; 0 if there is no noise.
 
-        With residuals over ``σ²`` as gradients the empirical Fisher goes with ``σ⁻⁴``, all others with ``σ⁻²``.
+        With residuals over ``σ²`` as gradients, the empirical Fisher scales as ``σ⁻⁴`` and all others as ``σ⁻²``.
         """
         if self.noise_std is None:
             return 0
@@ -101,7 +99,7 @@ class Likelihood(ABC):
 
     @property
     def has_normalizer(self) -> bool:
-        """Whether `log_likelihood` is that of a normalized density, so that there is an evidence."""
+        """Whether `log_likelihood` belongs to a normalized density, so that an evidence exists."""
         return True
 
     @property
@@ -110,47 +108,47 @@ class Likelihood(ABC):
         return True
 
     def completed_by(self, other: Likelihood) -> Likelihood:
-        """Return this likelihood with what it leaves open taken from another, such as one that `informed_by` returned.
+        """Return a copy with unset fields taken from another likelihood, such as one returned by `informed_by`.
 
-        That is the ``class_axis`` of a `Categorical`; all else stays as it is.
+        Only the ``class_axis`` of a `Categorical` can be unset; everything else stays the same.
         """
         return self
 
     accepts_logits: ClassVar[bool] = False
-    """Whether the outputs are logits, so that a network that ends with a softmax or sigmoid is refused."""
+    """Whether the outputs are logits, so that a network that ends in a softmax or sigmoid is rejected."""
 
     accepts_log_softmax: ClassVar[bool] = False
-    """Whether outputs that come out of a log-softmax are as good as logits."""
+    """Whether the outputs of a log-softmax are accepted in place of logits."""
 
     @property
     def ignored_target(self) -> int | None:
-        """The integer that targets have where they are ignored, as labels of padded tokens are; None if there is none."""
+        """Integer that marks ignored targets, such as the labels of padded tokens, or None if there is none."""
         return None
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Check the shape of the network's outputs, ``(N, ...)``.
 
         Raises:
-            ValueError: If this likelihood needs another.
+            ValueError: If this likelihood needs a different shape.
         """
         if outputs.ndim == 0:
             raise ValueError(
                 f"{type(self).__name__} needs outputs with the examples on the first axis, (N,), (N, C) or (N, ...); the "
-                "network returned a single number. Return the outputs themselves, not their sum or loss."
+                "network returned a single number. Return the outputs themselves, not their sum or a loss."
             )
 
     @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         """Check the targets of one batch against the outputs.
 
-        Shapes and dtypes are checked at once. Values are not looked at on the host.
+        Shapes and dtypes are checked immediately. Values are not read on the host.
 
         Args:
-            outputs: Network outputs, as the network gives them, shape ``(N, ...)``.
-            targets: Their targets.
+            outputs: Network outputs, as the network returns them, shape ``(N, ...)``.
+            targets: Targets of these outputs.
 
         Returns:
-            A boolean 0-dim tensor, true if every value is allowed, and the message to raise if it is not.
+            A boolean 0-dim tensor, true if every value is allowed, and the message of the error to raise otherwise.
 
         Raises:
             ValueError: If the shape or dtype does not fit.
@@ -158,20 +156,20 @@ class Likelihood(ABC):
 
     @abstractmethod
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sufficient statistics of the log-likelihood, shape ``(2,)``, float64, to be summed over batches."""
+        """Compute sufficient statistics of the log-likelihood, shape ``(2,)``, float64, to be summed over batches."""
 
     @abstractmethod
     def log_likelihood(self, statistics: Tensor) -> Tensor:
-        """Log-likelihood of all data, from the summed `statistics`."""
+        """Compute the log-likelihood of all data from the summed `statistics`."""
 
     def n_directions(self, outputs: Tensor, sampling: Sampling, mc_samples: int, targets: Tensor | None = None) -> int:
-        """Number ``V`` of directions that `directions` yields for the same arguments.
+        """Return the number ``V`` of directions that `directions` yields for the same arguments.
 
         Args:
             outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
-            sampling: The rule that picks the directions.
+            sampling: Rule that picks the directions.
             mc_samples: Number of label draws.
-            targets: The data's targets, if there are any; only the shape is used.
+            targets: Targets in the data, if there are any; only the shape is used.
 
         Raises:
             ValueError: As `directions`.
@@ -191,18 +189,18 @@ class Likelihood(ABC):
     ) -> Iterator[Tensor]:
         """Yield the ``V`` vectors ``d_v`` that are propagated back, each of the shape and dtype of ``outputs``.
 
-        One at a time: all of them together would be ``C²N`` numbers in exact sampling.
+        They are made one at a time: all of them together would be ``C²N`` numbers in exact sampling.
 
         Args:
-            outputs: Network outputs ``f``, shape ``(N, ...)``, without graph.
-            sampling: The rule that picks the directions.
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without a graph.
+            sampling: Rule that picks the directions.
             mc_samples: Number of label draws (``MC`` only); each direction is divided by its square root.
-            targets: The data's targets. Needed for ``EMPIRICAL``; in the others they only tell `Categorical` which
-                positions are ignored and which axis holds the classes, so pass them wherever there are any.
+            targets: Targets in the data. Required for ``EMPIRICAL``; otherwise they only show `Categorical` which positions
+                are ignored and which axis holds the classes, so pass them whenever there are any.
             generator: Source of the draws (``MC`` only).
 
         Raises:
-            ValueError: If targets are needed and not given. As a generator does, at the first step.
+            ValueError: If targets are required but missing; raised at the first step of the iteration.
         """
         if sampling is Sampling.EXACT:
             yield from self._exact_directions(outputs, targets)
@@ -211,7 +209,7 @@ class Likelihood(ABC):
                 yield self._sampled_direction(outputs, targets, generator) / math.sqrt(mc_samples)
         elif targets is None:
             raise ValueError(
-                f'sampling="empirical" is made of the data\'s targets and none were given to {self}. Give targets, or use '
+                f'sampling="empirical" needs the targets in the data, but none were given to {self}. Pass targets, or use '
                 'sampling="mc" or "exact".'
             )
         else:
@@ -221,27 +219,27 @@ class Likelihood(ABC):
         """Multiply the Fisher information of each example's outputs with vectors: ``M(f) v``, as in ``vᵀFv = (Jv)ᵀM(Jv)``.
 
         Args:
-            outputs: Network outputs ``f``, shape ``(N, ...)``, without graph.
-            vectors: ``v``, one or several for each example, shape ``(..., N, ...)`` that ends with the outputs' shape.
-            targets: The data's targets, which only tell `Categorical` which positions are ignored and which axis holds the
-                classes.
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without a graph.
+            vectors: One or several vectors ``v`` per example, shape ``(..., N, ...)``, ending with the outputs' shape.
+            targets: Targets in the data, which only show `Categorical` which positions are ignored and which axis holds
+                the classes.
 
         Returns:
             The products, of the shape of ``vectors``.
 
         Raises:
-            ValueError: If the vectors have another shape; and as `check_outputs`.
+            ValueError: If the vectors have a different shape; and as `check_outputs`.
         """
         self.check_outputs(outputs)
         if vectors.shape[max(0, vectors.ndim - outputs.ndim) :] != outputs.shape:
             raise ValueError(
-                f"vectors must have the shape of the outputs, {tuple(outputs.shape)}, with any axes in front; got "
+                f"vectors must have the shape of the outputs, {tuple(outputs.shape)}, after any leading axes; got "
                 f"{tuple(vectors.shape)}."
             )
         return self._metric_product(outputs, vectors, targets)
 
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
-        """``M(f) v`` for vectors of a shape that fits; from the exact directions unless overridden."""
+        """Compute ``M(f) v`` for vectors of a valid shape, from the exact directions unless overridden."""
         axes = tuple(range(1 - outputs.ndim, 0))
         total = torch.zeros_like(vectors)
         for direction in self._exact_directions(outputs, targets):
@@ -250,27 +248,28 @@ class Likelihood(ABC):
         return total
 
     def class_axis_of(self, outputs: Tensor) -> int | None:
-        """The axis of the outputs that holds the classes, not negative; None if the outputs are not classes.
+        """Return the axis of the outputs that holds the classes, not negative, or None if there are no classes.
 
         Args:
             outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
 
         Raises:
-            ValueError: If the axis is neither given nor told by the shape (`Categorical`), or as `check_outputs`.
+            ValueError: If the axis is neither given nor determined by the shape (`Categorical`), or as `check_outputs`.
         """
         return None
 
     def informed_by(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
-        """Return this likelihood with what the shapes of a batch teach, so that it needs no targets to know it later.
+        """Return a copy with fields inferred from the shapes of a batch, so that no targets are needed for them later.
 
-        That is the ``class_axis`` of a `Categorical` whose outputs have more than two axes; all else stays as it is.
+        Only the ``class_axis`` of a `Categorical` whose outputs have more than two axes is inferred; everything else stays
+        the same.
 
         Args:
             outputs: Network outputs, shape ``(N, ...)``; only the shape is used.
-            targets: Their targets, if there are any; only the shape is used.
+            targets: Targets of these outputs, if there are any; only the shape is used.
 
         Raises:
-            ValueError: If the targets are of a shape that `check_targets` refuses.
+            ValueError: If the targets have a shape that `check_targets` rejects.
         """
         return self
 
@@ -278,52 +277,52 @@ class Likelihood(ABC):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Tensor | Prediction:
-        """Predictive distribution when the outputs are Gaussian.
+        """Compute the predictive distribution for Gaussian outputs.
 
         Args:
             mean: Mean of the outputs, shape ``(..., C)`` with any number of leading axes, such as ``(N, C)`` or
-                ``(N, H, W, C)``: classes are on the last axis here, wherever the network has them.
-            covariance: Their covariance at each position, ``(..., C, C)``, or only its diagonal, ``(..., C)``.
+                ``(N, H, W, C)``: here the classes are on the last axis, whatever their axis in the network.
+            covariance: Covariance of the outputs at each position, ``(..., C, C)``, or only its diagonal, ``(..., C)``.
             link: How probabilities are formed (classification only).
-            n_samples: Number of draws for ``Link.MC``, each of the size of ``mean``, all in memory at once.
-            generator: Source of those draws.
+            n_samples: Number of draws for ``Link.MC``, each of the size of ``mean``.
+            generator: Source of the draws.
 
         Returns:
             Probabilities, or a `Prediction`, of the shape of ``mean``, in at least float32.
 
         Raises:
-            ValueError: If the covariance has another shape.
+            ValueError: If the covariance has a different shape.
         """
 
     @abstractmethod
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-        """Summed negative log predictive density of the targets, in nats, and their number.
+        """Compute the summed negative log predictive density of the targets, in nats, and the number of targets.
 
-        Shape ``(2,)``, float64, to be summed over batches; the quotient is the mean. Values of targets are not looked at:
-        check them with `check_targets`.
+        The result has shape ``(2,)``, is float64 and is to be summed over batches; the quotient is the mean. The values of
+        the targets are not checked; use `check_targets` for that.
 
         Args:
-            prediction: In classification probabilities of the shape of the network's outputs, with the classes on the
-                same axis (`Bernoulli`: of a one); they are clamped at the smallest normal number of their dtype, so
-                that a zero does not make the sum infinite. In regression a `Prediction`, whose density is Gaussian with
-                its ``total_variance``.
-            targets: Targets as in `check_targets`.
+            prediction: In classification, probabilities of the shape of the network's outputs, with the classes on the
+                same axis (for `Bernoulli`, the probability of a one); they are clamped at the smallest normal number of
+                their dtype, so that a zero does not make the sum infinite. In regression, a `Prediction`, whose density is
+                Gaussian with variance ``total_variance``.
+            targets: Targets, as in `check_targets`.
 
         Raises:
-            TypeError: For a prediction of the other kind.
+            TypeError: If the prediction is of the other kind.
             ValueError: If the shapes do not fit.
             NotImplementedError: If the likelihood has no noise model.
         """
 
     @abstractmethod
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        """Mean of the targets given outputs: probabilities in classification, the predicted means in regression.
+        """Compute the mean of the targets given outputs: probabilities in classification, predicted means in regression.
 
-        In at least float32, as all that predictions are made of.
+        Like all parts of a prediction, it is in at least float32.
         """
 
     def noise_variance(self, outputs: Tensor) -> Tensor | None:
-        """Variance of the observation noise given outputs, in regression; None where predictions are probabilities.
+        """Compute the variance of the observation noise given outputs, in regression; None for probabilities.
 
         Raises:
             NotImplementedError: If the likelihood has no noise model.
@@ -332,11 +331,11 @@ class Likelihood(ABC):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """The links that `predictive` offers; none if the predictive needs no link."""
+        """Links that `predictive` supports; empty if it needs no link."""
         return (Link.PROBIT, Link.MC)
 
     def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:
-        """One per output element of an example, unless overridden."""
+        """Return the number of exact directions: one per output element of an example, unless overridden."""
         return math.prod(outputs.shape[1:])
 
     @abstractmethod
@@ -351,44 +350,44 @@ class Likelihood(ABC):
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
 
     def to_json(self) -> dict[str, Any]:
-        """Return its name and parameters as JSON-compatible values; see `kronlaplace._registry.ClassRegistry.to_json`.
+        """Return the name and parameters as JSON-compatible values; see `kronlaplace._registry.ClassRegistry.to_json`.
 
         Raises:
-            TypeError: If a parameter is something that JSON cannot hold.
+            TypeError: If a parameter cannot be represented in JSON.
         """
         return LIKELIHOODS.to_json(self)
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Likelihood:
-        """Inverse of `to_json`.
+        """Restore a likelihood from the result of `to_json`.
 
         Raises:
-            ValueError: If the likelihood is not registered, or has other parameters.
+            ValueError: If the likelihood is not registered, or has different parameters.
         """
         return LIKELIHOODS.from_json(values)
 
 
 LIKELIHOODS: ClassRegistry[Likelihood] = ClassRegistry(Likelihood, "likelihood", lambda cls: cls.__name__)  # type: ignore[type-abstract]
-"""The likelihoods that files can name, by the name of their class."""
+"""Registry of the likelihoods that files can name, by class name."""
 
 _Class = TypeVar("_Class", bound=type[Likelihood])
 
 
 def register_likelihood(likelihood: _Class) -> _Class:
-    """Make a likelihood of your own known by its name, so that what was saved with it can be loaded.
+    """Register a likelihood of your own by its class name, so that files saved with it can be loaded.
 
-    May be used as a decorator, above that of the dataclass. A class that is defined again, as in a notebook, replaces the
-    one before. `kronlaplace.testing.check_likelihood` tells whether it keeps the laws of a likelihood.
+    It can be used as a decorator, above the dataclass decorator. A class that is defined again, as in a notebook, replaces
+    the previous one. `kronlaplace.testing.check_likelihood` checks whether it obeys the laws of a likelihood.
 
     Args:
-        likelihood: The class, a frozen dataclass derived from `Likelihood`, with fields that JSON can hold.
+        likelihood: The class, a frozen dataclass derived from `Likelihood`, with fields that JSON can represent.
 
     Returns:
         The class.
 
     Raises:
         TypeError: If it is not such a class.
-        ValueError: If another likelihood has that name, or a field is called ``name`` or ``defined_in``.
+        ValueError: If another likelihood has the same name, or a field is called ``name`` or ``defined_in``.
     """
     LIKELIHOODS.register(likelihood)
     return likelihood

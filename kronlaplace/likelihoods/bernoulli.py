@@ -31,7 +31,7 @@ class Bernoulli(Likelihood):
         return ((targets >= 0) & (targets <= 1)).all(), message
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed negative log-likelihood and the number of targets."""
+        """Compute the summed negative log-likelihood and the number of targets."""
         logits = wide(outputs)
         nll = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         return sum_and_count(nll)
@@ -40,7 +40,7 @@ class Bernoulli(Likelihood):
         return -statistics[0]
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        """``√(π_c (1 − π_c))`` in output ``c``, nothing elsewhere; in log space, so exact in the tails."""
+        """Yield ``√(π_c (1 − π_c))`` in output ``c`` and zeros elsewhere, computed in log space to be exact in the tails."""
         logits = wide(outputs)
         root = torch.exp(0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).to(outputs.dtype)
         yield from one_element_at_a_time(root)
@@ -64,14 +64,14 @@ class Bernoulli(Likelihood):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Probabilities of a one, of the shape of ``mean``, by ``link``; in at least float32."""
+        """Compute the probability of a one by ``link``, of the shape of ``mean``, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
         if link is Link.PROBIT:
             return torch.sigmoid(probit_scaled(mean, covariance))
         return mean_over_samples(lambda f, dim: torch.sigmoid(f), mean, covariance, n_samples, generator)
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-        """``−y log p − (1 − y) log(1 − p)``, for targets between 0 and 1, too."""
+        """Compute ``−y log p − (1 − y) log(1 − p)``, summed, which also covers targets between 0 and 1."""
         p = require_probabilities(self, prediction)
         check_same_shape("Bernoulli", p, targets)
         y = targets.double()

@@ -1,4 +1,4 @@
-"""`Categorical`: one class out of ``C``, for each example or at each of its positions."""
+"""`Categorical`: one class out of ``C`` for each example, or at each of its positions."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ __all__ = ["Categorical"]
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """One class out of ``C``, for each example or at each of its positions (pixels, tokens), which are independent.
+    """One class out of ``C`` for each example, or at each of its positions (pixels, tokens), which are independent.
 
     The outputs are logits: ``(N, C)``; segmentation ``(N, C, d1, d2, ...)``, the convention of torch's
     ``cross_entropy``; tokens ``(N, T, C)``. The targets are class indices of the same shape without the class axis.
 
     Args:
-        ignore_index: Targets of this value contribute nothing: the direction is zero at their position in every
+        ignore_index: Value of targets that contribute nothing: the direction is zero at their position with every
             sampling, and they count neither in the log-likelihood nor in the number of targets.
-        class_axis: Axis of the classes where the outputs have more than two: 1, or the last as -1 or by its number. None
-            infers it from the shape of the targets; without targets, three axes are ambiguous and four or more have it
-            at 1.
+        class_axis: Axis of the classes if the outputs have more than two axes: 1, or the last one, as -1 or by its number.
+            None infers it from the shape of the targets; without targets, it is ambiguous for three axes, and 1 for four
+            or more.
 
     Raises:
-        ValueError, TypeError: For another axis, or an index that is not an integer.
+        ValueError: For any other axis.
+        TypeError: For an ``ignore_index`` that is not an integer.
     """
 
     accepts_logits: ClassVar[bool] = True
@@ -85,12 +86,12 @@ class Categorical(Likelihood):
         return ((labels >= 0) & (labels < c) | (labels == self.ignore_index)).all(), message
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed negative log-likelihood and the number of targets, both without the ignored ones."""
+        """Compute the summed negative log-likelihood and the number of targets, both without the ignored targets."""
         axis = self._axis(outputs, targets)
         return self._nll(F.log_softmax(wide(outputs), dim=axis), targets, axis)
 
     def _nll(self, log_pi: Tensor, targets: Tensor, axis: int) -> Tensor:
-        """Minus the sum of the targets' log-probabilities, and the number of targets; both without the ignored ones."""
+        """Compute minus the sum of the targets' log-probabilities and the number of targets, without the ignored ones."""
         nll = -log_pi.gather(axis, _index(targets, log_pi.shape[axis]).unsqueeze(axis)).squeeze(axis)
         ignored = self._ignored(targets)
         return torch.stack([nll.masked_fill(ignored, 0).double().sum(), (~ignored).double().sum()])
@@ -103,11 +104,11 @@ class Categorical(Likelihood):
         return math.prod(drop_axis(outputs.shape, axis)[1:]) * (outputs.shape[axis] - 1)
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        """At one position after the other, the ``C − 1`` non-zero columns of the Cholesky factor of ``diag(π) − ππᵀ``.
+        """Yield the ``C − 1`` nonzero columns of the Cholesky factor of ``diag(π) − ππᵀ``, position by position.
 
         With tail sums ``r_j = Σ_{k≥j} π_k``, ``L_jj = √(π_j r_{j+1} / r_j)`` and
-        ``L_ij = −π_i √(π_j / (r_j r_{j+1}))`` below it (Tanabe and Sagae 1992). In log space, so that tiny
-        probabilities stay exact; one backward pass fewer than the symmetric root.
+        ``L_ij = −π_i √(π_j / (r_j r_{j+1}))`` below it (Tanabe and Sagae 1992). Working in log space keeps tiny
+        probabilities exact. The symmetric root would need one more backward pass.
         """
         axis = self._axis(outputs, targets)
         log_pi_everywhere = F.log_softmax(wide(outputs), dim=axis).clamp_min(-1e30).movedim(axis, -1)
@@ -127,7 +128,7 @@ class Categorical(Likelihood):
                 yield direction
 
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
-        """``π ∘ v − π (πᵀ v)`` at every position, zero at those ignored."""
+        """Compute ``π ∘ v − π (πᵀ v)`` at every position, and zero at ignored positions."""
         axis = self._axis(outputs, targets)
         pi = F.softmax(wide(outputs), dim=axis)
         mean = (pi * vectors).sum(axis - outputs.ndim, keepdim=True)
@@ -151,7 +152,7 @@ class Categorical(Likelihood):
 
     @staticmethod
     def _gradient_at(outputs: Tensor, labels: Tensor, ignored: Tensor | None, axis: int) -> Tensor:
-        """``π − e_label`` at every position, zero at those ignored; ``labels`` are class indices of type int64."""
+        """Compute ``π − e_label`` at every position, and zero at ignored ones; ``labels`` are int64 class indices."""
         gradient = F.softmax(wide(outputs), dim=axis)
         index = labels.unsqueeze(axis)
         gradient = gradient.scatter(axis, index, gradient.gather(axis, index) - 1)
@@ -160,19 +161,20 @@ class Categorical(Likelihood):
         return gradient.to(outputs.dtype)
 
     def _ignored(self, targets: Tensor) -> Tensor:
-        return targets.long() == self.ignore_index  # as int64: in uint8, -100 would be 156
+        return targets.long() == self.ignore_index  # as int64: in uint8, -100 would become 156
 
     def _axis(self, outputs: Tensor, targets: Tensor | None = None) -> int:
-        """The axis that holds the classes, not negative.
+        """Return the axis that holds the classes, not negative.
 
         Raises:
-            ValueError: If it is neither given nor told by the shapes, or given by the number of an axis that is not last.
+            ValueError: If it is neither given nor determined by the shapes, or given as the number of an axis that is not
+                the last.
         """
         last = outputs.ndim - 1
         if self.class_axis is not None and self.class_axis > 1 and self.class_axis != last:
             raise ValueError(
                 f"class_axis={self.class_axis} is not the last axis of outputs of shape {tuple(outputs.shape)}; classes are "
-                "on axis 1 or on the last. Give kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
+                "on axis 1 or on the last. Pass kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
                 "kl.Categorical(class_axis=-1) for outputs (N, ..., C)."
             )
         if last <= 1:
@@ -182,7 +184,7 @@ class Categorical(Likelihood):
         if targets is None:
             if last > 2:
                 return 1
-            reason = "there are no targets whose shape could tell"
+            reason = "there are no targets whose shape would determine it"
         else:
             fitting = [axis for axis in (1, last) if targets.shape == drop_axis(outputs.shape, axis)]
             if len(fitting) == 1:
@@ -191,8 +193,8 @@ class Categorical(Likelihood):
                 raise self._bad_targets(outputs, targets, [1, last])
             reason = f"targets of shape {tuple(targets.shape)} fit both"
         raise ValueError(
-            f"Categorical cannot tell whether the classes of outputs of shape {tuple(outputs.shape)} are on axis 1 or on "
-            f"the last: {reason}. Give kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
+            f"Categorical cannot determine whether the classes of outputs of shape {tuple(outputs.shape)} are on axis 1 or "
+            f"on the last: {reason}. Pass kl.Categorical(class_axis=1) for outputs (N, C, ...) or "
             "kl.Categorical(class_axis=-1) for outputs (N, ..., C)."
         )
 
@@ -201,7 +203,10 @@ class Categorical(Likelihood):
         return self._axis(outputs)
 
     def informed_by(self, outputs: Tensor, targets: Tensor | None) -> Categorical:
-        """With the ``class_axis`` that the shapes tell, 1 or -1; itself if it has one, or if no targets could tell."""
+        """Return a copy with ``class_axis`` inferred from the shapes, 1 or -1.
+
+        The likelihood itself is returned if the axis is already set or cannot be inferred without targets.
+        """
         if self.class_axis is not None or outputs.ndim <= 2 or (targets is None and outputs.ndim == 3):
             return self
         return replace(self, class_axis=1 if self._axis(outputs, targets) == 1 else -1)
@@ -209,8 +214,8 @@ class Categorical(Likelihood):
     def _too_few_classes(self, outputs: Tensor) -> ValueError:
         given = "" if self.class_axis is None else f" with class_axis={self.class_axis}"
         return ValueError(
-            f"Categorical{given} needs one logit per class, outputs of shape (N, C), (N, C, ...) or (N, ..., C) with C of "
-            f"at least 2; the network returned {tuple(outputs.shape)}. For one logit and labels 0 and 1 use Bernoulli."
+            f"Categorical{given} needs one logit per class: outputs of shape (N, C), (N, C, ...) or (N, ..., C) with C at "
+            f"least 2; the network returned {tuple(outputs.shape)}. For one logit and labels 0 and 1 use Bernoulli."
         )
 
     def _bad_targets(self, outputs: Tensor, targets: Tensor, axes: list[int]) -> ValueError:
@@ -237,7 +242,7 @@ class Categorical(Likelihood):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Class probabilities, of the shape of ``mean``, by ``link``; in at least float32."""
+        """Compute class probabilities by ``link``, of the shape of ``mean``, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
         if link is Link.PROBIT:
             return F.softmax(probit_scaled(mean, covariance), dim=-1)
@@ -248,21 +253,21 @@ class Categorical(Likelihood):
         return laplace_bridge(mean, covariance)
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-        """Both without the ignored targets."""
+        """Compute the sum and the count over the targets that are not ignored."""
         pi = require_probabilities(self, prediction)
         self.check_targets(pi, targets)  # for the shapes
         return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))
 
 
 def _advice(outputs: Tensor, targets: Tensor, axes: list[int]) -> str:
-    """How targets that do not fit may be made to fit, for the classes on one of these axes."""
+    """Return advice on how to make targets fit, for classes on one of these axes."""
     as_integers = ".long()" if targets.is_floating_point() or targets.dtype == torch.bool else ""
     allowed = [drop_axis(outputs.shape, axis) for axis in axes]
     if targets.shape in allowed:
         return "Use targets.long() if they are class indices."
     if targets.shape == outputs.shape:
         axis = axes[0] if len(axes) == 1 else "axis"
-        return f"Use targets.argmax({axis}) if yours are one-hot; probabilities of the classes are not supported."
+        return f"Use targets.argmax({axis}) if yours are one-hot; class probabilities are not supported."
     for axis in range(targets.ndim):
         if targets.shape[axis] == 1 and drop_axis(targets.shape, axis) in allowed:
             return f"Use targets.squeeze({axis}){as_integers}."
@@ -270,5 +275,5 @@ def _advice(outputs: Tensor, targets: Tensor, axes: list[int]) -> str:
 
 
 def _index(targets: Tensor, n_classes: int) -> Tensor:
-    """Class indices as int64, clamped so that a wrong label cannot abort a CUDA kernel; `check_targets` reports it."""
+    """Return class indices as int64, clamped so that a wrong label, which `check_targets` reports, aborts no CUDA kernel."""
     return targets.long().clamp(0, n_classes - 1)

@@ -24,17 +24,17 @@ from kronlaplace.likelihoods.tensors import (
 __all__ = ["Euclidean"]
 
 _NO_NOISE = (
-    "Euclidean has no noise model, so it predicts no distribution of the targets. Use "
-    "kl.Gaussian(noise_std=...), which has the same metric divided by noise_std², for predictions."
+    "Euclidean has no noise model, so it cannot predict a distribution of the targets. For predictions use "
+    "kl.Gaussian(noise_std=...), which has the same metric divided by noise_std²."
 )
 
 
 @dataclass(frozen=True)
 class Euclidean(Likelihood):
-    """The plain Gauss-Newton metric, the identity: the loss of one example is ``½ ‖f − y‖²``.
+    """Plain Gauss-Newton metric, the identity: the loss of one example is ``½ ‖f − y‖²``.
 
-    Outputs of any shape ``(N, ...)``, targets of the same shape. There is no noise model behind it: the log-likelihood
-    has no normalizer, and nothing is predicted. With one, it is `Gaussian`.
+    The outputs have any shape ``(N, ...)``, and the targets the same shape. There is no noise model, so the
+    log-likelihood has no normalizer and there are no predictions. `Gaussian` adds a noise model.
     """
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
@@ -42,11 +42,11 @@ class Euclidean(Likelihood):
         return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of squared errors and the number of targets."""
+        """Compute the sum of squared errors and the number of targets."""
         return sum_and_count((wide(targets) - wide(outputs)).double().square())
 
     def log_likelihood(self, statistics: Tensor) -> Tensor:
-        """``−½ SSE``, the negative loss; without the normaliser, which only a noise model has."""
+        """Compute ``−½ SSE``, the negative loss, without the normalizer, which only a noise model has."""
         return -0.5 * statistics[0]
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
@@ -78,17 +78,17 @@ class Euclidean(Likelihood):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> NoReturn:
-        """Not offered.
+        """Raise an error: there is no noise model.
 
         Raises:
-            NotImplementedError: Always, with the way out.
+            NotImplementedError: Always; the message names an alternative.
         """
         raise NotImplementedError(_NO_NOISE)
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> NoReturn:
-        """Not offered.
+        """Raise an error: there is no noise model.
 
         Raises:
-            NotImplementedError: Always, with the way out.
+            NotImplementedError: Always; the message names an alternative.
         """
         raise NotImplementedError(_NO_NOISE)

@@ -1,4 +1,4 @@
-"""`Gaussian`: regression with noise that is the same everywhere."""
+"""`Gaussian`: regression with the same noise everywhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gaussian(Likelihood):
     """Regression with independent Gaussian noise; outputs of any shape ``(N, ...)``, targets of the same shape.
 
     Args:
-        noise_std: Standard deviation ``σ`` of the noise, in the targets' unit.
+        noise_std: Standard deviation ``σ`` of the noise, in target units.
     """
 
     noise_std: float = 1.0
@@ -43,11 +43,14 @@ class Gaussian(Likelihood):
         return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of squared errors and the number of targets (so that ``σ`` can still change)."""
+        """Compute the sum of squared errors and the number of targets, so that ``σ`` can still change."""
         return sum_and_count((wide(targets) - wide(outputs)).double().square())
 
     def log_likelihood(self, statistics: Tensor, noise_std: Tensor | float | None = None) -> Tensor:
-        """``−SSE / (2σ²) − n log(σ √(2π))``; ``noise_std`` overrides the object's own and may carry a gradient."""
+        """Compute ``−SSE / (2σ²) − n log(σ √(2π))``.
+
+        The argument ``noise_std`` overrides the field of that name and may carry a gradient.
+        """
         sigma = torch.as_tensor(
             self.noise_std if noise_std is None else noise_std, dtype=torch.float64, device=statistics.device
         )
@@ -59,7 +62,7 @@ class Gaussian(Likelihood):
         return squared_error / noise_std**2 - count, -2 * squared_error / noise_std**2
 
     def training_error(self, statistics: Tensor) -> float:
-        """Root mean square error on the data."""
+        """Return the root mean square error of the data summarized by ``statistics``, in target units."""
         squared_error, count = statistics.tolist()
         return math.sqrt(squared_error / count)
 
@@ -89,7 +92,7 @@ class Gaussian(Likelihood):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Prediction:
-        """Mean, function variance and noise; closed form, in at least float32."""
+        """Compute mean, function variance and noise in closed form, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
         return Prediction(mean, variance_of(mean, covariance), mean.new_tensor(self.noise_std**2))
 

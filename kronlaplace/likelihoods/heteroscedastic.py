@@ -20,17 +20,17 @@ __all__ = ["HeteroscedasticGaussian"]
 
 @dataclass(frozen=True)
 class HeteroscedasticGaussian(Likelihood):
-    """Regression with Gaussian noise whose variance the network predicts, too.
+    """Regression with Gaussian noise whose variance is also predicted by the network.
 
-    Outputs ``(N, 2C)``: first the ``C`` means ``μ``, then the ``C`` log-variances ``s``. Targets ``(N, C)``, or ``(N,)``
-    for one mean. The negative log-likelihood of one target is ``½ [(y − μ)² e⁻ˢ + s + log 2π]``; its Fisher is
-    ``diag(e⁻ˢ, ½)`` in ``(μ, s)``, without the targets that the Hessian would contain.
+    The outputs ``(N, 2C)`` hold first the ``C`` means ``μ``, then the ``C`` log-variances ``s``. The targets have shape
+    ``(N, C)``, or ``(N,)`` for one mean. The negative log-likelihood of one target is ``½ [(y − μ)² e⁻ˢ + s + log 2π]``;
+    its Fisher is ``diag(e⁻ˢ, ½)`` in ``(μ, s)`` and, unlike the Hessian, does not depend on the targets.
     """
 
     def check_outputs(self, outputs: Tensor) -> None:
         if outputs.ndim != 2 or outputs.shape[1] == 0 or outputs.shape[1] % 2:
             raise ValueError(
-                "HeteroscedasticGaussian needs outputs of shape (N, 2C), the C means and then their C log-variances; the "
+                "HeteroscedasticGaussian needs outputs of shape (N, 2C), the C means followed by the C log-variances; the "
                 f"network returned {tuple(outputs.shape)}. Give the last layer two outputs per target, or use "
                 "Gaussian(noise_std=...) if the noise is the same everywhere."
             )
@@ -40,7 +40,7 @@ class HeteroscedasticGaussian(Likelihood):
         return any_finite_target(targets)
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed negative log-likelihood and the number of targets."""
+        """Compute the summed negative log-likelihood and the number of targets."""
         mean, log_variance = wide(outputs).chunk(2, dim=1)
         error = wide(targets).reshape(mean.shape) - mean
         return sum_and_count(0.5 * (error.square() * torch.exp(-log_variance) + log_variance + math.log(2 * math.pi)))
@@ -49,7 +49,7 @@ class HeteroscedasticGaussian(Likelihood):
         return -statistics[0]
 
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        """``e^{−s/2}`` in each mean, ``1/√2`` in each log-variance."""
+        """Yield ``e^{−s/2}`` for each mean and ``1/√2`` for each log-variance."""
         log_variance = wide(outputs).chunk(2, dim=1)[1]
         root = torch.cat([torch.exp(-0.5 * log_variance), torch.full_like(log_variance, math.sqrt(0.5))], dim=1)
         yield from one_element_at_a_time(root.to(outputs.dtype))
@@ -60,7 +60,7 @@ class HeteroscedasticGaussian(Likelihood):
         return (diagonal * vectors).to(vectors.dtype)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """The gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""
+        """Compute the gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""
         log_variance = wide(outputs).chunk(2, dim=1)[1]
         z = standard_normal(log_variance, generator)
         return torch.cat([-z * torch.exp(-0.5 * log_variance), 0.5 * (1 - z.square())], dim=1).to(outputs.dtype)
@@ -80,7 +80,7 @@ class HeteroscedasticGaussian(Likelihood):
         return ()
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
-        """The predicted means, shape ``(N, C)``."""
+        """Return the predicted means, shape ``(N, C)``."""
         return wide(outputs).chunk(2, dim=1)[0]
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ class HeteroscedasticGaussian(Likelihood):
     def predictive(
         self, mean: Tensor, covariance: Tensor, link: Link, n_samples: int, generator: torch.Generator | None
     ) -> Prediction:
-        """Means, their variances, and the expected noise variance ``E[eˢ] = e^{s + var(s)/2}``, each ``(N, C)``.
+        """Compute means, their variances, and the expected noise variance ``E[eˢ] = e^{s + var(s)/2}``, each ``(N, C)``.
 
-        Mean and covariance are of all outputs, ``(N, 2C)`` and ``(N, 2C, 2C)`` or its diagonal. In at least float32.
+        Mean and covariance are those of all outputs, ``(N, 2C)`` and ``(N, 2C, 2C)`` or its diagonal. The results are in
+        at least float32.
         """
         mean, covariance = wide(mean), wide(covariance)
         mu, log_variance = mean.chunk(2, dim=1)
@@ -106,7 +107,7 @@ class HeteroscedasticGaussian(Likelihood):
 
 
 def _check_shape(n: int, c: int, targets: Tensor) -> None:
-    """Check the shape of the targets of ``n`` examples with ``c`` means each."""
+    """Check the shape of the targets for ``n`` examples with ``c`` means each."""
     if targets.shape != (n, c) and not (c == 1 and targets.shape == (n,)):
         shapes = f"({n}, 1) or ({n},)" if c == 1 else f"({n}, {c})"
         raise ValueError(

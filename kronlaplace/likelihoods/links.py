@@ -1,7 +1,8 @@
-"""Links: from a Gaussian over the network's outputs to probabilities.
+"""Links, which turn a Gaussian over the network's outputs into probabilities.
 
-The mean is ``(..., C)`` with any number of leading axes, over which everything goes position by position: ``(N, C)``,
-pixels ``(N, H, W, C)``, tokens ``(N, T, C)``. The covariance is ``(..., C, C)``, or only its diagonal, ``(..., C)``.
+The mean has shape ``(..., C)`` with any number of leading axes, whose positions are treated independently: ``(N, C)``,
+pixels ``(N, H, W, C)``, tokens ``(N, T, C)``. The covariance has shape ``(..., C, C)``, or ``(..., C)`` if only its
+diagonal is given.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ __all__ = [
 
 
 _BUDGET = 2**22
-"""Numbers that the draws of the outputs may take at a time, unless one draw of all examples is more."""
+"""Maximum number of entries of the draws held at a time, unless one draw of all examples has more."""
 
 
 class Link(Choice):
-    """How a Gaussian over the outputs becomes class probabilities.
+    """Rule that turns a Gaussian over the outputs into class probabilities.
 
-    ``PROBIT`` is MacKay's closed form, ``CENTERED_PROBIT`` the same for each logit less the mean of all (the softmax does
-    not see a shift of all logits, and the variance of that is no uncertainty about the class), ``MC`` averages over samples
-    of the outputs, ``BRIDGE`` is a Laplace bridge to a Dirichlet (after Hobbhahn et al. 2022, see `laplace_bridge`).
+    ``PROBIT`` is MacKay's closed form. ``CENTERED_PROBIT`` applies it to each logit minus the mean of all logits: the
+    softmax is invariant to a shift of all logits, and the variance of that shift is not uncertainty about the class.
+    ``MC`` averages over samples of the outputs. ``BRIDGE`` is a Laplace bridge to a Dirichlet (after Hobbhahn et al. 2022,
+    see `laplace_bridge`).
     """
 
     PROBIT = "probit"
@@ -48,7 +50,7 @@ class Link(Choice):
 
 
 def is_whole(mean: Tensor, covariance: Tensor) -> bool:
-    """Whether a covariance is given whole, ``(..., C, C)``, and not as its diagonal, ``(..., C)``, the shape of the mean.
+    """Return whether a covariance is a full one, ``(..., C, C)``, rather than a diagonal of the mean's shape, ``(..., C)``.
 
     Raises:
         ValueError: If it has neither shape.
@@ -56,30 +58,30 @@ def is_whole(mean: Tensor, covariance: Tensor) -> bool:
     if mean.ndim and covariance.shape == (*mean.shape, mean.shape[-1]):
         return True
     if covariance.shape != mean.shape:
-        whole = f"{(*mean.shape, mean.shape[-1])}, whole, or " if mean.ndim else ""
+        whole = f"{(*mean.shape, mean.shape[-1])} (full) or " if mean.ndim else ""
         raise ValueError(
             f"the covariance of outputs with a mean of shape {tuple(mean.shape)} must have shape {whole}"
-            f"{tuple(mean.shape)}, its diagonal; got {tuple(covariance.shape)}. Give both with the outputs on the last axis."
+            f"{tuple(mean.shape)} (diagonal); got {tuple(covariance.shape)}. Pass both with the outputs on the last axis."
         )
     return False
 
 
 def variance_of(mean: Tensor, covariance: Tensor) -> Tensor:
-    """The diagonal, of the shape of the mean, of a covariance given whole or as its diagonal; raises as `is_whole`."""
+    """Return the diagonal of a full or diagonal covariance, of the shape of the mean; raises as `is_whole`."""
     return covariance.diagonal(dim1=-2, dim2=-1) if is_whole(mean, covariance) else covariance
 
 
 def probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
-    """``f / √(1 + π/8 · var f)`` (MacKay 1992), of the shape of the mean."""
+    """Compute ``f / √(1 + π/8 · var f)`` (MacKay 1992), of the shape of the mean."""
     return mean / torch.sqrt(1 + math.pi / 8 * variance_of(mean, covariance))
 
 
 def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
-    """`probit_scaled` for each output less the mean of all ``C`` outputs, of the shape of the mean.
+    """Apply `probit_scaled` to each output minus the mean of all ``C`` outputs; the result has the shape of the mean.
 
     Args:
         mean: Mean of the outputs, ``(..., C)``.
-        covariance: Their covariance, whole, ``(..., C, C)``; or the variances of the centred outputs, ``(..., C)``.
+        covariance: Full covariance of the outputs, ``(..., C, C)``, or the variances of the centered outputs, ``(..., C)``.
     """
     if is_whole(mean, covariance):
         covariance = _variance_without_shift(mean, covariance)
@@ -113,16 +115,17 @@ def mean_over_samples(
 
 @in_full_precision
 def symmetric_root(covariance: Tensor) -> Tensor:
-    """The symmetric root of positive semidefinite matrices ``(..., C, C)``, which may be singular; differentiable."""
+    """Compute the symmetric root of positive semidefinite, possibly singular matrices ``(..., C, C)``, differentiably."""
     root: Tensor = _SymmetricRoot.apply(covariance)  # type: ignore[no-untyped-call]
     return root
 
 
 class _SymmetricRoot(torch.autograd.Function):
-    """``U √λ Uᵀ`` of positive semidefinite matrices ``(..., C, C)``.
+    """Symmetric root ``U √λ Uᵀ`` of positive semidefinite matrices ``(..., C, C)``.
 
-    A functional covariance is often singular, so it is no Cholesky factor; and the symmetric root does not depend on sign
-    and order of the eigenvectors. Its derivative is ``dΣ_ij / (√λ_i + √λ_j)`` in the eigenbasis, zero where both are zero.
+    It is used in place of a Cholesky factor because functional covariances are often singular; and it does not depend on
+    the sign and order of the eigenvectors. Its derivative is ``dΣ_ij / (√λ_i + √λ_j)`` in the eigenbasis, and zero where
+    both roots are zero.
     """
 
     @staticmethod
@@ -143,33 +146,34 @@ class _SymmetricRoot(torch.autograd.Function):
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Mean of a Dirichlet that the Gaussian is bridged to (after Hobbhahn et al. 2022, Eq. 6), shape ``(..., C)``.
+    """Compute the mean of the Dirichlet to which the Gaussian is bridged, shape ``(..., C)``.
 
-    With ``π = softmax(f)``, a Dirichlet whose logits have mean ``f`` and concentration ``s`` has logit variances
-    ``c_k / s``, ``c_k = (1 − 2/C) / π_k + Σ_l 1 / (C² π_l)``. The paper solves that for each class by itself,
-    ``s_k = c_k / v_k``, and its mean is ``p_k ∝ π_k s_k``. This function departs from it in three ways, so that the
-    result is stable and agrees with the network where the network is certain:
+    This follows Hobbhahn et al. 2022, Eq. 6. With ``π = softmax(f)``, a Dirichlet whose logits have mean ``f`` and
+    concentration ``s`` has logit variances ``c_k / s``, ``c_k = (1 − 2/C) / π_k + Σ_l 1 / (C² π_l)``. The paper solves this
+    for each class separately, ``s_k = c_k / v_k``, and its mean is ``p_k ∝ π_k s_k``. This function departs from it in
+    three ways, so that the result is stable and agrees with the network where the network is certain:
 
-    * The shift that all logits have in common, which the softmax does not see, is projected out of mean and covariance,
-      ``f − f̄`` and ``PΣP``. The paper conditions on ``Σ_k f_k = 0`` instead, which moves the mean without bound where
-      ``1ᵀΣ1`` is small.
-    * A variance below ``v̄ / (C − 1)``, for ``v̄`` the mean of all, counts as that: no Dirichlet has a smaller one, and
-      where a covariance is singular, rounding would decide how certain a class is.
+    * The shift common to all logits, to which the softmax is invariant, is projected out of mean and covariance, ``f − f̄``
+      and ``PΣP``. The paper conditions on ``Σ_k f_k = 0`` instead, which moves the mean without bound where ``1ᵀΣ1`` is
+      small.
+    * A variance below ``v̄ / (C − 1)``, where ``v̄`` is the mean of all variances, is raised to that value: no Dirichlet has
+      a smaller one, and where a covariance is singular, rounding would decide how certain a class is.
     * ``p_k ∝ π_k s_kʷ`` with ``w = (π/8) v̄ / (1 + (π/8) v̄)``, the scale of MacKay's probit link. The paper's ``w = 1``
-      knows the ratios of the variances but not their size, so that it differs from the softmax of a network that has
-      no uncertainty at all. Here that is the limit, and the paper's formula is that of large variances.
+      depends on the ratios of the variances but not on their size, so its result differs from the softmax of a network
+      that has no uncertainty at all. Here the softmax is the limit of small variances, and the paper's formula that of
+      large ones.
 
     A Gaussian that is the Laplace approximation of a Dirichlet, in the softmax basis, gives the mean of that Dirichlet.
 
     Args:
         mean: Mean of the outputs, ``(..., C)``.
-        covariance: Their covariance, whole, ``(..., C, C)``, or its diagonal, ``(..., C)``.
+        covariance: Covariance of the outputs, full, ``(..., C, C)``, or diagonal, ``(..., C)``.
     """
     variance = _variance_without_shift(mean, covariance)
     n_classes = mean.shape[-1]
     mean = mean - mean.mean(-1, keepdim=True)
     log_pi = F.log_softmax(mean, dim=-1)
-    # log(c_k π_k): the log keeps e^{f_k − f_l} finite.
+    # log(c_k π_k): taking the logarithm keeps e^{f_k − f_l} finite.
     log_ratio = mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(n_classes)
     offset = torch.full_like(log_ratio, 1 - 2 / n_classes).log()
     total = variance.mean(-1, keepdim=True)
@@ -180,6 +184,6 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _variance_without_shift(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Variances of the outputs less their mean, the diagonal of ``PΣP``, of the shape of the mean."""
+    """Compute the variances of the outputs minus their mean, the diagonal of ``PΣP``, of the shape of the mean."""
     row = covariance.mean(-1) if is_whole(mean, covariance) else covariance / mean.shape[-1]
     return (variance_of(mean, covariance) - 2 * row + row.mean(-1, keepdim=True)).clamp_min(0)

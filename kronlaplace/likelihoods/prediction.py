@@ -1,4 +1,4 @@
-"""What is predicted: a Gaussian for every output in regression, probabilities in classification."""
+"""Predictions: a Gaussian for every output in regression, probabilities in classification."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Prediction", "gaussian_nll", "require_probabilities"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A regression prediction: a Gaussian for every output of every example, in at least float32.
+    """Regression prediction: a Gaussian for every output of every example, in at least float32.
 
     Attributes:
-        mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that).
-        variance: Variance of the *function value*, same shape. It does **not** contain the noise.
-        noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` where it is the same everywhere
-            (`Gaussian`), or of the shape of ``mean`` where the network predicts it (`HeteroscedasticGaussian`).
+        mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that shape).
+        variance: Variance of the *function value*, same shape as ``mean``. It does **not** include the noise.
+        noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` if it is the same everywhere
+            (`Gaussian`), or of the shape of ``mean`` if the network predicts it (`HeteroscedasticGaussian`).
     """
 
     mean: Tensor
@@ -40,29 +40,31 @@ class Prediction:
 
 
 def require_probabilities(likelihood: object, prediction: Tensor | Prediction) -> Tensor:
-    """The prediction of a classifier, which is a tensor.
+    """Return the prediction of a classifier after checking that it is a tensor.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not.
     """
     if isinstance(prediction, Tensor):
         return prediction
     raise TypeError(
         f"{likelihood} predicts probabilities, a tensor of the shape of the network's outputs; got a "
-        f"{type(prediction).__name__}. Give what its predictive returned."
+        f"{type(prediction).__name__}. Pass the result of its predictive method."
     )
 
 
 def gaussian_nll(likelihood: object, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-    """Negative log density of each target, float64, where the prediction is a Gaussian; targets of its mean's shape.
+    """Compute the negative log density of each target under a Gaussian prediction, in float64.
+
+    The targets have the shape of the prediction's mean.
 
     Raises:
-        TypeError: If the prediction is no `Prediction`.
+        TypeError: If the prediction is not a `Prediction`.
     """
     if not isinstance(prediction, Prediction):
         raise TypeError(
-            f"{likelihood} predicts a Prediction, with mean and variance; got a {type(prediction).__name__}. Give what its "
-            "predictive returned."
+            f"{likelihood} predicts a Prediction, with mean and variance; got a {type(prediction).__name__}. Pass the "
+            "result of its predictive method."
         )
     variance = prediction.total_variance.double()
     squared_error = (targets.double() - prediction.mean.double()).square()

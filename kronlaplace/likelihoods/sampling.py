@@ -1,4 +1,4 @@
-"""How the directions that are propagated back are chosen, with the source of their randomness."""
+"""Choice of the directions that are propagated back, with the source of their randomness."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["DirectionSampling"]
 
 @dataclass(frozen=True)
 class DirectionSampling:
-    """The rule that picks the directions of a batch, checked when it is made.
+    """Rule that picks the directions of a batch, with validated settings.
 
     Args:
         kind: ``"exact"``, ``"mc"`` or ``"empirical"``, see `Sampling`.
-        mc_samples: Label draws per example, with ``"mc"`` only.
-        seed: Seed of the draws. Batch ``index`` draws from a generator made from ``(seed, index)``, whatever the global
-            state.
+        mc_samples: Number of label draws per example, for ``"mc"`` only.
+        seed: Seed of the draws. Batch ``index`` draws from a generator seeded with ``(seed, index)``, regardless of the
+            global random state.
 
     Raises:
-        ValueError: For unknown rules, numbers that are not positive, or ``mc_samples`` with another rule than ``"mc"``.
-        TypeError: For numbers of another type.
+        ValueError: For unknown rules, numbers that are not positive, or ``mc_samples`` with a rule other than ``"mc"``.
+        TypeError: For numbers of the wrong type.
     """
 
     kind: Sampling = Sampling.MC
@@ -54,9 +54,9 @@ class DirectionSampling:
 
         Args:
             likelihood: The likelihood.
-            outputs: The network's outputs, without graph.
-            targets: Their targets, if there are any.
-            index: Number of the batch in a pass over data, or of the step in a training.
+            outputs: The network's outputs, without a graph.
+            targets: Targets of these outputs, if there are any.
+            index: Number of the batch in a pass over the data, or of the training step.
         """
         return likelihood.directions(
             outputs,
@@ -67,6 +67,6 @@ class DirectionSampling:
         )
 
     def generator(self, index: int, device: torch.device) -> torch.Generator:
-        """Make a generator for one batch: the same draws whatever came before."""
+        """Return a generator for one batch, whose draws do not depend on earlier batches."""
         mixed = int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]) >> 1
         return torch.Generator(device=device).manual_seed(mixed)

@@ -1,4 +1,4 @@
-"""Functions of outputs and targets that several likelihoods share."""
+"""Functions of outputs and targets shared by several likelihoods."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = [
 
 
 def drop_axis(shape: torch.Size, axis: int) -> torch.Size:
-    """``shape`` with one axis left out."""
+    """Return ``shape`` without one axis."""
     return shape[:axis] + shape[axis + 1 :]
 
 
 def output_elements(shape: torch.Size) -> Iterator[tuple[slice | int, ...]]:
-    """Indices of the elements of one example, each of them taken in all examples; ``shape`` is ``(N, ...)``."""
+    """Yield an index for each element of an example, which selects it in all examples; ``shape`` is ``(N, ...)``."""
     for index in itertools.product(*map(range, shape[1:])):
         yield (slice(None), *index)
 
@@ -40,23 +40,26 @@ def one_element_at_a_time(values: Tensor) -> Iterator[Tensor]:
 
 
 def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent standard normal numbers of the shape, dtype and device of ``like``."""
+    """Draw independent standard normal numbers of the shape, dtype and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def log_at_least_tiny(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """``log p`` in float64, with ``p`` clamped at the smallest positive normal number of ``dtype``."""
+    """Compute ``log p`` in float64, with ``p`` clamped at the smallest positive normal number of ``dtype``."""
     return p.double().clamp_min(torch.finfo(dtype).tiny).log()
 
 
 def sum_and_count(values: Tensor) -> Tensor:
-    """Shape ``(2,)``, float64; the count is filled in on the device, which a copy from the host would wait for."""
+    """Return the sum and number of the values, shape ``(2,)``, float64.
+
+    The count is filled in on the device, because a copy from the host would wait for it.
+    """
     total = values.double().sum()
     return torch.stack([total, torch.full_like(total, values.numel())])
 
 
 def any_finite_target(targets: Tensor) -> tuple[Tensor, str]:
-    """What `Likelihood.check_targets` returns where any finite number is allowed."""
+    """Return the result of `Likelihood.check_targets` for likelihoods that allow any finite number."""
     return torch.isfinite(targets).all(), "targets contain NaN or infinite values; drop or repair those rows."
 
 
@@ -64,7 +67,7 @@ def check_same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     """Check that the targets have the shape of the outputs.
 
     Raises:
-        ValueError: If they do not, with the ``name`` of the likelihood.
+        ValueError: If they do not; the message gives the ``name`` of the likelihood.
     """
     if targets.shape != outputs.shape:
         raise ValueError(

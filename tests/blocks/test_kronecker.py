@@ -88,12 +88,12 @@ def test_logdet_is_differentiable_in_the_damping():
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_damping_must_be_finite_and_not_negative(damping):
-    with pytest.raises(ValueError, match="damping must be one finite number that is not negative, got"):
+    with pytest.raises(ValueError, match="damping must be a single finite number that is not negative, got"):
         kl.damping.Tikhonov(damping).invert(random_block(2, 2))
 
 
 def test_singular_block_without_damping_is_refused():
-    with pytest.raises(ValueError, match="block of layer 'layer' is singular; give a damping larger than 0"):
+    with pytest.raises(ValueError, match="block of layer 'layer' is singular; use a damping larger than 0"):
         kl.damping.Tikhonov(0.0).invert(random_block(3, 3, rank=1))
 
 

@@ -20,7 +20,7 @@ from tests.support.dampings import BY_NUMBER, KINDS, STRATEGIES, dense, groups, 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, torch.tensor(-1.0), torch.ones(1), torch.ones(3), "1"])
 @pytest.mark.parametrize("strategy", BY_NUMBER)
 def test_damping_is_one_finite_number(strategy, bad):
-    with pytest.raises(ValueError, match="damping must be one finite number that is not negative, got"):
+    with pytest.raises(ValueError, match="damping must be a single finite number that is not negative, got"):
         strategy(bad)
 
 
@@ -38,14 +38,14 @@ def test_damping_of_every_weight_is_finite_and_not_negative(bad):
 
 @pytest.mark.parametrize("strategy", [FactoredTikhonov, TraceRestricted])
 def test_only_tikhonov_damps_every_weight(strategy):
-    with pytest.raises(ValueError, match="damping must be one finite number"):
+    with pytest.raises(ValueError, match="damping must be a single finite number"):
         strategy(torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 1), (3, 1), (6, 1)])
 def test_dampings_of_another_shape_are_refused_with_the_layers_name(shape, kind):
-    message = r"damping of layer 'layer' must be one number or of shape \(3, 2\).*got shape"
+    message = r"damping of layer 'layer' must be a single number or have shape \(3, 2\).*got shape"
     with pytest.raises(ValueError, match=message):
         Tikhonov(torch.ones(shape)).invert(make(kind, 0))
 
@@ -56,7 +56,7 @@ def test_dampings_of_another_shape_are_refused_with_the_layers_name(shape, kind)
     [Tikhonov(torch.zeros(3, 2)), *(strategy(zero) for strategy in BY_NUMBER for zero in (0, torch.tensor(0.0)))],
 )
 def test_singular_blocks_need_a_damping(damping, kind):
-    with pytest.raises(ValueError, match="block of layer 'layer' is singular; give a damping larger than 0"):
+    with pytest.raises(ValueError, match="block of layer 'layer' is singular; use a damping larger than 0"):
         damping.invert(make(kind, 0, rank=0))
 
 
@@ -78,7 +78,7 @@ def test_a_softmax_output_layer_is_refused_in_every_draw(dtype, estimator):
         (block,) = fisher.values()
         for damping in (Tikhonov(0), FactoredTikhonov(0), TraceRestricted(0), Tikhonov(torch.zeros(block.shape))):
             for invert, what in ((damping.invert, block), (damping.invert_all, fisher)):
-                with pytest.raises(ValueError, match="block of layer '' is singular; give a damping larger than 0"):
+                with pytest.raises(ValueError, match="block of layer '' is singular; use a damping larger than 0"):
                     invert(what)
 
 

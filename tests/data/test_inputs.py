@@ -227,7 +227,7 @@ REFUSED = {
         r"batch 0: \['labels', 'y'\] could all be the targets",
     ),
     "no example": ([(X[:0], Y[:0])], ValueError, r"batch 0: has no examples \(inputs of shape \(0, 5\)\)"),
-    "targets of some": ([(X, Y), (X,)], ValueError, "batch 1: targets must come with every batch or with none"),
+    "targets of some": ([(X, Y), (X,)], ValueError, "batch 1: either every batch must have targets or none"),
     "infinite": ([(X, Y), (X / 0, Y)], ValueError, "batch 1: the inputs contain NaN or infinite values"),
     "infinite among several": (
         [((X[:, :2], X[:, 2:] / 0), Y)],

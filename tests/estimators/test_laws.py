@@ -208,7 +208,7 @@ def test_data_in_another_order_in_the_second_pass_is_refused():
             orders.append(np.random.default_rng(len(orders)).permutation(60))
             return iter([(made.inputs[rows], made.targets[rows]) for rows in np.array_split(orders[-1], 4)])
 
-    with pytest.raises(ValueError, match="the data came in another order than in the first pass"):
+    with pytest.raises(ValueError, match="the data came in a different order than in the first pass"):
         kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC())
     kl.estimate_fisher(made.model, Shuffled(), made.likelihood, kl.KFOC(), sampling="exact")
 

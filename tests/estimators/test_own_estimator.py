@@ -72,7 +72,7 @@ def test_a_list_that_does_not_say_how_it_decays():
 
     made, _ = problem("mlp")
     estimate(made, Lists())
-    with pytest.raises(AssertionError, match="Lists must say how its 'seen' decays"):
+    with pytest.raises(AssertionError, match="Lists must define how its 'seen' decays"):
         average(made, Lists(), batches(made))
 
 

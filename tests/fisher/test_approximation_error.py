@@ -37,7 +37,6 @@ def errors_of(made, fisher, size=2, **options):
 # -- dense ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(2)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -58,7 +57,6 @@ def test_dense_equals_its_definition(name, network, sampling):
             assert error < 1e-12
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "lstm"])
 @pytest.mark.parametrize("mc_samples", [1, 3])
 def test_sampled_labels_are_drawn_again(mc_samples, network):
@@ -101,7 +99,6 @@ def test_single_precision():
 # -- probing -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_probing_is_within_its_standard_error(name, network):
@@ -118,7 +115,6 @@ def test_probing_is_within_its_standard_error(name, network):
             assert error.standard_error < 0.1 * dense[layer] + 1e-12
 
 
-@pytest.mark.grid
 def test_standard_error_falls_with_the_root_of_the_number_of_probes():
     made, _ = problem("cnn")
     fisher = estimate(made, "kfac")
@@ -127,7 +123,6 @@ def test_standard_error_falls_with_the_root_of_the_number_of_probes():
         assert few[layer].standard_error / many[layer].standard_error == pytest.approx(4, rel=0.2)
 
 
-@pytest.mark.grid
 def test_standard_error_covers_the_truth():
     """Over 200 seeds: 95 % within 1.96 standard errors, two binomial standard errors (and a little for few probes) off."""
     made, _ = problem("mlp")
@@ -219,9 +214,7 @@ def test_nothing_is_left_behind(method):
 def test_another_network():
     made, other = mlp(), mlp(outputs=2)
     fisher = kl.estimate_fisher(made.model, made.batches(), "classification")
-    with pytest.raises(
-        ValueError, match=r"the fisher belongs to a different network: its block for layer '2' .*\(3, 7\) matrix"
-    ):
+    with pytest.raises(ValueError, match=r"belongs to a different network: its block for layer '2' .*\(3, 7\) matrix"):
         kl.relative_error(fisher, other.model, other.batches())
     with pytest.raises(ValueError, match="the model has no module '2'"):
         kl.relative_error(fisher, nn.Sequential(nn.Linear(4, 3)).double(), made.batches())

@@ -47,7 +47,7 @@ NOT_ADDITIVE = {
         for aggregation in ("sweeps", "running", "approx", "full")
     },
     "ekfac": (lambda: kl.EKFAC(), "the eigenbasis of their own data"),
-    "white": (lambda: White(), "knows its name only"),
+    "white": (lambda: White(), "knows only its name"),
 }
 
 
@@ -240,7 +240,7 @@ def test_without_targets_there_are_no_statistics():
     one, other = (estimate(made, kl.KFAC(), [x]) for x in (made.inputs[:2], made.inputs[2:]))
     assert merge_fishers(one, other).statistics is None
     with_targets = estimate(made, kl.KFAC(), batches(made))
-    message = "what the data came with is inputs and targets in the first and inputs only in the second"
+    message = "the content of the data is inputs and targets in the first and inputs only in the second"
     with pytest.raises(ValueError, match=message):
         merge_fishers(with_targets, other)
     with pytest.raises(ValueError, match="came with is inputs only in the first and inputs and targets in the second"):
@@ -278,7 +278,7 @@ def test_an_estimator_that_says_nothing():
     """The default of the base class."""
     block = kl.DiagonalBlock(torch.ones(2, 3), "layer")
     with pytest.raises(
-        NotImplementedError, match=r"estimator 'white' cannot be combined: it does not say how .*combine"
+        NotImplementedError, match=r"estimator 'white' cannot be combined: it does not define how .*combine"
     ):
         White().combine(block, block, (0.5, 0.5))
 
@@ -290,7 +290,7 @@ def test_an_estimator_of_ones_own_beside_which_a_layer_gets_a_diagonal_block():
 
     one, other, whole = parts_and_whole("norms", Factors(), 1)
     assert all(block.kind == "diagonal" for block in whole.values())
-    with pytest.raises(NotImplementedError, match="knows its name only"):
+    with pytest.raises(NotImplementedError, match="knows only its name"):
         merge_fishers(one, other)
     beside = [row.layer for row in whole.coverage() if row.estimator == "diagonal"]
     assert 0 < len(beside) < len(whole)
@@ -318,7 +318,7 @@ def test_what_is_no_fisher(bad):
     made, _ = problem("mlp")
     fisher = estimate(made, kl.KFAC(), batches(made))
     for pair in ((fisher, bad), (bad, fisher)):
-        with pytest.raises(TypeError, match=f"both must be Fishers, .* got {type(bad).__name__}"):
+        with pytest.raises(TypeError, match=f"both arguments must be Fishers, .* got {type(bad).__name__}"):
             merge_fishers(*pair)
 
 
@@ -382,7 +382,7 @@ PARTICULARS = {
 def test_fishers_that_were_not_estimated_in_the_same_way(name):
     changes, message = PARTICULARS[name]
     one, other, _ = parts_and_whole("mlp", kl.KFAC(), 2)
-    with pytest.raises(ValueError, match=f"not estimated in the same way: {message}.*Estimate both alike"):
+    with pytest.raises(ValueError, match=f"not estimated in the same way: {message}.*Estimate both in the same way"):
         merge_fishers(one, with_metadata(other, **changes))
 
 

@@ -45,9 +45,9 @@ def test_bad_options(options, error, message):
 
 def test_the_empirical_fisher_is_warned_of():
     model, _, _, data = problem(mlp())
-    with pytest.warns(UserWarning, match="that is the empirical Fisher"):
+    with pytest.warns(UserWarning, match="this gives the empirical Fisher"):
         la = fitted(model, data, sampling="empirical")
-    with pytest.warns(UserWarning, match="that is the empirical Fisher"):
+    with pytest.warns(UserWarning, match="this gives the empirical Fisher"):
         fisher = kl.estimate_fisher(model, data, "classification", sampling="empirical")
     assert_close(la.H_facs.to_matrix(), separate(fisher, model), 1e-12)
 

@@ -283,7 +283,9 @@ def test_predicted_noise_refuses_what_has_no_meaning():
         posterior.predict(made.inputs, link="probit")
     with pytest.raises(ValueError, match="n_samples=5 would have no effect"):
         posterior.predict(made.inputs, n_samples=5)
-    with pytest.raises(ValueError, match="noise_std belongs to the Gaussian likelihood; this posterior has Hetero"):
+    with pytest.raises(
+        ValueError, match="noise_std only applies to the Gaussian likelihood; this posterior has Hetero"
+    ):
         posterior.log_marginal_likelihood(noise_std=1.0)
     with pytest.raises(ValueError, match=r"batch 0: HeteroscedasticGaussian targets must have shape \(7, 2\)"):
         posterior.fit([(made.inputs, targets[:, :1])])

@@ -46,11 +46,13 @@ def test_class_axis_is_inferred_where_shapes_tell(outputs, targets, axis):
     [
         ((5, 4, 4), (5, 4), r"targets of shape \(5, 4\) fit both"),
         ((5, 2, 2, 2), (5, 2, 2), r"targets of shape \(5, 2, 2\) fit both"),
-        ((5, 4, 2), None, "there are no targets whose shape could tell"),
+        ((5, 4, 2), None, "there are no targets whose shape would determine it"),
     ],
 )
 def test_ambiguous_class_axis(outputs, targets, message, sampling):
-    message = rf"Categorical cannot tell.*{message}.*kl\.Categorical\(class_axis=1\).*kl\.Categorical\(class_axis=-1\)"
+    message = (
+        rf"Categorical cannot determine.*{message}.*kl\.Categorical\(class_axis=1\).*kl\.Categorical\(class_axis=-1\)"
+    )
     f, likelihood = torch.randn(outputs), kl.Categorical()
     likelihood.check_outputs(f)
     if targets is None and sampling is Sampling.EMPIRICAL:
@@ -103,7 +105,7 @@ def test_outputs_of_other_likelihoods_have_no_class_axis(likelihood):
 @pytest.mark.parametrize(
     ("class_axis", "outputs", "message"),
     [
-        (None, (5, 4, 2), "cannot tell.*there are no targets whose shape could tell"),
+        (None, (5, 4, 2), "cannot determine.*there are no targets whose shape would determine it"),
         (None, (5,), r"needs one logit per class.*returned \(5,\)"),
         (1, (5, 1, 2), "needs one logit per class"),
         (2, (5, 4), "class_axis=2 is not the last axis"),
@@ -224,7 +226,7 @@ def test_the_first_batch_tells_the_class_axis_for_those_that_fit_both():
     expected = kl.estimate_fisher(model, data, kl.Categorical(class_axis=-1), sampling="exact")
     torch.testing.assert_close(fisher["linear"].to_dense(), expected["linear"].to_dense(), rtol=0, atol=0)
     assert fisher.metadata.likelihood == expected.metadata.likelihood
-    with pytest.raises(ValueError, match="batch 0: Categorical cannot tell"):
+    with pytest.raises(ValueError, match="batch 0: Categorical cannot determine"):
         kl.estimate_fisher(model, data[::-1], "classification", sampling="exact")
 
 

@@ -1,4 +1,4 @@
-"""K-FOC: the Kronecker product that is nearest to the Fisher in Frobenius norm, merged over batches in four ways."""
+"""K-FOC: the Kronecker product nearest to the Fisher in Frobenius norm, with four ways of merging batches."""
 
 from kronlaplace.estimators.kfoc.estimator import KFOC
 from kronlaplace.estimators.kfoc.options import Aggregation, Initialization, UnitFactor

@@ -1,4 +1,4 @@
-"""K-FOC by averages of the factors of batches, as if they were independent (K-FOC §3.2)."""
+"""K-FOC by averaging the factors of batches as if they were independent (K-FOC §3.2)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SUMS = ("activation", "gradient", "batches")
 
 @dataclass(frozen=True)
 class Approximate(Estimator):
-    """Add up the factors of the best Kronecker products of batches, each on its own.
+    """K-FOC by separate averages of the factors of the batches' best Kronecker products.
 
     Args:
-        iteration: The power iteration of each batch.
-        unit_factor: Which factor of a batch has unit norm.
+        iteration: Power iteration for each batch.
+        unit_factor: Factor of a batch that has unit norm.
     """
 
     name: ClassVar[str] = "kfoc"
@@ -60,7 +60,7 @@ class Approximate(Estimator):
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         gradient, activation = state["gradient"], state["activation"]
-        count = state["batches"].clamp_min(torch.finfo(gradient.dtype).tiny)  # zero: so are the factors
+        count = state["batches"].clamp_min(torch.finfo(gradient.dtype).tiny)  # if zero, so are the factors
         if self.unit_factor is UnitFactor.GRADIENT:
             gradient = gradient / count
         else:

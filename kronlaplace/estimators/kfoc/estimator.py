@@ -1,8 +1,8 @@
-"""K-FOC: the Kronecker product that is nearest to the Fisher in Frobenius norm.
+"""K-FOC: the Kronecker product nearest to the Fisher in Frobenius norm.
 
-The Fisher, rearranged, is an operator from the space of activation factors to that of gradient factors,
-``A ↦ Σ_n X_n A X_nᵀ``; the best ``G ⊗ A`` is its leading singular pair (K-FOC Lemma 3.2). Each way to merge batches is an
-estimator in a file of its own, and `KFOC` chooses among them.
+The rearranged Fisher is an operator from the space of activation factors to that of gradient factors,
+``A ↦ Σ_n X_n A X_nᵀ``; the best ``G ⊗ A`` is its leading singular pair (K-FOC Lemma 3.2). Each way of merging batches is an
+estimator in its own file, and `KFOC` chooses among them.
 """
 
 from __future__ import annotations
@@ -28,39 +28,38 @@ __all__ = ["KFOC"]
 class KFOC(Estimator):
     """Kronecker-factored optimal curvature (K-FOC Algorithms 1 and 2).
 
-    Both factors are positive semidefinite: the power iteration keeps that cone if it starts in it. On shared weights
+    Both factors are positive semidefinite: the power iteration stays in that cone if it starts there. For shared weights,
     the terms between positions are kept (Eq. 13–15).
 
     Args:
         aggregation: How batches are merged, see `Aggregation`. ``"sweeps"`` (the default) came within one percent of the
-            best possible after two passes over the data on all networks measured, and a third closes the gap; it needs
-            no power iteration per batch and never waits for the device. ``"running"`` and ``"approx"`` are the paper's,
-            for one pass over the data.
-        rank: Terms of the running sum (``"running"`` only); 1 is the paper's, 8 is close to the best possible. A batch adds
-            its best pair. With ``rank > 1``, small batches (at most ``4 · rank`` examples) of layers that use the weights
-            once per example add all of their examples instead, which wait until there are up to ``4 · rank`` of them
-            before the sum is cut to ``rank`` terms again.
-        unit_factor: Which factor of a batch has unit norm before factors are averaged (``"approx"`` only), see
-            `UnitFactor`. The unit factor of every batch counts the same in their average, however small its gradients;
-            only batches without any gradient have none. (The paper prints the sum of the unit factors in place of their
-            average; that would grow with the number of batches.)
-        sweeps: Passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
-        max_iter: Most steps of the power iteration of a batch (of all data in ``"full"``).
-        tol: Relative error of the factors at which it stops (in single precision it may stop at some 1e-4, where the
-            captured norm has converged to rounding). In ``"full"``, the ground truth, it goes on until the relative
-            residual of the singular pair is below ``tol²``.
-        init: Where it starts.
-        seed: Seed of ``init="normal"``.
+            optimum after two passes over the data on all networks measured, and a third pass closes the gap; it needs no
+            power iteration per batch and never waits for the device. ``"running"`` and ``"approx"`` are the paper's
+            methods, with one pass over the data.
+        rank: Number of terms of the running sum (``"running"`` only); the paper uses 1, and 8 is close to the optimum. Each
+            batch adds its best pair. With ``rank > 1``, small batches (at most ``4 · rank`` examples) of layers that use
+            the weights once per example instead add all of their examples, which are held until there are up to
+            ``4 · rank`` of them, and then the sum is cut to ``rank`` terms again.
+        unit_factor: Factor of a batch that has unit norm before factors are averaged (``"approx"`` only), see
+            `UnitFactor`. The unit factors of all batches have the same weight in the average, however small the gradients;
+            only batches without any gradient are excluded. (The paper prints the sum of the unit factors instead of their
+            average, but the sum would grow with the number of batches.)
+        sweeps: Number of passes over the data (``"sweeps"`` only). One sweep is `TKFAC` with ``spatial="exact"``.
+        max_iter: Maximum number of power iteration steps per batch (for all data in ``"full"``).
+        tol: Relative error of the factors at which the iteration stops (in single precision it may stop at about 1e-4,
+            where the captured norm has converged up to rounding). In ``"full"``, the ground truth, it continues until the
+            relative residual of the singular pair is below ``tol²``.
+        init: Starting point of the iteration.
+        seed: Seed for ``init="normal"``.
 
     Raises:
-        ValueError: For values out of range, or ``rank``, ``sweeps``, ``unit_factor`` or ``init`` where they would have no
-            effect.
+        ValueError: For values out of range, or if ``rank``, ``sweeps``, ``unit_factor`` or ``init`` would have no effect.
     """
 
     name: ClassVar[str] = "kfoc"
     not_combinable: ClassVar[str] = (
-        "the Kronecker product nearest to the Fisher of all data depends on more of the Fishers of its parts than the "
-        "Kronecker products nearest to them"
+        "the Kronecker product nearest to the Fisher of all data depends on more than the Kronecker products nearest to "
+        "the Fishers of the parts"
     )
     aggregation: Aggregation | str = Aggregation.SWEEPS
     rank: int = 1
@@ -90,11 +89,13 @@ class KFOC(Estimator):
                     f"(got aggregation={self.aggregation!r})."
                 )
         if self.aggregation is Aggregation.SWEEPS and self.init is not Initialization.IDENTITY:
-            raise ValueError('init="normal" is for the power iterations of a batch; aggregation="sweeps" has none.')
+            raise ValueError(
+                'init="normal" only applies to the power iteration of a batch; aggregation="sweeps" does not have one.'
+            )
 
     @property
     def _rule(self) -> Estimator:
-        """The estimator that merges batches in the way that was asked for."""
+        """Estimator that merges batches in the requested way."""
         if self.aggregation is Aggregation.SWEEPS:
             return Sweeps(self.sweeps)
         iteration = PowerIteration(self.max_iter, self.tol, Initialization(self.init), self.seed)

@@ -1,4 +1,4 @@
-"""K-FOC over all examples at once, which are kept: the ground truth."""
+"""K-FOC over all examples at once, which are kept: the ground truth for the other methods."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Full"]
 
 @dataclass(frozen=True)
 class Full(Estimator):
-    """Keep all examples, and find their best Kronecker product at the end.
+    """K-FOC from all examples, which are kept until their best Kronecker product is found at the end.
 
     Args:
-        iteration: The power iteration; it goes on until the relative residual of the singular pair is below ``tol²``.
+        iteration: Power iteration, which continues until the relative residual of the singular pair is below ``tol²``.
     """
 
     name: ClassVar[str] = "kfoc"

@@ -1,4 +1,4 @@
-"""Examples that are kept so that a power iteration can multiply with them again and again."""
+"""Examples that are kept so that a power iteration can multiply by them repeatedly."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ __all__ = ["KeptExamples", "joined", "kept_examples"]
 
 
 class KeptExamples(Protocol):
-    """Examples, kept so that ``A ↦ Σ X A Xᵀ`` and ``G ↦ Σ Xᵀ G X`` can be evaluated again and again.
+    """Examples that are kept so that ``A ↦ Σ X A Xᵀ`` and ``G ↦ Σ Xᵀ G X`` can be evaluated repeatedly.
 
     `FactoredExamples` keeps ``a`` and ``g``, `GradientMatrices` keeps ``X = Σ_t g_t a_tᵀ``; `kept_examples` chooses.
     """
 
     def scaled(self, factor: float) -> KeptExamples:
-        """The same, counting ``factor`` times as much."""
+        """Return a copy that counts ``factor`` times as much."""
 
     def copied(self) -> KeptExamples:
-        """The same in memory of its own."""
+        """Return a copy that shares no memory."""
 
     def normalized(self) -> tuple[KeptExamples, Tensor]:
-        """The same with a largest entry of one, and how much it counts, shape ``(K,)``, float64.
+        """Return a copy whose largest entry is one, and its weight, shape ``(K,)``, float64.
 
-        Powers of small gradients would underflow: the power iteration has fourth ones.
+        The power iteration takes fourth powers, which would underflow for small gradients.
         """
 
     def identity(self) -> Tensor:
-        """The identity as ``A``, shape ``(K, p, p)``, in the sums' dtype and on their device."""
+        """Return the identity as ``A``, shape ``(K, p, p)``, in the dtype and on the device of the sums."""
 
     def matrices(self) -> Tensor:
-        """``X``, shape ``(K, M, q/K, p)``."""
+        """Return ``X``, shape ``(K, M, q/K, p)``."""
 
     def examples(self, most: int) -> Examples | None:
-        """Copies, if each example is one Kronecker product and there are at most ``most``."""
+        """Return copies if each example is a single Kronecker product and there are at most ``most``, otherwise None."""
 
     def direct(self, max_iter: int, name: str) -> tuple[Tensor, Tensor] | None:
-        """The leading ``(G, A)``, up to how the size is shared, where there is a cheaper way than `leading_triple`'s."""
+        """Return the leading ``(G, A)``, with the size split arbitrarily, or None if `leading_triple` is cheaper."""
 
     def to_gradient(self, activation: Tensor) -> Tensor:
-        """``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
+        """Compute ``Σ X A Xᵀ``, shape ``(K, q/K, q/K)``."""
 
     def to_activation(self, gradient: Tensor) -> Tensor:
-        """``Σ Xᵀ G X``, shape ``(K, p, p)``."""
+        """Compute ``Σ Xᵀ G X``, shape ``(K, p, p)``."""
 
 
 class FactoredExamples:
-    """Examples by ``a`` and ``g``, for few positions.
+    """Examples stored as ``a`` and ``g``, for few positions.
 
     Args:
-        a: ``(K, N, T, p)``.
-        g: ``(K, M, T, q/K)``; ``M`` is ``N`` times the number of directions with the same inputs, direction by direction.
+        a: Activations, shape ``(K, N, T, p)``.
+        g: Gradients, shape ``(K, M, T, q/K)``, direction by direction; ``M`` is ``N`` times the number of directions with
+            the same inputs.
     """
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
@@ -65,16 +66,16 @@ class FactoredExamples:
 
     @property
     def positions(self) -> int:
-        """``T``."""
+        """Number of positions ``T``."""
         return self.a.shape[2]
 
     @property
     def directions(self) -> int:
-        """How many directions have the same inputs."""
+        """Number of directions with the same inputs."""
         return self.g.shape[1] // self.a.shape[1]
 
     def inputs(self) -> Tensor:
-        """``a`` for every direction, ``(K, M, T, p)``."""
+        """Return ``a`` repeated for every direction, shape ``(K, M, T, p)``."""
         return _repeated(self.a, self.directions)
 
     def scaled(self, factor: float) -> FactoredExamples:
@@ -106,16 +107,16 @@ class FactoredExamples:
         return _pair_of_one(self.matrices(), name) if self.g.shape[1] == 1 else None
 
     def _of_one_input(self) -> tuple[Tensor, Tensor]:
-        """The pair itself of one example with the weights used once, ``Σ_v g gᵀ ⊗ a aᵀ``."""
+        """Return the exact pair for a single example that uses the weights once, ``Σ_v g gᵀ ⊗ a aᵀ``."""
         a, g = self.a[:, 0], self.g[:, :, 0]
         return g.mT @ g, a.mT @ a
 
     def _by_weights(self, max_iter: int) -> tuple[Tensor, Tensor] | None:
-        """The pair by power iteration on the weights of the examples, where that is the cheaper space.
+        """Find the pair by power iteration on the weights of the examples, or return None if that is not cheaper.
 
-        With weights used once, all iterates are ``Σ_n α_n a_n a_nᵀ`` and ``Σ_n β_n g_n g_nᵀ``, and the maps are
-        ``α = K_g β``, ``β = K_a α`` with the squared inner products of the examples: two small matrices. It goes on to
-        rounding, which costs next to nothing.
+        If the weights are used once, all iterates have the form ``Σ_n α_n a_n a_nᵀ`` and ``Σ_n β_n g_n g_nᵀ``, and the maps
+        are ``α = K_g β``, ``β = K_a α`` with the squared inner products of the examples, two small matrices. The iteration
+        continues up to rounding, which costs next to nothing.
         """
         a, g, directions = self.a[:, :, 0], self.g[:, :, 0], self.directions
         (groups, n, p), q = a.shape, g.shape[2]
@@ -152,10 +153,10 @@ class FactoredExamples:
 
 
 class GradientMatrices:
-    """Examples by ``X``, for many positions.
+    """Examples stored as ``X``, for many positions.
 
     Args:
-        x: ``(K, M, q/K, p)``.
+        x: Gradients with respect to the weights, shape ``(K, M, q/K, p)``.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -165,7 +166,7 @@ class GradientMatrices:
         return GradientMatrices(self._x * factor**0.5)
 
     def copied(self) -> GradientMatrices:
-        return self  # X is a product, and no view of anything
+        return self  # X is a product, not a view of anything
 
     def normalized(self) -> tuple[GradientMatrices, Tensor]:
         x, size = _normalized(self._x)
@@ -178,13 +179,13 @@ class GradientMatrices:
         return self._x
 
     def examples(self, most: int) -> Examples | None:
-        return None  # as a sum of Kronecker products an example has as many terms as X has singular values, squared
+        return None  # an example is a sum of as many Kronecker products as the square of the number of singular values of X
 
     def direct(self, max_iter: int, name: str) -> tuple[Tensor, Tensor] | None:
         return _pair_of_one(self._x, name) if self._x.shape[1] == 1 else self._by_block(name)
 
     def _by_block(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The pair from the whole rearranged block, for layers with so few outputs that it costs less than a few steps."""
+        """Find the pair from the full rearranged block if the layer has so few outputs that this beats a few steps."""
         groups, _, q, p = self._x.shape
         if q > min(p, 8) or groups * (q * p) ** 2 > 2**22:
             return None
@@ -204,7 +205,7 @@ class GradientMatrices:
 
 
 def kept_examples(gradients: LayerGradients) -> KeptExamples:
-    """All examples of one direction, in the form that takes the least memory."""
+    """Keep all examples of one direction, in the form that takes the least memory."""
     p = gradients.layer.shape[1]
     g = gradients.gradients()
     if gradients.once_per_example or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
@@ -213,35 +214,35 @@ def kept_examples(gradients: LayerGradients) -> KeptExamples:
 
 
 def joined(parts: Sequence[KeptExamples], *, same_inputs: bool) -> KeptExamples:
-    """All items together; with ``same_inputs`` the parts are directions of one batch."""
+    """Join the examples of all parts; with ``same_inputs=True`` the parts are directions of one batch."""
     if len(parts) == 1:
         return parts[0]
     pairs = [part for part in parts if isinstance(part, FactoredExamples)]
-    if len(pairs) < len(parts) or len({part.positions for part in pairs}) > 1:  # sequences of several lengths
+    if len(pairs) < len(parts) or len({part.positions for part in pairs}) > 1:  # sequences of different lengths
         return GradientMatrices(torch.cat([part.matrices() for part in parts], dim=1))
     g = torch.cat([part.g for part in pairs], dim=1)
     return FactoredExamples(pairs[0].a if same_inputs else torch.cat([part.inputs() for part in pairs], dim=1), g)
 
 
 def _repeated(tensor: Tensor, times: int) -> Tensor:
-    """``(K, N, ·, ·)`` several times over along the examples."""
+    """Repeat ``(K, N, ·, ·)`` along the axis of examples."""
     return tensor if times == 1 else tensor.repeat(1, times, 1, 1)
 
 
 def _identity_for(tensor: Tensor) -> Tensor:
-    """The identity ``(K, p, p)`` for ``(K, ..., p)``."""
+    """Return the identity, shape ``(K, p, p)``, for a tensor of shape ``(K, ..., p)``."""
     groups, p = tensor.shape[0], tensor.shape[-1]
     return torch.eye(p, dtype=tensor.dtype, device=tensor.device).expand(groups, p, p)
 
 
 def _normalized(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """``(K, ·, ·, ·)`` over its largest absolute entry (zeros stay zeros), and that entry, ``(K,)``, float64."""
+    """Divide ``(K, ·, ·, ·)`` by its largest absolute entry (zeros stay zeros), and return that too, ``(K,)``, float64."""
     size = torch.linalg.vector_norm(tensor, ord=torch.inf, dim=(1, 2, 3), keepdim=True)
     return tensor / size.clamp_min(torch.finfo(tensor.dtype).tiny), size.double().flatten()
 
 
 def _pair_of_one(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The leading pair of one ``X = Σ s_i u_i v_iᵀ``, shape ``(K, 1, q/K, p)``: ``s_1² u_1 u_1ᵀ ⊗ v_1 v_1ᵀ``."""
+    """Return the leading pair of a single ``X = Σ s_i u_i v_iᵀ``, shape ``(K, 1, q/K, p)``: ``s_1² u_1 u_1ᵀ ⊗ v_1 v_1ᵀ``."""
     x = x[:, 0]
     wide = x.shape[1] < x.shape[2]
     one = x.mT if wide else x  # (K, m, n) with n ≤ m

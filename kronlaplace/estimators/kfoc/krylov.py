@@ -1,4 +1,4 @@
-"""The best pair from what two passes over the data have seen of the rearranged Fisher."""
+"""Best pair that can be obtained from two passes over the data with the rearranged Fisher."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kronlaplace.estimators.kfoc.truncation import batched_eigen, leading_eigenv
 __all__ = ["best_of_krylov"]
 
 _RIDGE = 0.03
-"""Share of the corner's norm below which its singular values count as noise when the missing entry is guessed."""
+"""Share of the corner's norm below which its singular values count as noise when the missing entry is estimated."""
 
 _LARGE_GUESS = 1 / 3
-"""Share of the corner's norm above which a guess is shrunk: it then comes from dividing by little."""
+"""Share of the corner's norm above which a guess is shrunk, because it then results from dividing by a small number."""
 
 
 def best_of_krylov(
@@ -28,24 +28,24 @@ def best_of_krylov(
     new_length_activation: Tensor,
     new_length_gradient: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The best pair in the span of three successive iterates, from what two passes have seen of the operator ``R``.
+    """Find the best pair in the span of three successive iterates of two passes with the operator ``R``.
 
     With unit iterates ``u_0, u_1, u_2`` (activations) and ``v_0, v_1, v_2`` (gradients), a pass gives ``R u_i = l v_{i+1}``
-    and ``Rᵀ v_i = l' u_{i+1}``. So all entries ``v_iᵀ R u_j`` are known but that of the two newest; the part of it that the
-    others do not imply is guessed (`_completion`). The leading singular pair of that 3x3 matrix is nearer to the operator's
-    than the newest iterates are.
+    and ``Rᵀ v_i = l' u_{i+1}``. So all entries ``v_iᵀ R u_j`` are known except the one for the two newest iterates, which is
+    estimated as far as the others do not imply it (`_completion`). The leading singular pair of that 3x3 matrix is closer
+    to that of the operator than the newest iterates are.
 
     Args:
-        gradients: ``v_0, v_1, v_2``, shape ``(K, q/K, q/K)``.
-        activations: ``u_0, u_1, u_2``, shape ``(K, p, p)``.
-        name: What an error calls them.
-        length_activation: ``|Rᵀ v_0|``, shape ``(K, 1, 1)``, float64.
-        length_gradient: ``|R u_0|``.
-        new_length_activation: ``|Rᵀ v_1|``.
-        new_length_gradient: ``|R u_1|``.
+        gradients: Iterates ``v_0, v_1, v_2``, shape ``(K, q/K, q/K)``.
+        activations: Iterates ``u_0, u_1, u_2``, shape ``(K, p, p)``.
+        name: Name of the factors in error messages.
+        length_activation: Norm ``|Rᵀ v_0|``, shape ``(K, 1, 1)``, float64.
+        length_gradient: Norm ``|R u_0|``.
+        new_length_activation: Norm ``|Rᵀ v_1|``.
+        new_length_gradient: Norm ``|R u_1|``.
 
     Returns:
-        ``G`` with the scale, and ``A`` of unit norm.
+        ``G``, which includes the scale, and ``A`` of unit norm.
     """
     gram_u, gram_v = _gram(activations), _gram(gradients)
     known = torch.zeros_like(gram_u)
@@ -59,16 +59,17 @@ def best_of_krylov(
     inner[:, 2, 2] = _completion(inner)
     start = inner.new_tensor([1.0, 0.0, 0.0]).expand(len(inner), 3)  # u_1, which is positive semidefinite
     right = leading_eigenvector(*batched_eigen(inner.mT @ inner, name), start)
-    left = (inner @ right.unsqueeze(2)).mT  # with the size
+    left = (inner @ right.unsqueeze(2)).mT  # includes the size
     return linear_combination((left @ to_v)[:, 0], gradients), linear_combination(
         (right.unsqueeze(1) @ to_u)[:, 0], activations
     )
 
 
 def _completion(inner: Tensor) -> Tensor:
-    """A guess at the last entry of matrices ``(K, 3, 3)``: the one that would leave them rank two, shrunk if it is large.
+    """Estimate the last entry of matrices ``(K, 3, 3)`` as the one that gives them rank two, shrunk if it is large.
 
-    Large against the singular value it comes from dividing by little; then the least in norm, zero, is the better guess.
+    A value that is large relative to the singular value results from dividing by a small number; then zero, the value of
+    least norm, is the better guess.
     """
     corner = inner[:, :2, :2]
     size = torch.linalg.matrix_norm(corner, keepdim=True).clamp_min(1e-140)  # so that its square does not underflow
@@ -79,10 +80,10 @@ def _completion(inner: Tensor) -> Tensor:
 
 
 def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
-    """Coefficients that make three unit vectors with this Gram matrix orthonormal, ``(K, 3, 3)``, in the order 1, 0, 2.
+    """Return coefficients ``(K, 3, 3)`` that orthonormalize three unit vectors with this Gram matrix, in the order 1, 0, 2.
 
-    The last row is of the newest vector. Where it is hardly a new direction, rounding would be blown up: rows shorter than
-    the tolerance fade out, smoothly, so that the result is continuous in the rounding error.
+    The last row belongs to the newest vector. If it is hardly a new direction, rounding would be amplified: rows shorter
+    than the tolerance fade out smoothly, so that the result is continuous in the rounding error.
     """
     rows: list[Tensor] = []
     for index in (1, 0, 2):
@@ -97,7 +98,10 @@ def _orthonormal(gram: Tensor, tolerance: float) -> Tensor:
 
 
 def _gram(matrices: Sequence[Tensor]) -> Tensor:
-    """Inner products of a few matrices ``(K, ·, ·)`` of about unit norm, summed in their dtype: ``(K, m, m)``, float64."""
+    """Compute inner products of ``m`` matrices ``(K, ·, ·)`` of about unit norm, shape ``(K, m, m)``, float64.
+
+    The products are summed in the dtype of the matrices.
+    """
     m = len(matrices)
     gram = torch.empty(len(matrices[0]), m, m, dtype=torch.float64, device=matrices[0].device)
     for i in range(m):

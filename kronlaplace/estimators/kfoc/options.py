@@ -1,4 +1,4 @@
-"""The options of K-FOC."""
+"""Options of K-FOC."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["Aggregation", "Initialization", "UnitFactor"]
 
 
 class Aggregation(Choice):
-    """How K-FOC merges batches.
+    """Method by which K-FOC merges batches.
 
-    ``SWEEPS``: power iteration over the whole data set by passing over it several times; the result depends neither on
-    batch size nor on order. ``RUNNING``: the best pair of each batch is merged into a running sum of ``rank`` Kronecker
-    products. ``APPROX``: the factors of batches are averaged each on its own, as if they were independent. ``FULL``: all
-    examples are kept, the ground truth.
+    ``SWEEPS``: power iteration over the whole data set in several passes; the result depends on neither the batch size nor
+    the order. ``RUNNING``: the best pair of each batch is merged into a running sum of ``rank`` Kronecker products.
+    ``APPROX``: the two factors of the batches are averaged separately, as if they were independent. ``FULL``: all examples
+    are kept; this is the ground truth.
     """
 
     SWEEPS = "sweeps"
@@ -23,16 +23,16 @@ class Aggregation(Choice):
 
 
 class Initialization(Choice):
-    """Where the power iteration starts: at the identity, or at a random symmetric matrix (the paper's)."""
+    """Starting point of the power iteration: the identity, or a random symmetric matrix as in the paper."""
 
     IDENTITY = "identity"
     NORMAL = "normal"
 
 
 class UnitFactor(Choice):
-    """Which factor of every batch has unit Frobenius norm where batches' factors are added.
+    """Factor of every batch that has unit Frobenius norm before the factors of batches are averaged.
 
-    The other factor carries the size of the batch. ``GRADIENT``: the paper's. ``ACTIVATION``: the other way round.
+    The other factor carries the size of the batch. ``GRADIENT`` is the paper's choice, ``ACTIVATION`` the reverse.
     """
 
     GRADIENT = "gradient"

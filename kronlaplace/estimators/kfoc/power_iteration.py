@@ -1,4 +1,4 @@
-"""The leading singular triple of a rearranged Fisher, by power iteration (K-FOC Algorithms 1 and 2)."""
+"""Leading singular triple of a rearranged Fisher by power iteration (K-FOC Algorithms 1 and 2)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class PowerIteration:
     """Settings of a power iteration.
 
     Args:
-        max_iter: Most steps.
-        tol: Relative error of the factors at which it stops.
-        init: Where it starts.
-        seed: Seed of a random start.
+        max_iter: Maximum number of steps.
+        tol: Relative error of the factors at which the iteration stops.
+        init: Starting point of the iteration.
+        seed: Seed of a random starting point.
     """
 
     max_iter: int
@@ -36,7 +36,7 @@ class PowerIteration:
     def leading_triple(
         self, examples: KeptExamples, name: str, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best ``s · G ⊗ A`` of the examples, from another start than the usual one if it is given."""
+        """Return the best ``s · G ⊗ A`` of the examples, starting from ``start`` if it is given."""
         start = self._start(examples) if start is None else start
         return leading_triple(examples, start, self.max_iter, self.tol, name)
 
@@ -50,39 +50,39 @@ class PowerIteration:
             return identity
         generator = torch.Generator(device=identity.device).manual_seed(self.seed)
         draw = torch.randn(identity.shape, generator=generator, dtype=identity.dtype, device=identity.device)
-        # The maps keep symmetric and antisymmetric matrices apart, and the leading pair is symmetric. They are evaluated
-        # by formulas that hold for symmetric matrices only.
+        # The maps do not mix symmetric and antisymmetric matrices, and the leading pair is symmetric. The formulas by which
+        # they are evaluated only hold for symmetric matrices.
         return (draw + draw.mT) / 2
 
 
 def leading_triple(
     items: KeptExamples, start: Tensor, max_iter: int, tol: float, name: str, *, to_rounding: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ``s · G ⊗ A`` for the sum over all items.
+    """Find the best ``s · G ⊗ A`` for the sum over all items.
 
-    The power iteration (K-FOC Algorithms 1 and 2), with the best combination of all iterates taken instead of the last one
-    (Golub and Kahan's bidiagonalization): the same limit, reached in fewer steps. It waits for the device in every step,
-    to see whether it is over.
+    This is the power iteration of K-FOC Algorithms 1 and 2, except that it takes the best combination of all iterates
+    instead of the last one (Golub and Kahan's bidiagonalization), which reaches the same limit in fewer steps. It waits
+    for the device in every step to check for convergence.
 
     Args:
-        items: The items.
-        start: Where ``A`` starts, shape ``(K, p, p)``.
-        max_iter: Most steps. One step is an evaluation of both maps.
-        tol: Relative error of the factors at which it stops. The error is seen in what more steps would still add to the
-            captured norm, by extrapolation of what the last ones gained: that is its square. In single precision it
-            stops too where the square is lost in the rounding of the norm.
-        name: What an error calls it.
-        to_rounding: Go on until the residual ``|Rᵀ v − σ u|`` is below ``tol · σ`` instead.
+        items: The examples.
+        start: Starting point of ``A``, shape ``(K, p, p)``.
+        max_iter: Maximum number of steps. Each step evaluates both maps.
+        tol: Relative error of the factors at which the iteration stops. Its square is estimated by extrapolating how much
+            further steps would add to the captured norm. In single precision the iteration also stops when the square is
+            lost in the rounding of the norm.
+        name: Name of the factors in error messages.
+        to_rounding: Whether to continue until the residual ``|Rᵀ v − σ u|`` is below ``tol · σ`` instead.
 
     Returns:
         ``s``, shape ``(K,)``, float64, not negative; ``G``, shape ``(K, q/K, q/K)``, and ``A``, shape ``(K, p, p)``, of unit
-        Frobenius norm. Where all items are zero all three are.
+        Frobenius norm. If all items are zero, all three are zero.
     """
     items, unit_size = items.normalized()
     gradient, activation = items.direct(max_iter, name) or _iterated(items, start, max_iter, tol, name, to_rounding)
     lengths = frobenius(gradient), frobenius(activation)
     size = lengths[0].double() * lengths[1].double()
-    # Where nothing is left both factors are zero. Rounding does not decide: the largest entries of the items are one.
+    # If nothing is left, both factors are zero. Rounding does not decide this: the largest entries of the items are one.
     some = (size > 0).to(gradient.dtype)
     gradient, activation = (
         matrix * (some / length.clamp_min(torch.finfo(length.dtype).tiny))
@@ -94,10 +94,10 @@ def leading_triple(
 def _iterated(
     items: KeptExamples, start: Tensor, max_iter: int, tol: float, name: str, to_rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    """The leading ``(G, A)``, up to how the size is shared, by the iteration of `leading_triple`."""
+    """Return the leading ``(G, A)``, with the size split arbitrarily, by the iteration of `leading_triple`."""
     rounding = 4 * torch.finfo(start.dtype).eps
     loss = 0.0 if to_rounding else tol**2
-    if 0 < loss < rounding:  # in double precision the residual tells the factors' error from there on
+    if 0 < loss < rounding:  # in double precision the residual measures the error from there on
         loss = 0.0 if start.dtype == torch.float64 else rounding
     tiny = torch.finfo(start.dtype).tiny
     us = [unit(start)]
@@ -129,17 +129,17 @@ def _iterated(
     gradient = linear_combination(left, vs)
     if len(ws) < len(vs):
         activation = linear_combination(value.unsqueeze(1) * right, us)
-    # Else it is the best u for the best v, and its length is the size already.
+    # Otherwise it is the best u for the best v, and its norm is already the size.
     sign = torch.where(trace(activation) < 0, -1.0, 1.0).to(activation.dtype).view(-1, 1, 1)
     return gradient * sign, activation * sign
 
 
 def _leading_vectors(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular vectors, ``(K, m)`` each, and value, ``(K,)``, of matrices ``(K, m, m)``."""
+    """Return the leading singular vectors, ``(K, m)`` each, and value, ``(K,)``, of matrices ``(K, m, m)``."""
     if matrix.shape[1] == 1:
         one = torch.ones_like(matrix[:, 0])
         return one, matrix[:, 0, 0], one
-    try:  # in every step, so by the quickest way
+    try:  # this runs in every step, so the fastest way comes first
         left, values, right = torch.linalg.svd(matrix)
         return left[:, :, 0], values[:, 0], right[:, 0]
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def _leading_vectors(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _settled(captured: list[Tensor], loss: float) -> bool:
-    """Whether the gains of the last half steps, continued as a geometric series, come to less than ``loss``."""
+    """Return whether the gains of the last half steps, continued as a geometric series, sum to less than ``loss``."""
     if len(captured) < 3 or not loss:
         return False
     before, last = captured[-2] - captured[-3], captured[-1] - captured[-2]
@@ -166,7 +166,7 @@ def _orthogonal(w: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 def linear_combination(coefficients: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """``Σ_i c_i M_i`` for coefficients ``(K, m)`` and ``m`` matrices ``(K, ·, ·)``."""
+    """Compute ``Σ_i c_i M_i`` for coefficients ``(K, m)`` and ``m`` matrices ``(K, ·, ·)``."""
     weights = coefficients.to(matrices[0].dtype).unsqueeze(2).unsqueeze(3)
     total = weights[:, 0] * matrices[0]
     for i in range(1, len(matrices)):
@@ -175,9 +175,9 @@ def linear_combination(coefficients: Tensor, matrices: Sequence[Tensor]) -> Tens
 
 
 def made_psd(matrices: Tensor, name: str) -> Tensor:
-    """Symmetric matrices ``(K, n, n)`` with their eigenvalues below zero, which are small, reflected.
+    """Return symmetric matrices ``(K, n, n)`` with their negative eigenvalues, which are small, reflected.
 
-    Cut off, they would leave eigenvectors of zero that are arbitrary, and `EKFAC` takes the eigenvectors.
+    Setting them to zero would make their eigenvectors arbitrary, and `EKFAC` uses the eigenvectors.
     """
     parts = eigendecompose_symmetric(by_group(matrices, name))
     return torch.stack([(e.vectors * e.values.abs()) @ e.vectors.T for e in parts])

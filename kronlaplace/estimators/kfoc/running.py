@@ -1,4 +1,4 @@
-"""K-FOC by a running sum of Kronecker products, into which each batch is merged (K-FOC Algorithm 2)."""
+"""K-FOC with a running sum of Kronecker products, into which each batch is merged (K-FOC Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 __all__ = ["Running"]
 
 _OF_THE_IDENTITY = 0.01
-"""Share of the identity in the start of a batch: what was seen before may have nothing in common with it."""
+"""Share of the identity in a batch's starting point, because the batch may have nothing in common with earlier ones."""
 
 
 @dataclass(frozen=True)
 class Running(Estimator):
-    """Merge the best Kronecker product of each batch into a sum of a few.
+    """K-FOC by merging the best Kronecker product of each batch into a sum of a few.
 
     Args:
-        iteration: The power iteration of each batch.
-        rank: Number of terms of the sum. With more than one, small batches add all of their examples instead, see `KFOC`.
+        iteration: Power iteration for each batch.
+        rank: Number of terms of the sum. If it is above one, small batches add all of their examples instead, see `KFOC`.
     """
 
     name: ClassVar[str] = "kfoc"
@@ -89,11 +89,11 @@ class Running(Estimator):
 
     @property
     def _most_waiting(self) -> int:
-        """Most examples that wait to be merged into a running sum of rank above one."""
+        """Maximum number of examples waiting to be merged into a running sum of rank above one."""
         return 4 * self.rank
 
     def _wait(self, state: State, examples: Examples, name: str) -> None:
-        """Let examples wait, after those that have waited so far have been merged if they would be too many together."""
+        """Add examples to the waiting ones, which are merged into the sum first if there would be too many."""
         if len(examples) + sum(map(len, state["waiting"])) > self._most_waiting:
             state["terms"] = truncated(state.get("terms"), state["waiting"], self.rank, name)
             state["waiting"] = []

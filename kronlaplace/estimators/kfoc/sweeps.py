@@ -1,4 +1,4 @@
-"""K-FOC by power iteration over the whole data set: each pass multiplies with all examples once."""
+"""K-FOC by power iteration over the whole data set: each pass multiplies by all examples once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _KEYS = ("activation", "gradient")
 
 @dataclass(frozen=True)
 class Sweeps(Estimator):
-    """Accumulate both sums with the factors of the pass before, and combine the last iterates at the end.
+    """K-FOC by accumulating both sums with the factors of the previous pass and combining the last iterates at the end.
 
     Args:
-        sweeps: Passes over the data.
+        sweeps: Number of passes over the data.
     """
 
     name: ClassVar[str] = "kfoc"
@@ -57,7 +57,7 @@ class Sweeps(Estimator):
         result: State = {}
         for key in _KEYS:
             total = state.pop(key)
-            # The first pass had the identity on the other side, not the identity of unit norm.
+            # The first pass used the identity itself on the other side, not scaled to unit norm.
             norm = 1.0 if f"previous {key}" in state else _other_size(layer, key) ** 0.5
             result[f"older {key}"] = state.pop(f"previous {key}", None)  # None: the identity
             length = frobenius(total, torch.float64)
@@ -86,6 +86,6 @@ class Sweeps(Estimator):
 
 
 def _other_size(layer: Layer, key: str) -> int:
-    """Return the size of the factor that is not ``key``'s."""
+    """Return the size of the factor other than ``key``."""
     q, p = layer.shape
     return q // layer.groups if key == "activation" else p

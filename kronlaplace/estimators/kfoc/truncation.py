@@ -1,8 +1,8 @@
-"""Sums of Kronecker products, cut to fewer terms.
+"""Truncation of sums of Kronecker products to fewer terms.
 
 Rearranged, ``Σ_i s_i G_i ⊗ A_i`` is the operator ``R = Σ_i s_i vec(G_i) vec(A_i)ᵀ`` (K-FOC Lemma 3.1), and its best
 approximation by ``r`` terms consists of its ``r`` leading singular triples. Their factors are combinations of the ``m``
-factors that there are, so the ``m x m`` Gram matrices determine them.
+given factors, so the ``m x m`` Gram matrices determine them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ __all__ = [
     "unit",
 ]
 
-# Steps of the power iteration that `leading_eigenvector` writes in closed form. Eigenvalues that differ by less than about
-# 1 / _STEPS (relative) count as equal; what the result lacks of the largest eigenvalue is less than that.
+# Number of power iteration steps that `leading_eigenvector` takes in closed form. Eigenvalues with a relative difference
+# below about 1 / _STEPS count as equal; the result falls short of the largest eigenvalue by less than that.
 _STEPS = 2.0**26
 
-_COLUMNS = 2**16  # of matrices that become float64 at a time
+_COLUMNS = 2**16  # number of columns of matrices that are converted to float64 at a time
 
 
 class Terms(NamedTuple):
-    """``Σ_i s_i G_i ⊗ A_i`` with ``m`` terms.
+    """Sum ``Σ_i s_i G_i ⊗ A_i`` of ``m`` terms.
 
     Attributes:
-        sizes: ``s``, shape ``(K, m)``, float64.
-        gradients: ``G``, shape ``(K, m, q/K, q/K)``, of unit Frobenius norm, or zero where the size is.
-        activations: ``A``, shape ``(K, m, p, p)``, likewise.
+        sizes: Sizes ``s``, shape ``(K, m)``, float64.
+        gradients: Factors ``G``, shape ``(K, m, q/K, q/K)``, of unit Frobenius norm, or zero where the size is zero.
+        activations: Factors ``A``, shape ``(K, m, p, p)``, likewise.
     """
 
     sizes: Tensor
@@ -56,8 +56,8 @@ class Examples:
     """Examples that use the weights once, ``Σ_n (Σ_v g_nv g_nvᵀ) ⊗ a_n a_nᵀ``, not multiplied out.
 
     Attributes:
-        a: ``(K, N, 1, p)``.
-        g: ``(K, N, V, q/K)``.
+        a: Activations, shape ``(K, N, 1, p)``.
+        g: Gradients, shape ``(K, N, V, q/K)``.
     """
 
     a: Tensor
@@ -67,29 +67,29 @@ class Examples:
         return self.a.shape[1]
 
     def scaled(self, factor: float) -> Examples:
-        """The same examples, counting ``factor`` times as much."""
+        """Return a copy that counts ``factor`` times as much."""
         return replace(self, g=self.g * factor**0.5)
 
 
 def concatenated(parts: Sequence[Terms]) -> Terms:
-    """The terms of all parts, as one sum."""
+    """Return the terms of all parts as one sum."""
     return Terms(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
 
 
 def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name: str) -> Terms:
-    """The best approximation by ``rank`` terms of the sum of ``terms`` and ``examples``.
+    """Find the best approximation by ``rank`` terms of the sum of ``terms`` and ``examples``.
 
-    Every example counts as one term. There is no iteration, but two eigendecompositions of size ``m``; from two terms to
-    one there is a closed form, which does not wait for the device.
+    Every example counts as one term. There is no iteration, only two eigendecompositions of size ``m``. For two terms and
+    ``rank=1`` there is a closed form, which does not wait for the device.
 
     Args:
-        terms: Terms, or None.
-        examples: Examples, at least one of them if there are no terms.
-        rank: How many terms to keep, at most ``m``.
-        name: What an error calls the sum.
+        terms: Terms of the sum, or None.
+        examples: Examples in the sum; at least one if there are no terms.
+        rank: Number of terms to keep, at most ``m``.
+        name: Name of the sum in error messages.
 
     Returns:
-        ``rank`` terms, the largest first; both sets of factors are orthonormal. With ``rank=1`` both factors are positive
+        ``rank`` terms in descending order; both sets of factors are orthonormal. With ``rank=1`` both factors are positive
         semidefinite if those of all terms are.
     """
     if terms is not None and not examples and terms.sizes.shape[1] == 2 and rank == 1:
@@ -100,8 +100,8 @@ def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name
     sizes = gram_a.new_ones(gram_a.shape[:2])
     if terms is not None:
         sizes[:, : terms.sizes.shape[1]] = terms.sizes
-    # Coordinates of the activation factors in an orthonormal basis of their span, first scaled to unit norm so that
-    # rounding is small against the smallest of them.
+    # Coordinates of the activation factors in an orthonormal basis of their span. They are first scaled to unit norm so
+    # that rounding is small relative to the smallest of them.
     norms = gram_a.diagonal(dim1=1, dim2=2).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     values, vectors = batched_eigen(inverse.unsqueeze(2) * gram_a * inverse.unsqueeze(1), name)
@@ -116,7 +116,7 @@ def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name
     images = gram_g @ left
     squares = (left * images).sum(1, keepdim=True).clamp_min(0)  # of the singular values
     tiny, eps = torch.finfo(squares.dtype).tiny, torch.finfo(squares.dtype).eps
-    # A singular value below rounding is of a term that is none: there the division must not blow it up.
+    # A singular value below rounding does not belong to a real term, and the division must not amplify it.
     squares_above_rounding = squares.clamp_min(squares.amax(2, keepdim=True) * (eps * len(left[0]))).clamp_min(tiny)
     new_gradients = gradients.combined(left / squares_above_rounding.sqrt())
     new_activations = activations.combined(sizes.unsqueeze(2) * images / squares_above_rounding)
@@ -125,11 +125,11 @@ def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name
 
 
 class _Factors:
-    """The factors of one side: matrices, then sums of outer products ``Σ_v x_v x_vᵀ``.
+    """Factors of one side: matrices, then sums of outer products ``Σ_v x_v x_vᵀ``.
 
     Args:
-        matrices: ``(K, r, d, d)``, or None.
-        vectors: ``(K, n, V, d)`` each; ``V`` may differ.
+        matrices: Matrices, shape ``(K, r, d, d)``, or None.
+        vectors: Vectors ``x``, shape ``(K, n, V, d)`` each; ``V`` may differ.
     """
 
     def __init__(self, matrices: Tensor | None, vectors: Sequence[Tensor]) -> None:
@@ -146,7 +146,7 @@ class _Factors:
         self._matrices, self._vectors = matrices, x
 
     def gram(self) -> Tensor:
-        """Inner products of all factors, shape ``(K, m, m)``, in float64."""
+        """Compute the inner products of all factors, shape ``(K, m, m)``, in float64."""
         flat = self._matrices.flatten(2)
         columns = (some.double() for some in flat.split(_COLUMNS, dim=2))
         gram = sum((some @ some.mT for some in columns), flat.new_zeros((), dtype=torch.float64))
@@ -160,7 +160,7 @@ class _Factors:
         return torch.cat([torch.cat([gram, mixed], dim=2), torch.cat([mixed.mT, among], dim=2)], dim=1)
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """``Σ_i c_ij M_i`` for coefficients ``(K, m, r)``: shape ``(K, r, d, d)``."""
+        """Compute ``Σ_i c_ij M_i`` for coefficients ``(K, m, r)``, shape ``(K, r, d, d)``."""
         r = self._matrices.shape[1]
         total = _combined(self._matrices, coefficients[:, :r])
         if self._vectors.shape[1]:
@@ -170,10 +170,10 @@ class _Factors:
 
 
 def _best_of_two(terms: Terms) -> Terms:
-    """`truncated` from two positive semidefinite terms to one, in closed form.
+    """Truncate two positive semidefinite terms to one, in closed form.
 
-    For ``v = Σ c_i A_i`` the map ``Rᵀ R`` is ``c ↦ S K_G S K_A c`` with the sizes ``S`` and the Gram matrices, which have
-    ones on the diagonal and no negative entries.
+    For ``v = Σ c_i A_i`` the map ``Rᵀ R`` is ``c ↦ S K_G S K_A c`` with the sizes ``S`` and the Gram matrices ``K_G`` and
+    ``K_A``, which have ones on the diagonal and no negative entries.
     """
     tiny = torch.finfo(terms.sizes.dtype).tiny
     largest = terms.sizes.amax(1, keepdim=True)
@@ -183,14 +183,14 @@ def _best_of_two(terms: Terms) -> Terms:
         torch.linalg.vecdot(some[:, 0].flatten(1), some[:, 1].flatten(1)).double().clamp_min(0)
         for some in (terms.gradients, terms.activations)
     )
-    half = (s.square() - t.square()) / 2  # of the difference of the map's diagonal entries; the others are
+    half = (s.square() - t.square()) / 2  # half the difference of the map's diagonal entries
     upper, lower = s * (s * a + t * g), t * (t * a + s * g)
     root = torch.sqrt(half.square() + upper * lower)
-    # (half + root, lower) and (upper, root - half) are both eigenvectors, or zero, and so is their sum. It is zero where
-    # the terms are orthogonal and of one size: then every combination is as good.
+    # (half + root, lower) and (upper, root - half) are both eigenvectors, or zero, and so is their sum. The sum is zero if
+    # the terms are orthogonal and of equal size: then every combination is equally good.
     c = torch.stack([half + root + upper, root - half + lower], dim=1) + tiny
     c = c / c.sum(1, keepdim=True)
-    inner = c + a.unsqueeze(1) * c.flip(1)  # with A_1 and A_2
+    inner = c + a.unsqueeze(1) * c.flip(1)  # inner products with A_1 and A_2
     inner = inner / (c * inner).sum(1, keepdim=True).sqrt()
     activation = _combined(terms.activations, c.unsqueeze(2))
     gradient = _combined(terms.gradients, (sizes * inner).unsqueeze(2))
@@ -198,21 +198,21 @@ def _best_of_two(terms: Terms) -> Terms:
 
 
 def _combined(matrices: Tensor, coefficients: Tensor) -> Tensor:
-    """``Σ_i c_ij M_i`` for matrices ``(K, m, d, d)`` and coefficients ``(K, m, r)``: shape ``(K, r, d, d)``."""
+    """Compute ``Σ_i c_ij M_i`` for matrices ``(K, m, d, d)`` and coefficients ``(K, m, r)``, shape ``(K, r, d, d)``."""
     total = coefficients.to(matrices.dtype).mT @ matrices.flatten(2)
     return total.unflatten(2, matrices.shape[2:])
 
 
 def leading_eigenvector(values: Tensor, vectors: Tensor, start: Tensor) -> Tensor:
-    """The leading eigenvector that a long power iteration from ``start`` ends at, shape ``(K, m)``.
+    """Return the leading eigenvector to which a long power iteration from ``start`` converges, shape ``(K, m)``.
 
-    Where the largest eigenvalue is multiple, or so nearly multiple that rounding would choose among its eigenvectors, it is
-    the projection of ``start`` onto their span. That keeps what the map keeps, such as positive semidefinite matrices.
+    If the largest eigenvalue is multiple, or so nearly multiple that rounding would choose among its eigenvectors, this is
+    the projection of ``start`` onto their span. It preserves what the map preserves, such as positive semidefiniteness.
 
     Args:
         values: Eigenvalues of positive semidefinite matrices, ascending, shape ``(K, m)``.
-        vectors: Their eigenvectors, shape ``(K, m, m)``.
-        start: Shape ``(K, m)``, not orthogonal to the leading eigenvectors.
+        vectors: Eigenvectors of these matrices, shape ``(K, m, m)``.
+        start: Starting vectors, shape ``(K, m)``, not orthogonal to the leading eigenvectors.
     """
     tiny = torch.finfo(values.dtype).tiny
     shares = (values / values[:, -1:].clamp_min(tiny)) ** _STEPS
@@ -221,23 +221,23 @@ def leading_eigenvector(values: Tensor, vectors: Tensor, start: Tensor) -> Tenso
 
 
 def unit(matrices: Tensor) -> Tensor:
-    """Matrices over their Frobenius norms; zeros stay zeros."""
+    """Divide matrices by their Frobenius norms; zeros stay zeros."""
     return matrices / frobenius(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
 def by_group(matrices: Tensor, name: str) -> list[Named]:
-    """Matrices ``(K, n, n)`` with names for messages: ``name``, and which group if there are several."""
+    """Pair each of the matrices ``(K, n, n)`` with a name for messages, which includes the group if there are several."""
     if len(matrices) == 1:
         return [(name, matrices[0])]
     return [(f"{name} (group {k})", matrix) for k, matrix in enumerate(matrices)]
 
 
 def batched_eigen(matrices: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending and not negative, and eigenvectors of positive semidefinite matrices ``(K, m, m)``."""
+    """Return eigenvalues, ascending and not negative, and eigenvectors of positive semidefinite matrices ``(K, m, m)``."""
     parts = eigendecompose(by_group(matrices, name))
     return torch.stack([part.values for part in parts]), torch.stack([part.vectors for part in parts])
 
 
 def factors_of(name: str) -> str:
-    """Return what errors call the factors of a layer."""
+    """Return the name of a layer's factors in error messages."""
     return f"the factors of layer {name!r}"
