@@ -667,13 +667,13 @@ class Abstract(kl.Layer):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((nn.Linear, "linear"), {}, ValueError, r"torch\.nn\.Linear is supported as it is"),
+        ((nn.Linear, "linear"), {}, ValueError, r"torch\.nn\.Linear is already supported"),
         ((nn.Module, "linear"), {}, TypeError, "takes a class derived from torch.nn.Module"),
         ((Conv1D(2, 3), "linear"), {}, TypeError, "takes a class derived from torch.nn.Module, got Conv1D"),
-        ((Conv1D, "lineal"), {}, ValueError, "unknown family 'lineal'; known are 'linear', 'convolution', 'norm"),
+        ((Conv1D, "lineal"), {}, ValueError, "unknown family 'lineal'; use one of 'linear', 'convolution', 'norm"),
         ((Conv1D, "recurrent"), {}, ValueError, "unknown family 'recurrent'"),
         ((Conv1D, nn.Linear), {}, TypeError, "must be a string or a class derived from kl.Layer"),
-        ((Conv1D, Abstract), {}, TypeError, "Abstract cannot be made: it does not define assemble, "),
+        ((Conv1D, Abstract), {}, TypeError, "Abstract cannot be instantiated: it does not define assemble, "),
         ((Conv1D, GainLayer), {"weight": "gain"}, ValueError, "takes all parameters of a module by their own names"),
         (
             (Conv1D, "embedding"),
@@ -681,7 +681,7 @@ class Abstract(kl.Layer):
             ValueError,
             'transposed=True only applies to the family "linear"',
         ),
-        ((Conv1D, "convolution"), {"weight": "kernel"}, ValueError, "must be called weight and bias"),
+        ((Conv1D, "convolution"), {"weight": "kernel"}, ValueError, "must be named weight and bias"),
         ((Conv1D, "embedding"), {"bias": "b"}, ValueError, "does not apply to an embedding"),
     ],
 )
@@ -725,7 +725,9 @@ def test_a_subclass_that_overrides_forward_again_is_refused():
     class Same(Conv1D):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"it overrides Conv1D.forward, so its gradient is unknown"):
+    with pytest.raises(
+        NotImplementedError, match=r"it overrides Conv1D.forward, so the form of its gradient is unknown"
+    ):
         kl.estimate_fisher(Again(4, 3), [torch.randn(2, 4)], "euclidean")
     assert list(kl.estimate_fisher(nn.Sequential(Same(4, 3)), [torch.randn(2, 4)], "euclidean")) == ["0"]
 
@@ -800,5 +802,7 @@ def test_no_public_object_shows_an_address():
 
 
 def test_a_kind_of_block_that_is_not_known():
-    with pytest.raises(ValueError, match=r"block of layer '0' is of kind 'sparse'; known are \['kronecker', 'eigen'"):
+    with pytest.raises(
+        ValueError, match=r"block of layer '0' is of unknown kind 'sparse'; the known kinds are \['kronecker', 'eigen'"
+    ):
         block_from_tensors("sparse", {}, "0")

@@ -1,4 +1,4 @@
-"""How each layer type turns its input and its output gradient into ``a`` and ``g``; which modules get a block."""
+"""Layer types, how they turn inputs and output gradients into ``a`` and ``g``, and which modules get a block."""
 
 from kronlaplace.layers.base import Layer, LinearLayer, Report, Sums
 from kronlaplace.layers.convolution import ConvolutionLayer

@@ -1,7 +1,7 @@
 """Multi-head attention: its projections are functions, not modules, so they are written out while a pass is recorded.
 
-The projections of query, key and value are one block, ``in_proj``: a matrix with three groups of rows that see inputs of
-their own. The output projection is a block of its own, a plain linear layer. All between them stays torch's.
+The projections of query, key and value form one block, ``in_proj``: a matrix with three groups of rows that see different
+inputs. The output projection is a separate block, a plain linear layer. Everything in between remains torch's own code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["attention_forward", "attention_layers", "attention_refusal"]
 
 
 class InProjectionLayer(LinearLayer):
-    """Query, key and value projections: ``[in_proj_weight in_proj_bias]``, three groups of rows.
+    """Query, key and value projections: ``[in_proj_weight in_proj_bias]``, with three groups of rows.
 
-    Inputs have shape ``(N, T, 3, E + 1)`` and end with a 1. Where key and value have another length than the query, the
-    shorter ones are padded with zeros, the 1 too, so that sums over positions are right and positions can be counted.
+    Inputs have shape ``(N, T, 3, E + 1)`` and end with a 1. If key and value differ in length from the query, the shorter
+    ones are padded with zeros, including the final 1, so that sums over positions are right and positions can be counted.
     """
 
     @property
@@ -46,16 +46,16 @@ class InProjectionLayer(LinearLayer):
 
 
 def attention_refusal(module: Any) -> str | None:
-    """Why this module cannot have a block, or None."""
+    """Return why this module cannot have a block, or None."""
     if not module._qkv_same_embed_dim:
-        return "key and value dimensions other than the query's (kdim=, vdim=) are not supported"
+        return "key and value dimensions that differ from the query's (kdim=, vdim=) are not supported"
     if module.bias_k is not None:
-        return "add_bias_kv=True is not supported: those parameters are no weights of a layer"
+        return "add_bias_kv=True is not supported: those parameters are not weights of a layer"
     return None
 
 
 def attention_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
-    """The block of the input projections; the output projection is found as a module."""
+    """Make the block of the input projections; the output projection is found as a module."""
     prefix = f"{name}." if name else ""
     weight = {f"{prefix}in_proj_weight": module.in_proj_weight}
     bias = {} if module.in_proj_bias is None else {f"{prefix}in_proj_bias": module.in_proj_bias}
@@ -74,17 +74,17 @@ def attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The module's forward pass with its projections written out, so that they can be observed.
+    """Run the module's forward pass with its projections written out, so that they can be observed.
 
     Raises:
-        NotImplementedError: For inputs that are not in batches.
+        NotImplementedError: If the inputs are unbatched.
     """
     if query.ndim != 3:
-        raise NotImplementedError("attention needs batches, inputs with three axes; add one with x[None].")
+        raise NotImplementedError("attention needs batched inputs, with three axes; add one with x[None].")
     inputs = [x if module.batch_first else x.transpose(0, 1) for x in (query, key, value)]
     size = module.embed_dim
     longest = max(x.shape[1] for x in inputs)
-    # The gradient at a zero that is added to the projections is theirs, padded to one length.
+    # Zeros are added to the projections: the gradient at the zeros is that of the projections, padded to one length.
     probe = report.probe(0, query.new_zeros(len(inputs[0]), longest, 3, size))
     weights = module.in_proj_weight.chunk(3)
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -94,7 +94,7 @@ def attention_forward(
     )
     padded = [F.pad(F.pad(x, (0, 1), value=1.0), (0, 0, 0, longest - x.shape[1])) for x in inputs]
     report(0, torch.stack(padded, dim=2), probe)
-    # torch's own attention between projections that are the identity: multiplying by it is exact.
+    # Torch's own attention runs between identity projections: multiplying by the identity is exact.
     identity = torch.eye(size, dtype=query.dtype, device=query.device)
     attended, attention = F.multi_head_attention_forward(
         q,

@@ -1,16 +1,16 @@
-"""What a layer is to an estimator: a matrix ``W̄ = [W b]``, its inputs ``a`` and its output gradients ``g``.
+"""Layers as estimators see them: a matrix ``W̄ = [W b]``, its inputs ``a`` and its output gradients ``g``.
 
 A layer's parameters form one matrix ``W̄`` of shape ``(q, p)``: ``q`` outputs, ``p`` inputs with the homogeneous 1 of
-the bias last. On one example the layer uses that matrix at ``T`` positions (1 for a plain linear layer; the output pixels
-of a convolution, tokens, time steps; all of them together if it is called several times), with inputs ``a`` and output
-gradients ``g``; its per-example weight gradient is ``X = Σ_t g_t a_tᵀ``.
+the bias last. For each example, the layer uses that matrix at ``T`` positions (1 for a plain linear layer; the output
+pixels of a convolution, tokens, or time steps; the positions of all calls together if the layer is called several times),
+with inputs ``a`` and output gradients ``g``. The per-example weight gradient is ``X = Σ_t g_t a_tᵀ``.
 
 The rows of ``W̄`` may fall into ``K`` groups of equal size that see different inputs (grouped convolutions; query, key
-and value of attention): then ``a`` has shape ``(K, N, T, p)``, ``g`` ``(K, N, T, q/K)``, and a group's rows have factors
-of their own. ``K = 1`` for all others.
+and value of attention). Then ``a`` has shape ``(K, N, T, p)``, ``g`` has shape ``(K, N, T, q/K)``, and each group has its
+own factors. For all other layers, ``K = 1``.
 
-Layers whose weights do not multiply inputs (scale and shift of a normalisation, an embedding) have no ``a`` and ``g`` in
-this sense, only ``X``; they get a diagonal block.
+Layers whose weights do not multiply inputs (the scale and shift of a normalization, an embedding) have no ``a`` and ``g``
+in this sense, only ``X``; they get a diagonal block.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from kronlaplace._precision import wide_dtype
 __all__ = ["Layer", "LinearLayer", "Report", "Sums"]
 
 Sums = dict[str, Tensor]
-"""Named sums over examples; they add up over batches, key by key."""
+"""Named sums over examples, which add up over batches key by key."""
 
 
 class Report(Protocol):
-    """How a module that runs written out tells of its blocks; ``block_index`` is the number of the block in the module."""
+    """Callback through which a module that runs written out reports the calls of its blocks, numbered by ``block_index``."""
 
     def __call__(self, block_index: int, x: Tensor, output: Tensor) -> None:
-        """Report one call: its input, and its output or the `probe` that was added to it, examples first."""
+        """Report one call: its input, and either its output or the `probe` that was added to it, with examples first."""
 
     def probe(self, block_index: int, zeros: Tensor) -> Tensor:
-        """The zeros, ready to be added to an output whose gradient is wanted: the gradient at them is the output's."""
+        """Return the zeros, ready to be added to an output; the gradient with respect to them is then the output's."""
 
 
 class Layer(ABC):
-    """One block of the Fisher: parameters of the user's network, and how they are used.
+    """One block of the Fisher: some parameters of the user's network, and how the network uses them.
 
     Args:
         name: The block's name.
-        module: The module that has the parameters.
-        parameters: They, by their names in `nn.Module.named_parameters`, in the order of the columns of ``W̄``.
+        module: The module that owns the parameters.
+        parameters: The parameters, keyed by their `nn.Module.named_parameters` name, in the order of the columns of ``W̄``.
         tied_modules: Other modules that share all of these parameters.
     """
 
     merged_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
-    """Parameters that act only through their sum with one of the block's."""
+    """Parameters outside the block that act only through their sum with one of the block's parameters."""
 
     has_kronecker_factors: ClassVar[bool] = True
-    """Whether it has ``a`` and ``g``, so that a Kronecker block is possible."""
+    """Whether the layer has ``a`` and ``g``, so that it can have a Kronecker block."""
 
     shares_weights_over_space: ClassVar[bool] = False
-    """Whether it is a convolution, to which rules of the papers for spatially shared weights apply."""
+    """Whether the layer is a convolution, to which the papers' rules for spatially shared weights apply."""
 
     def __init__(
         self,
@@ -73,50 +73,50 @@ class Layer(ABC):
         self.parameters = dict(parameters)
         self.tied_modules = tuple(tied_modules)
         self.block_index = 0
-        """Which of the module's blocks it is."""
+        """The index of this block among the module's blocks."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.shape})"
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All modules whose calls are uses of the parameters."""
+        """All modules whose calls use the parameters."""
         return (self.module, *self.tied_modules)
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """``(q, p)`` of ``W̄``."""
+        """The shape ``(q, p)`` of ``W̄``."""
 
     @property
     def groups(self) -> int:
-        """``K``, the number of groups of rows with inputs of their own."""
+        """The number ``K`` of groups of rows that see their own inputs."""
         return 1
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of the block's parameters, in the order of the columns of ``W̄``."""
+        """The names of the block's parameters, in the order of the columns of ``W̄``."""
         return tuple(self.parameters)
 
     @property
     def n_parameters(self) -> int:
-        """Number of the network's parameters that the block stands for, merged parameters included."""
+        """The number of network parameters that the block covers, including merged parameters."""
         return sum(p.numel() for p in (*self.parameters.values(), *self.merged_parameters.values()))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(iter(self.parameters.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype that sums accumulate in: that of the parameters, at least float32."""
+        """The dtype in which sums accumulate: that of the parameters, but at least float32."""
         return wide_dtype(next(iter(self.parameters.values())).dtype)
 
     def sum_of(self, sums: Sums, key: str) -> Tensor:
-        """The sum ``"activation"``, shape ``(K, p, p)``, or ``"gradient"``, ``(K, q/K, q/K)``, to be added to in place.
+        """Return the sum ``"activation"``, shape ``(K, p, p)``, or ``"gradient"``, ``(K, q/K, q/K)``, to add to in place.
 
-        Made of zeros when it is first asked for, and not before, when it would only take memory.
+        The sum is allocated, as zeros, only when first requested, to save memory.
         """
         if key not in sums:
             size = self.shape[1] if key == "activation" else self.shape[0] // self.groups
@@ -125,107 +125,107 @@ class Layer(ABC):
 
     @abstractmethod
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The matrix ``(q, p)`` that is made of values of the parameters, such as their gradients, as ``W̄`` is of them."""
+        """Assemble values of the parameters, such as their gradients, into a matrix ``(q, p)`` in the layout of ``W̄``."""
 
     def matrix(self, *, detach: bool = True) -> Tensor:
-        """A copy of ``W̄``, shape ``(q, p)``, detached from the parameters or not, in their dtype.
+        """Return a copy of ``W̄``, shape ``(q, p)``, in the dtype of the parameters, by default detached from them.
 
-        A column that is a sum of parameters needs more than half precision: then it is in `dtype`.
+        If a column is a sum of parameters, which needs more than half precision, the result is in `dtype` instead.
         """
         return self.assemble({name: p.detach() if detach else p for name, p in self.parameters.items()})
 
     @abstractmethod
     def split_directions(self, matrices: Tensor) -> dict[str, Tensor]:
-        """Cut directions in the space of ``W̄``, such as gradients or steps, into those of the parameters; linear.
+        """Split directions in the space of ``W̄``, such as gradients or steps, by parameter. This map is linear.
 
         Args:
             matrices: Shape ``(..., q, p)``.
 
         Returns:
-            By parameter name, each of shape ``(..., *shape of the parameter)``.
+            The directions by parameter name, each of shape ``(..., *shape of the parameter)``.
         """
 
     def split_values(self, matrices: Tensor) -> dict[str, Tensor]:
-        """Cut values of ``W̄`` into those of the parameters; inverse of `matrix`.
+        """Split values of ``W̄`` by parameter; the inverse of `matrix`.
 
-        Differs from `split_directions` where parameters outside the block act through their sum with it: they stay as they
-        are in the network, and are subtracted.
+        This differs from `split_directions` where merged parameters act through their sum with the block: they keep their
+        values in the network, and these are subtracted.
 
         Args:
             matrices: Shape ``(..., q, p)``.
 
         Returns:
-            By parameter name, each of shape ``(..., *shape of the parameter)``.
+            The values by parameter name, each of shape ``(..., *shape of the parameter)``.
         """
         return self.split_directions(matrices)
 
     @property
     def divisible(self) -> bool:
-        """Whether examples can be taken a few at a time: not where a layer's statistics are those of the whole batch."""
+        """Whether examples can be processed a few at a time, which fails if the layer uses statistics of the whole batch."""
         return True
 
     def example_axes(self, x: Tensor) -> tuple[int, ...]:
-        """The axes of an input on which the examples may be; the first is where they usually are."""
+        """Return the axes of an input that may index the examples, the most usual one first."""
         return (0,)
 
     @abstractmethod
     def input_shape(self) -> str:
-        """The shape that inputs must have, for error messages."""
+        """Return the shape that inputs must have, for error messages."""
 
     def is_input(self, x: Tensor) -> bool:
-        """Whether ``x`` has a shape that is handled."""
+        """Return whether the layer supports inputs of the shape of ``x``."""
         return x.ndim >= 1
 
     @abstractmethod
     def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
-        """``T`` of one call; shape ``(K, 1, 1)`` if it differs between the groups."""
+        """Return ``T`` of one call, of shape ``(K, 1, 1)`` if it differs between groups."""
 
     @abstractmethod
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
-        """``X`` of one call, shape ``(K, N, q/K, p)``, in `dtype`.
+        """Return ``X`` of one call, shape ``(K, N, q/K, p)``, in `dtype`.
 
         Args:
-            x: The call's input, examples first.
-            grad: The gradient at its output, examples first.
+            x: The call's input, with examples first.
+            grad: The gradient at its output, with examples first.
         """
 
     def temporaries(self, x: Tensor, grad: Tensor, activations: bool) -> int:
-        """How many numbers it takes to work with ``a``, ``g`` and ``X`` of a call, with ``a`` in any case or not."""
+        """Return how many numbers ``a``, ``g`` and ``X`` of a call take; ``activations``: whether ``a`` is always formed."""
         (q, p), groups = self.shape, self.groups
         rows = grad.numel() // max(q // groups, 1)  # N·T·K
         return (rows * p if self.has_kronecker_factors else 0) + len(x) * q * p
 
     def input_norm(self, x: Tensor) -> Tensor | float:
-        """Frobenius norm of what the gradients are multiplied with in ``Σ_n X_n``, which bounds its rounding error."""
+        """Return the Frobenius norm of what multiplies the gradients in ``Σ_n X_n``; it bounds the rounding error."""
         return torch.linalg.vector_norm(x.to(self.dtype))
 
     def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """``Σ_n X_n`` of one call, shape ``(q, p)``."""
+        """Return ``Σ_n X_n`` of one call, shape ``(q, p)``."""
         return self.weight_gradients(x, grad).sum(1).flatten(0, 1)
 
     def activations(self, x: Tensor) -> Tensor:
-        """``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
+        """Return ``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
         raise NotImplementedError(type(self).__name__)
 
     def gradients(self, grad: Tensor) -> Tensor:
-        """``g`` of one call, shape ``(K, N, T, q/K)``, in `dtype`."""
+        """Return ``g`` of one call, shape ``(K, N, T, q/K)``, in `dtype`."""
         raise NotImplementedError(type(self).__name__)
 
     def project(self, x: Tensor, basis: Tensor) -> Tensor:
-        """The inputs in another basis, ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        """Return the inputs in another basis, ``a Q``, shape ``(K, N, T, k)``, for ``Q`` of shape ``(K, p, k)``."""
         return self.activations(x) @ basis.unsqueeze(1)
 
     def add_activation_moment(self, x: Tensor, sums: Sums) -> None:
-        """Add ``Σ_n Σ_t a aᵀ`` of one call to ``sums``, in a form that `activation_moment` understands."""
+        """Add ``Σ_n Σ_t a aᵀ`` of one call to ``sums``, in the form that `activation_moment` reads."""
         a = self.activations(x).flatten(1, 2)
         self.sum_of(sums, "activation").baddbmm_(a.mT, a)
 
     def activation_moment(self, sums: Sums) -> Tensor:
-        """The sum that `add_activation_moment` made, shape ``(K, p, p)``; ``sums`` is used up."""
+        """Return the sum that `add_activation_moment` accumulated, shape ``(K, p, p)``, and remove it from ``sums``."""
         return sums.pop("activation")
 
     def add_gradient_moment(self, grad: Tensor, out: Tensor, positions: int | Tensor) -> None:
-        """Add ``Σ_n Σ_t g gᵀ`` of one call, over ``positions``, to ``out`` of shape ``(K, q/K, q/K)``, in place."""
+        """Add ``Σ_n Σ_t g gᵀ`` of one call, divided by ``positions``, to ``out`` of shape ``(K, q/K, q/K)`` in place."""
         g = self.gradients(grad).flatten(1, 2)
         if isinstance(positions, Tensor):
             out += g.mT @ g / positions
@@ -233,28 +233,28 @@ class Layer(ABC):
             out.baddbmm_(g.mT, g, alpha=1 / positions)
 
     def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
-        """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)`` without forming ``X``, where there is such a way.
+        """Add ``Σ_n X ∘ X`` to ``out`` of shape ``(q, p)`` without forming ``X``, if that is possible.
 
         Args:
-            calls: Input and output gradient of every call.
-            out: The sum.
+            calls: The input and output gradient of every call.
+            out: The sum to add to.
 
         Returns:
-            Whether it was done; otherwise ``X`` must be formed.
+            Whether the sum was added; if not, ``X`` must be formed.
         """
         return False
 
 
 class LinearLayer(Layer):
-    """A matrix that multiplies the last axis of its input: `nn.Linear`, and one block of a recurrent layer.
+    """A matrix that multiplies the last axis of its input: `nn.Linear`, or one block of a recurrent layer.
 
     Axes between the examples and the features are positions.
 
     Args:
-        weights: The parameters that are matrices, side by side in ``W̄``.
-        bias: The bias, or None.
-        merged_parameters: A second bias that the layer adds to the first, and not part of the block (recurrent layers: both
-            act through their sum only). The block's last column is the sum, which is attributed to ``bias``.
+        weights: The matrix-valued parameters, which are side by side in ``W̄``.
+        bias: The bias; empty if there is none.
+        merged_parameters: A second bias that the layer adds to the first and that is not part of the block (in recurrent
+            layers, the two act only through their sum). The block's last column is the sum, attributed to ``bias``.
     """
 
     def __init__(
@@ -344,7 +344,7 @@ class LinearLayer(Layer):
         a = x.flatten(0, -2).to(self.dtype)
         p = a.shape[1]
         out = self.sum_of(sums, "activation")[0]
-        out[:p, :p].addmm_(a.T, a)  # without a copy of the input that has the 1
+        out[:p, :p].addmm_(a.T, a)  # without a copy of the input extended by the 1
         if self.bias:
             total = a.sum(0)
             out[:p, p] += total

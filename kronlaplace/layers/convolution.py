@@ -1,4 +1,4 @@
-"""Convolutions: output pixels are the positions, patches of the input are ``a``."""
+"""Convolutions: the output pixels are the positions, and the input patches are ``a``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kronlaplace.layers.base import Layer, Sums
 __all__ = ["ConvolutionLayer"]
 
 _SMALL = 2**16
-"""Numbers that a temporary may always hold, however small the layer."""
+"""Size, in numbers, that a temporary may always have, however small the layer."""
 
 _COPY = 60
-"""Price of copying one number into a matrix of patches, in multiplications."""
+"""Cost of copying one number into a matrix of patches, in multiplications."""
 
 
 class ConvolutionLayer(Layer):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with stride, padding of every mode, dilation and groups.
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with stride, every padding mode, dilation and groups.
 
-    ``p = C_in/groups · k_h · k_w`` (+ 1 with a bias); the groups of the convolution are the groups of rows of ``W̄``.
+    ``p = C_in/groups · k_h · k_w`` (+ 1 with a bias), and the groups of the convolution are the groups of rows of ``W̄``.
     """
 
     shares_weights_over_space: ClassVar[bool] = True
@@ -110,14 +110,14 @@ class ConvolutionLayer(Layer):
 
     @property
     def _unfolds_rows_only(self) -> bool:
-        """Whether `weight_gradients` can do without whole patches."""
+        """Whether `weight_gradients` can avoid forming whole patches."""
         return (
             self._n_dims == 2 and self.groups == 1 and self.module.stride[0] == 1 and self.module.kernel_size != (1, 1)
         )
 
     def temporaries(self, x: Tensor, grad: Tensor, activations: bool) -> int:
         q, p = self.shape
-        if activations or not self._unfolds_rows_only or grad[0, 0].numel() <= q:  # few positions: patches anyway
+        if activations or not self._unfolds_rows_only or grad[0, 0].numel() <= q:  # few positions: use patches anyway
             return super().temporaries(x, grad, activations)
         height = self.padded_size(x.shape[2:])[0]
         return len(x) * (x.shape[1] * self.module.kernel_size[1] * height * grad.shape[3] + q * p)
@@ -126,8 +126,8 @@ class ConvolutionLayer(Layer):
         stride, dilation, kernel = self.module.stride, self.module.dilation, self.module.kernel_size
         if not self._unfolds_rows_only:
             return self.gradients(grad).mT @ self.activations(x)
-        # Unfolded along rows only: k_w copies of the input instead of k_h·k_w, and a row of the kernel sees a contiguous
-        # part of them. The axis of the sum is last on both sides: faster, and hardly anything is copied.
+        # Unfolding only along rows makes k_w copies of the input instead of k_h·k_w, and each kernel row sees a contiguous
+        # part of them. The summed axis is last in both operands, which is faster and avoids most copies.
         padded = self.padded(x).to(self.dtype)
         n, channels, height, _ = padded.shape
         rows, columns = grad.shape[2:]
@@ -148,10 +148,10 @@ class ConvolutionLayer(Layer):
         assert isinstance(positions, int)
         n = len(grad)
         g = grad.flatten(2).unflatten(1, (self.groups, -1)).to(out.dtype)  # (n, K, q/K, T)
-        if g.shape[2] <= g.shape[3]:  # products by example take no more memory than the gradient, and no copy of it
+        if g.shape[2] <= g.shape[3]:  # per-example products take no more memory than the gradient, and no copy of it
             out.add_((g @ g.mT).sum(0), alpha=1 / positions)
             return
-        # As (q, n·T), one matrix product for many examples; an eighth of the batch at a time keeps the copy small.
+        # One matrix product of shape (q, n·T) covers many examples; an eighth of the batch at a time keeps the copy small.
         for part in grad.flatten(2).split(max(1, n // 8)):
             g = part.transpose(0, 1).reshape(self.groups, -1, len(part) * part.shape[2]).to(out.dtype)
             out.baddbmm_(g, g.mT, alpha=1 / positions)
@@ -176,13 +176,13 @@ class ConvolutionLayer(Layer):
         assert total is not None and total.shape[-1] == p
         return total
 
-    # The second moment of patches depends on the second moment of pixels only, and of those only pairs that one kernel
-    # can see. Summed over examples alone, pixel by pixel, that is a handful of matrix products over the batch axis, with
-    # k_w·k_h times fewer multiplications than patches need on small images, and no patches. What belongs to which window
-    # is sorted out once, at the end.
+    # The second moment of patches depends only on the second moments of pairs of pixels that one kernel window can see.
+    # Summing those over examples alone, pixel by pixel, takes a handful of matrix products over the batch axis: on small
+    # images, k_w·k_h times fewer multiplications than with patches, and no patches are formed. Which pair belongs to which
+    # window is resolved once, at the end.
 
     def _rows_pay(self, x: Tensor) -> bool:
-        """Whether second moments of whole image rows cost less than patches, and take no more memory than the input."""
+        """Return whether second moments of image rows cost less than patches and take no more memory than the input."""
         if self._n_dims != 2 or self.groups > 1 or self.module.padding_mode != "zeros":
             return False
         _, channels, height, width = x.shape
@@ -204,18 +204,18 @@ class ConvolutionLayer(Layer):
             sums[f"pixels {size}"] = rows.new_zeros(height, channels * width)
             sums[f"count {size}"] = rows.new_zeros(())
         moments = sums[key]
-        for gap in range(reach):  # rows i and i + gap·dilation meet in a window, gap taps apart
+        for gap in range(reach):  # rows i and i + gap·dilation share a window, gap taps apart
             count = height - gap * dilation
             moments[gap, :count].baddbmm_(rows[:count].mT, rows[gap * dilation :])
         sums[f"pixels {size}"] += rows.sum(1)
         sums[f"count {size}"] += n
 
     def _reach(self, height: int) -> int:
-        """How many taps apart two rows of an image can be within one window."""
+        """Return one more than the largest distance, in taps, between two image rows within one window."""
         return min(self.module.kernel_size[0], (height - 1) // self.module.dilation[0] + 1)
 
     def _from_row_moments(self, size: tuple[int, ...], moments: Tensor, pixels: Tensor, count: Tensor) -> Tensor:
-        """Sum the moments of pixels over the windows: ``A[(c,δ), (c',δ')] = Σ_t M[(c, t+δ), (c', t+δ')]``."""
+        """Sum pixel moments over the windows: ``A[(c,δ), (c',δ')] = Σ_t M[(c, t+δ), (c', t+δ')]``."""
         channels, height, width = size
         (k_h, k_w), (d_h, d_w), (s_h, s_w) = self.module.kernel_size, self.module.dilation, self.module.stride
         (top, _), (left, _) = self._padding()
@@ -224,10 +224,10 @@ class ConvolutionLayer(Layer):
         total = moments.new_zeros(p, p)
         full = moments.new_zeros(channels, k_h, k_w, channels, k_h, k_w)
         by_row = moments.unflatten(3, (channels, width)).unflatten(2, (channels, width))  # (reach, H, C, W, C, W)
-        # Padded columns are zero and add nothing: a window's columns are cut to the image, tap by tap.
+        # Padded columns are zero and contribute nothing, so a window's columns are clipped to the image, tap by tap.
         for i in range(k_h):
             for j in range(i, k_h):
-                # Output rows t whose taps i and j both fall on the image.
+                # The output rows t whose taps i and j both fall inside the image.
                 first = max(0, -(-(top - i * d_h) // s_h))
                 last = min(out_h - 1, (height - 1 + top - j * d_h) // s_h)
                 if j - i >= len(by_row) or first > last:
@@ -257,12 +257,12 @@ class ConvolutionLayer(Layer):
             total[-1, -1] = count * (out_h * out_w)
         return total.unsqueeze(0)
 
-    # Between columns of a kernel only their distance matters, apart from the image's border. So patches are unfolded along
-    # columns of the image only, k_h copies instead of k_h·k_w, and one matrix product for each distance takes the place
-    # of one for each pair of kernel columns; the border is a few thin products more.
+    # Except at the image's border, only the distance between two kernel columns matters. So patches are unfolded only along
+    # image columns, with k_h copies instead of k_h·k_w, and one matrix product per distance replaces one per pair of kernel
+    # columns; the border adds a few thin products.
 
     def _columns_pay(self) -> bool:
-        """Whether moments by distance of kernel columns cost less than patches."""
+        """Return whether moments by distance between kernel columns cost less than patches."""
         if self._n_dims != 2 or self.groups > 1 or self.module.stride[1] > 1:
             return False
         height, width = self.module.kernel_size
@@ -286,7 +286,7 @@ class ConvolutionLayer(Layer):
             columns.view(-1, height, part.shape[3], len(part), out_h).copy_(windows.permute(1, 4, 3, 0, 2))
 
             def moment(start: int, stop: int, shift: int, columns: Tensor = columns) -> Tensor:
-                """Of image columns ``start`` to ``stop`` with those ``shift`` further on."""
+                """Return the second moment between columns ``start:stop`` and the columns ``shift`` to their right."""
                 return columns[:, start:stop].flatten(1) @ columns[:, start + shift : stop + shift].flatten(1).T
 
             for gap in range(width):
@@ -318,11 +318,11 @@ class ConvolutionLayer(Layer):
             total[-1, -1] += len(x) * out_h * out_w
 
     def _patches(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the patches ``a``, transposed: ``(K, p, n·T)`` for a few examples at a time.
+        """Yield the transposed patches ``a``, shape ``(K, p, n·T)``, for a few examples at a time.
 
-        That layout needs one copy and makes the second moment one matrix product. The number of examples is
-        chosen so that a matrix is no larger than the layer's own input and output together: unfolding all of a
-        batch would take ``k_h·k_w`` times its input.
+        This layout needs one copy and makes the second moment a single matrix product. The number of examples is chosen so
+        that a matrix is no larger than the layer's input and output together; unfolding a whole batch would take ``k_h·k_w``
+        times the memory of its input.
         """
         padded = self.padded(x)
         groups = self.groups
@@ -342,7 +342,7 @@ class ConvolutionLayer(Layer):
             yield patches
 
     def windows(self, padded: Tensor) -> Tensor:
-        """All windows of a padded input, as a view of shape ``(N, C, *kernel, *out)``."""
+        """Return all windows of a padded input, as a view of shape ``(N, C, *kernel, *out)``."""
         kernel, stride, dilation = self.module.kernel_size, self.module.stride, self.module.dilation
         out = self._output_size(padded.shape[2:])
         n_stride, c_stride, *strides = padded.stride()
@@ -365,7 +365,7 @@ class ConvolutionLayer(Layer):
         ]
 
     def _padding(self) -> list[tuple[int, int]]:
-        """Padding before and after, by axis."""
+        """Return the padding before and after, for each axis."""
         module = self.module
         if module.padding == "valid":
             return [(0, 0)] * self._n_dims
@@ -375,11 +375,11 @@ class ConvolutionLayer(Layer):
         return [(w, w) for w in module.padding]
 
     def padded_size(self, size: Sequence[int]) -> list[int]:
-        """Height and width of an input with its padding."""
+        """Return the spatial size of an input after padding."""
         return [length + sum(pair) for length, pair in zip(size, self._padding(), strict=True)]
 
     def padded(self, x: Tensor) -> Tensor:
-        """The input with the layer's own padding written out, so that only "valid" positions are left."""
+        """Return the input with the layer's padding applied, so that the convolution itself needs none."""
         widths = self._padding()
         if not any(map(any, widths)):
             return x

@@ -1,4 +1,4 @@
-"""Embeddings: each example's gradient has the rows of its own tokens."""
+"""Embeddings, in which an example's gradient is nonzero only in the rows of its own tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["EmbeddingLayer", "embedding_refusal"]
 
 
 class EmbeddingLayer(Layer):
-    """An embedding: ``W̄`` is its table, shape ``(tokens, features)``, and ``X`` has the rows of an example's tokens.
+    """An embedding: ``W̄`` is its table, shape ``(tokens, features)``, and ``X`` is nonzero in the rows of the tokens.
 
-    The table may also be the weight of a linear layer without bias (tied input and output embeddings): calls with
-    integer inputs are look-ups, calls with floating-point inputs are products.
+    The table may also be the weight of a linear layer without a bias (tied input and output embeddings): calls with
+    integer inputs are look-ups, and calls with floating-point inputs are products.
     """
 
     has_kronecker_factors = False
@@ -69,7 +69,7 @@ class EmbeddingLayer(Layer):
         return result
 
     def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
-        """Sorted by example and token, gradients of one token in one example are summed before they are squared."""
+        """Sort the gradients by token within each example, to sum those of one token before squaring."""
         if any(x.is_floating_point() for x, _ in calls):
             return False
         looked_up = [self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype)) for x, grad in calls]
@@ -80,7 +80,7 @@ class EmbeddingLayer(Layer):
         starts = torch.ones_like(token, dtype=torch.bool)
         starts[:, 1:] = token[:, 1:] != token[:, :-1]
         segment = starts.flatten().cumsum(0) - 1
-        # As many sums as there are look-ups would be the most; those that are left over stay zero.
+        # There are at most as many sums as look-ups; the unused ones stay zero.
         sums = torch.zeros_like(g).index_add_(0, segment, g)
         owner = torch.zeros_like(segment).scatter_(0, segment, token.flatten())
         out.index_add_(0, owner, sums.square())
@@ -94,9 +94,9 @@ class EmbeddingLayer(Layer):
 
 
 def embedding_refusal(module: Any) -> str | None:
-    """Why this module cannot have a block, or None."""
+    """Return why this module cannot have a block, or None."""
     if getattr(module, "max_norm", None) is not None:
         return "max_norm changes the weights in every forward pass"
     if getattr(module, "scale_grad_by_freq", False):
-        return "scale_grad_by_freq scales gradients by what else is in the batch"
+        return "scale_grad_by_freq scales gradients by token frequencies in the whole batch"
     return None

@@ -1,4 +1,4 @@
-"""Which types of modules become layers, and how: the table of torch's own types, open to others (`register_layer`)."""
+"""The module types that become layers, and how: a table of torch's own types, which `register_layer` extends."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Family:
     """How modules of one type become layers.
 
     Attributes:
-        kind: What it is called.
-        make: Makes the layers of a module, given its name, the module, and others that share all of its parameters.
-        refusal: Tells why a module cannot have a block, or None.
-        forward: Takes the place of the modules' own forward pass while a pass is recorded; None if they can be observed.
-        weight: The name of the parameter that must be trainable; None if all parameters must be, or none.
-        bias: The name of the parameter that may be trainable too, or None.
+        kind: The family's name.
+        make: Function that makes the layers of a module, given its name, the module, and the other modules that share all of
+            its parameters.
+        refusal: Function that returns why a module cannot have a block, or None if it can.
+        forward: Function that replaces the modules' own forward pass while a pass is recorded; None if the modules can be
+            observed as they are.
+        weight: The name of the parameter that must be trainable; None if either all or none of the parameters must be.
+        bias: The name of the parameter that may also be trainable, or None.
         has_kronecker_factors: Whether the layers have Kronecker factors.
     """
 
@@ -47,7 +49,7 @@ class Family:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the weight is one matrix ``(q, p)`` that only multiplies or is looked up in, so that such can be tied."""
+        """Whether the weight is one matrix ``(q, p)``, used only for products or look-ups, so that modules can be tied."""
         return self.kind in ("linear", "embedding")
 
 
@@ -88,7 +90,7 @@ _EMBEDDING = Family(
 )
 
 LAYERS: Registry[type[nn.Module], Family] = Registry()
-"""The types of modules that get a block."""
+"""The module types that get a block, with their families."""
 
 for _family, _types in {
     _LINEAR: (nn.Linear,),
@@ -106,19 +108,19 @@ for _family, _types in {
         LAYERS.add(_type, _family)
 
 SUPPORTED_LAYERS: tuple[type[nn.Module], ...] = tuple(LAYERS)
-"""The torch layer types that get a block, for ``isinstance``; `register_layer` adds others to what is supported."""
+"""The torch layer types that get a block, for ``isinstance``; `register_layer` adds support for other types."""
 
 _ON_AXIS_ONE = tuple(kind for kind in SUPPORTED_LAYERS if LAYERS[kind] is _NORMALIZATION)[2:]
 
 
 def family_of(module: nn.Module) -> tuple[type[nn.Module], Family] | None:
-    """The registered type that a module is of, the nearest among its classes, and how such modules become layers."""
+    """Return the first registered class in a module's method resolution order and its family, or None if there is none."""
     table = LAYERS
     return next(((kind, table[kind]) for kind in type(module).__mro__ if kind in table), None)
 
 
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward pass that replaces the module's own while a pass is recorded, or None if the module can be observed."""
+    """Return the forward pass that replaces the module's own while a pass is recorded; None if it is observed as it is."""
     found = family_of(module)
     return None if found is None else found[1].forward
 
@@ -131,49 +133,51 @@ def register_layer(
     bias: str = "bias",
     transposed: bool = False,
 ) -> None:
-    """Let modules of a type of your own have a block, by telling what their parameters do.
+    """Let modules of your own type have a block, by declaring what their parameters do.
 
         >>> kl.register_layer(transformers.pytorch_utils.Conv1D, "linear", transposed=True)  # doctest: +SKIP
         >>> kl.register_layer(LlamaRMSNorm, "normalization")                                 # doctest: +SKIP
 
-    It holds for the type and for subclasses of it that do not override its ``forward``; such a subclass needs a
-    registration of its own. A subclass of a supported torch type whose own forward pass does the same as its parent's is
-    registered with its parent's family. Whether the registration is right is checked on the first batch of every fit: the
-    layer's inputs and output gradients must explain the gradient that autograd has for its parameters, or there is an
-    error. `kronlaplace.testing.check_layer` checks more.
+    The registration applies to the type and to its subclasses that do not override ``forward``; subclasses that do need
+    their own registration. If a subclass of a supported torch type overrides ``forward`` but computes the same function as
+    its parent, register it with its parent's family. The registration is checked on the first batch of every fit: the
+    layer's inputs and output gradients must account for the gradient that autograd computes for its parameters; otherwise an
+    error is raised. `kronlaplace.testing.check_layer` checks more.
 
     Args:
-        module_type: The type.
+        module_type: The module type.
         family: What its modules do with their parameters:
 
-            - ``"linear"``: the last axis of the input is multiplied by the weight, and the bias is added;
-            - ``"convolution"``: as `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with their attributes and parameter names;
-            - ``"normalization"``: the input is normalized somehow, and multiplied by the weight (or by one plus the weight),
-              feature by feature on the last axes (in subclasses of torch's batch, group and instance norms on axis 1);
-            - ``"embedding"``: integer inputs look up rows of the weight;
-            - or a class derived from `Layer` that says itself what ``a``, ``g`` and ``X`` are. It is made as the class
-              that it is derived from: with ``(name, module, weights, bias, tied_modules=...)`` for `LinearLayer`,
-              `ConvolutionLayer` and `NormalizationLayer`, else with ``(name, module, parameters, tied_modules)`` and all
-              parameters of the module itself, which must be trainable together.
-        weight: The name of the parameter that is the weight.
-        bias: The name of the parameter that is the bias, if the module has one.
+            - ``"linear"``: multiply the last axis of the input by the weight, and add the bias;
+            - ``"convolution"``: the same as `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with their attributes and parameter
+              names;
+            - ``"normalization"``: normalize the input in some way, then multiply it by the weight (or one plus the weight)
+              feature by feature, on the last axes (on axis 1 in subclasses of torch's batch, group and instance norms);
+            - ``"embedding"``: look up rows of the weight with integer inputs;
+            - or a class derived from `Layer` that defines ``a``, ``g`` and ``X`` itself. Classes derived from `LinearLayer`,
+              `ConvolutionLayer` or `NormalizationLayer` are constructed with
+              ``(name, module, weights, bias, tied_modules=...)``, all others with
+              ``(name, module, parameters, tied_modules)`` and all of the module's own parameters, of which either all or
+              none must be trainable.
+        weight: The name of the weight parameter.
+        bias: The name of the bias parameter, if the module has one.
         transposed: Whether a linear layer's weight has the shape ``(inputs, outputs)``.
 
     Raises:
-        TypeError: If the type is not a class of modules, or the family not a class of layers that can be made.
+        TypeError: If the type is not a module class, or the family is not a layer class that can be instantiated.
         ValueError: If the family is unknown, the type is torch's own, or an option does not apply to the family.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)) or module_type is nn.Module:
         raise TypeError(f"register_layer takes a class derived from torch.nn.Module, got {module_type!r}.")
     if module_type in SUPPORTED_LAYERS:
-        raise ValueError(f"torch.nn.{module_type.__name__} is supported as it is; register a class of your own.")
+        raise ValueError(f"torch.nn.{module_type.__name__} is already supported; register your own class instead.")
     if isinstance(family, type):
         found = _own_family(family, weight, bias)
     elif family in _BY_NAME:
         found = _BY_NAME[family](module_type, weight, bias, transposed)
     else:
         raise ValueError(
-            f"unknown family {family!r}; known are {', '.join(map(repr, _BY_NAME))}, or give a class derived from kl.Layer."
+            f"unknown family {family!r}; use one of {', '.join(map(repr, _BY_NAME))}, or a class derived from kl.Layer."
         )
     if transposed and not found.kind.startswith("linear"):
         raise ValueError(f'transposed=True only applies to the family "linear"; got {family!r}.')
@@ -188,9 +192,7 @@ def _linear_family(module_type: type[nn.Module], weight: str, bias: str, transpo
 
 def _convolution_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
     if (weight, bias) != ("weight", "bias"):
-        raise ValueError(
-            f"the parameters of a convolution must be called weight and bias; got {weight!r} and {bias!r}."
-        )
+        raise ValueError(f"the parameters of a convolution must be named weight and bias; got {weight!r} and {bias!r}.")
     return Family("convolution", _weight_and_bias(ConvolutionLayer), _convolution_refusal)
 
 
@@ -198,7 +200,7 @@ def _convolution_refusal(module: Any) -> str | None:
     needed = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     missing = [name for name in needed if not hasattr(module, name)]
     return (
-        f"it is registered as a convolution and lacks the attributes {missing} of torch.nn.Conv2d" if missing else None
+        f"it is registered as a convolution but lacks the attributes {missing} of torch.nn.Conv2d" if missing else None
     )
 
 
@@ -211,7 +213,7 @@ def _normalization_family(module_type: type[nn.Module], weight: str, bias: str, 
 
 def _embedding_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
     if bias != "bias":
-        raise ValueError(f"bias={bias!r} does not apply to an embedding, which has a table only.")
+        raise ValueError(f"bias={bias!r} does not apply to an embedding, which has only a table.")
     return Family(
         "embedding",
         partial(_embedding, weight),
@@ -235,7 +237,7 @@ def _own_family(kind: type[Layer], weight: str, bias: str) -> Family:
         raise TypeError(f"a family must be a string or a class derived from kl.Layer, got {kind!r}.")
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
-        raise TypeError(f"{kind.__name__} cannot be made: it does not define {missing}.")
+        raise TypeError(f"{kind.__name__} cannot be instantiated: it does not define {missing}.")
     if issubclass(kind, (LinearLayer, ConvolutionLayer, NormalizationLayer)):
         return Family(
             kind.__name__,
@@ -246,7 +248,7 @@ def _own_family(kind: type[Layer], weight: str, bias: str) -> Family:
         )
     if (weight, bias) != ("weight", "bias"):
         raise ValueError(
-            f"{kind.__name__} takes all parameters of a module by their own names; leave out weight and bias."
+            f"{kind.__name__} takes all parameters of a module by their own names; omit weight= and bias=."
         )
     return Family(
         kind.__name__, _all_parameters(kind), weight=None, bias=None, has_kronecker_factors=kind.has_kronecker_factors

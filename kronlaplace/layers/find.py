@@ -1,4 +1,4 @@
-"""Which parts of a network get a block, which do not, and why."""
+"""The search for layers: which parts of a network get a block, which do not, and why."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layer
 class Unsupported(Choice):
     """What happens to trainable parameters that cannot have a block.
 
-    ``ERROR`` names them, with the ways out; ``FIXED`` keeps them at their trained values and lists them in
-    `KroneckerFisher.coverage`.
+    ``ERROR`` raises an error that names them and the possible remedies; ``FIXED`` keeps them at their trained values and
+    lists them in `KroneckerFisher.coverage`.
     """
 
     ERROR = "error"
@@ -33,9 +33,9 @@ class LeftOut:
 
     Attributes:
         name: The module's name.
-        module: Its type.
+        module: The name of the module's type.
         parameters: Number of parameters.
-        reason: Why.
+        reason: Why the parameters have no block.
     """
 
     name: str
@@ -46,13 +46,13 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """What `search_layers` found: the layers that get a block, and all parameters that have none."""
+    """Result of `search_layers`: the layers that get a block, and all parameters that have none."""
 
     layers: list[Layer]
     left_out: list[LeftOut]
 
     def without(self, reasons: Mapping[str, str]) -> LayerSearch:
-        """The same with some of the layers left out, for reasons by layer name."""
+        """Return a copy without some of the layers, given the reasons by layer name."""
         rest = [layer for layer in self.layers if layer.name not in reasons]
         new = [
             LeftOut(layer.name, type(layer.module).__name__, layer.n_parameters, reasons[layer.name])
@@ -68,7 +68,7 @@ def find_layers(
     unsupported: Unsupported = Unsupported.ERROR,
     exclude: Sequence[str] | str = (),
 ) -> list[Layer]:
-    """The layers of `search_layers`."""
+    """Return the layers that `search_layers` finds."""
     return search_layers(model, names, unsupported, exclude).layers
 
 
@@ -78,34 +78,34 @@ def search_layers(
     unsupported: Unsupported = Unsupported.ERROR,
     exclude: Sequence[str] | str = (),
 ) -> LayerSearch:
-    """The layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
+    """Find the layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
 
     Args:
-        model: The network; its trainable parameters decide (``requires_grad``).
-        names: Only these modules, or single blocks of them, by names or patterns (see `kronlaplace.layers.names`);
-            None means every module with trainable parameters.
+        model: The network; only its trainable parameters (``requires_grad``) get a block.
+        names: Names or patterns of the only modules, or single blocks of modules, that get a block (see
+            `kronlaplace.layers.names`); None means every module with trainable parameters.
         unsupported: What happens to trainable parameters that cannot have a block.
-        exclude: Names or patterns of what gets no block. Modules that share a parameter with one that is named have
-            none either.
+        exclude: Names or patterns of modules or blocks that get no block. Modules that share a parameter with one of them
+            get none either.
 
     Raises:
-        TypeError: For names that are no strings.
-        ValueError: If a name is unknown, twice, or without trainable parameters, a pattern matches nothing, or nothing is
-            left.
+        TypeError: If a name is not a string.
+        ValueError: If a name is unknown, duplicated, or without trainable parameters, if a pattern matches nothing, or if no
+            layer is left.
         NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
     """
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
     if names is None and not owners:
         raise ValueError(
             "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
-            "estimate. Set requires_grad_(True) on the layers that are to get a block."
+            "estimate. Call requires_grad_(True) on the layers that should get a block."
         )
     found, refusals = _layers_of(owners)
     known = list(dict.fromkeys([*owners, *(layer.name for layer in found)]))
     if names is not None:
         entries = entries_of(names, "layers")
         if not entries:
-            raise ValueError(f"layers is empty; name at least one of {list(owners)}, or leave it out for all.")
+            raise ValueError(f"layers is empty; name at least one of {list(owners)}, or omit layers for all of them.")
         wanted = matching(entries, "layers", known, model)
         found = [layer for layer in found if _is_named(layer, wanted, owners)]
         refusals = {name: reason for name, reason in refusals.items() if name in wanted}
@@ -114,7 +114,9 @@ def search_layers(
     found = [layer for layer in found if layer not in excluded]
     refusals = {name: reason for name, reason in refusals.items() if name not in unwanted}
     if not found and not refusals:
-        raise ValueError(f"exclude={exclude!r} leaves no layer; with trainable parameters are {list(owners)}.")
+        raise ValueError(
+            f"exclude={exclude!r} leaves no layer; the modules with trainable parameters are {list(owners)}."
+        )
     if not found or (refusals and unsupported is Unsupported.ERROR):
         raise NotImplementedError(_refusal_message(owners, refusals))
     by_layers = owners.values() if names is not None else ()
@@ -124,17 +126,17 @@ def search_layers(
 
 
 def _by(reason: str, modules: Iterable[nn.Module]) -> dict[int, str]:
-    """A reason for all parameters of some modules, by their ids."""
+    """Map the ids of all parameters of some modules to a reason."""
     return {id(p): reason for module in modules for p in module.parameters(recurse=False)}
 
 
 def _is_named(layer: Layer, names: Collection[str], owners: Mapping[str, nn.Module]) -> bool:
-    """Whether a block or one of its modules is among the names."""
+    """Return whether a block or one of its modules is among the names."""
     return layer.name in names or any(owners[name] in layer.modules for name in names if name in owners)
 
 
 def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str]]:
-    """Layers of all supported modules, and the reasons for all others, by module name."""
+    """Return the layers of all supported modules, and for each other module the reason, by module name."""
     refusals: dict[str, str] = {}
     supported: dict[str, nn.Module] = {}
     for name, module in owners.items():
@@ -168,36 +170,36 @@ def _made(name: str, module: nn.Module, tied_modules: Sequence[nn.Module] = ()) 
 
 
 def _family(module: nn.Module) -> Family:
-    """The family of a module that has one."""
+    """Return the family of a module that has one."""
     found = family_of(module)
     assert found is not None
     return found[1]
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Why the module cannot have a block, or None."""
+    """Return why the module cannot have a block, or None."""
     found = family_of(module)
     own = dict(module.named_parameters(recurse=False))
     trainable = {key for key, p in own.items() if p.requires_grad}
     if found is None:
-        return f"this layer type is not supported; its parameters: {', '.join(sorted(trainable))}"
+        return f"this layer type is not supported; its trainable parameters are {', '.join(sorted(trainable))}"
     kind, family = found
     if type(module).forward is not kind.forward or "forward" in vars(module):
-        return f"it overrides {kind.__name__}.forward, so its gradient is unknown"
+        return f"it overrides {kind.__name__}.forward, so the form of its gradient is unknown"
     if family.weight is None:
         if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):
-            return f"either all of its parameters must be trainable or none; only {sorted(trainable)} are"
+            return f"either all or none of its parameters must be trainable; only {sorted(trainable)} are"
     elif family.weight not in trainable or not trainable <= {family.weight, family.bias}:
         names = ["the weight", "the bias"] if family.weight == "weight" else [repr(family.weight), repr(family.bias)]
         return (
             f"its trainable parameters must be {names[0]}, with or without {names[1]}; they are {sorted(trainable)} "
-            "(if that is weight_norm or the like, bake it in: torch.nn.utils.parametrize.remove_parametrizations)"
+            "(if this comes from weight_norm or the like, bake it in: torch.nn.utils.parametrize.remove_parametrizations)"
         )
     return family.refusal(module)
 
 
 def _tied(modules: dict[str, nn.Module]) -> list[list[tuple[str, nn.Module]]]:
-    """Modules in groups that share a parameter."""
+    """Group modules that share parameters."""
     groups: list[list[tuple[str, nn.Module]]] = []
     for name, module in modules.items():
         mine = {id(p) for p in module.parameters(recurse=False)}
@@ -217,7 +219,7 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
     if len(kinds) > 1 and not all(family.is_matrix for family in families):
         return f"{names} share parameters but are of different types"
     if families[0].kind == "convolution" and len({_geometry(module) for _, module in members}) > 1:
-        return f"{names} share a weight but not stride, padding and dilation"
+        return f"{names} share a weight but differ in stride, padding or dilation"
     if any(family.forward is not None for family in families):
         return f"{names} share parameters, which is not supported for this layer type"
     return None
@@ -234,18 +236,17 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
     return (
         "no block for\n"
         + "\n".join(lines)
-        + f"\nSupported: {', '.join(kind.__name__ for kind in LAYERS)}. The ways out: leave the module out with "
+        + f"\nSupported types: {', '.join(kind.__name__ for kind in LAYERS)}. To go on, leave the module out with "
         "layers=[...] (names of the modules that get a block) or exclude=[...], freeze it with "
-        "requires_grad_(False) on those parameters, or ask for "
-        'unsupported="fixed". Its parameters then stay at their trained values. If a type of your own does what a supported '
-        "one does, say so: kl.register_layer(type, family)."
+        'requires_grad_(False) on those parameters, or pass unsupported="fixed". Its parameters then stay at their trained '
+        "values. If your own type behaves like a supported one, register it: kl.register_layer(type, family)."
     )
 
 
 def _left_out(
     model: nn.Module, layers: list[Layer], refusals: dict[str, str], reasons: Mapping[int, str]
 ) -> list[LeftOut]:
-    """All parameters without a block, module by module; reasons by the ids of parameters that the caller left out."""
+    """List all parameters without a block by module; ``reasons`` covers those that the caller left out, by id."""
     covered = {id(p) for layer in layers for p in (*layer.parameters.values(), *layer.merged_parameters.values())}
     rows = []
     for name, module in model.named_modules():

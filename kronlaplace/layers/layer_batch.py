@@ -1,4 +1,4 @@
-"""All that flows through one layer in one batch: its calls in a forward pass, and their gradients along a direction."""
+"""Everything that flows through one layer in one batch: its calls in a forward pass, and gradients along a direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kronlaplace.layers.base import Layer, Sums
 __all__ = ["LayerBatch", "LayerCall", "LayerGradients"]
 
 _SMALL = 2**20
-"""Numbers that a temporary may always hold."""
+"""Size, in numbers, that a temporary may always have."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        x: Its input, examples first.
-        fold: Number of rows on the first axis that belong to one example (1, unless the network folds positions into it).
-        autocast: The dtype in which products of float32 were computed, or None without autocast.
+        x: The input, with examples first.
+        fold: Number of rows on the first axis that belong to one example: 1 unless the network folds positions into it.
+        autocast: The dtype in which float32 products were computed under autocast, or None without autocast.
     """
 
     x: Tensor
@@ -32,11 +32,11 @@ class LayerCall:
 
 
 class LayerBatch:
-    """The inputs of one layer in one batch: its calls in one forward pass, whose positions together share the weights.
+    """The inputs of one layer in one batch: its calls in one forward pass, all of whose positions share the weights.
 
     Args:
         layer: The layer.
-        calls: Its calls.
+        calls: The calls of the layer.
     """
 
     def __init__(self, layer: Layer, calls: Sequence[LayerCall]) -> None:
@@ -45,11 +45,11 @@ class LayerBatch:
 
     @property
     def n_examples(self) -> int:
-        """``N``."""
+        """The number ``N`` of examples."""
         return len(self.calls[0].x) // self.calls[0].fold
 
     def along(self, gradients: Sequence[Tensor]) -> LayerGradients:
-        """Join the inputs with the gradients at the calls' outputs: one tensor per call, examples first."""
+        """Combine the inputs with the gradients at the calls' outputs, one tensor per call with examples first."""
         return LayerGradients(self, gradients)
 
     def activations(self) -> Tensor:
@@ -57,16 +57,16 @@ class LayerBatch:
         return self._joined([self.layer.activations(call.x) for call in self.calls])
 
     def project(self, basis: Tensor) -> Tensor:
-        """Return ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        """Return ``a Q``, shape ``(K, N, T, k)``, for ``Q`` of shape ``(K, p, k)``."""
         return self._joined([self.layer.project(call.x, basis) for call in self.calls])
 
     def add_activation_moment(self, sums: Sums) -> None:
-        """Add ``Σ_n Σ_t a aᵀ`` to ``sums``, from which `Layer.activation_moment` takes it."""
+        """Add ``Σ_n Σ_t a aᵀ`` to ``sums``, in the form that `Layer.activation_moment` reads."""
         for call in self.calls:
             self.layer.add_activation_moment(call.x, sums)
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Join calls side by side on the axis of the positions."""
+        """Concatenate the calls along the axis of the positions."""
         unfolded = [
             t if call.fold == 1 else t.unflatten(1, (-1, call.fold)).flatten(2, 3)
             for t, call in zip(tensors, self.calls, strict=True)
@@ -75,11 +75,11 @@ class LayerBatch:
 
 
 class LayerGradients:
-    """One layer's inputs in one batch together with the gradients at its outputs along one direction ``d_v``.
+    """One layer's inputs in one batch, together with the gradients at its outputs along one direction ``d_v``.
 
     Args:
         batch: The inputs.
-        tensors: The gradient of each example's own negative log-likelihood at the output of every call, examples first.
+        tensors: The gradient of each example's own negative log-likelihood at the output of every call, with examples first.
     """
 
     def __init__(self, batch: LayerBatch, tensors: Sequence[Tensor]) -> None:
@@ -93,12 +93,12 @@ class LayerGradients:
 
     @property
     def n_examples(self) -> int:
-        """``N``."""
+        """The number ``N`` of examples."""
         return self.batch.n_examples
 
     @property
     def positions(self) -> int | Tensor:
-        """``T`` of all calls together; shape ``(K, 1, 1)`` if it differs between the groups."""
+        """The total ``T`` of all calls, of shape ``(K, 1, 1)`` if it differs between groups."""
         total: int | Tensor = 0
         for call, grad in self._pairs():
             total = total + call.fold * self.layer.positions(call.x, grad)
@@ -106,7 +106,7 @@ class LayerGradients:
 
     @property
     def once_per_example(self) -> bool:
-        """Whether each example uses the layer's weights at one position only."""
+        """Whether each example uses the layer's weights at only one position."""
         return isinstance(positions := self.positions, int) and positions == 1
 
     def activations(self) -> Tensor:
@@ -118,7 +118,7 @@ class LayerGradients:
         return self.batch._joined([self.layer.gradients(grad) for grad in self.tensors])
 
     def project(self, basis: Tensor) -> Tensor:
-        """Return ``a Q`` for ``Q`` of shape ``(K, p, k)``: shape ``(K, N, T, k)``."""
+        """Return ``a Q``, shape ``(K, N, T, k)``, for ``Q`` of shape ``(K, p, k)``."""
         return self.batch.project(basis)
 
     def weight_gradients(self) -> Tensor:
@@ -137,7 +137,7 @@ class LayerGradients:
         return self.weight_gradients().transpose(0, 1).flatten(1)
 
     def total_weight_gradient(self) -> tuple[Tensor, Tensor]:
-        """Return ``Σ_n X_n``, shape ``(q, p)``, and a bound on what rounding can change of it, 0-dim."""
+        """Return ``Σ_n X_n``, shape ``(q, p)``, and a bound on its rounding error, 0-dim."""
         total = torch.zeros(self.layer.shape, dtype=self.layer.dtype, device=self.layer.device)
         bound = total.new_zeros(())
         for part in self.parts():
@@ -162,11 +162,11 @@ class LayerGradients:
             out += part.weight_gradients().square_().sum(1).view_as(out)
 
     def parts(self, *, activations: bool = False) -> Iterator[LayerGradients]:
-        """Yield the same a few examples at a time, so that what is made of a part (``a``, ``g`` or ``X``) takes no more
-        memory than the inputs and outputs of the whole batch do anyway.
+        """Yield parts of a few examples each, so that what is computed from a part (``a``, ``g`` or ``X``) takes no more
+        memory than the inputs and outputs of the whole batch take anyway.
 
         Args:
-            activations: Whether ``a`` will be made in any case.
+            activations: Whether ``a`` will be formed in any case.
         """
         layer, n = self.layer, self.n_examples
         held = sum(call.x.numel() + grad.numel() for call, grad in self._pairs())
@@ -188,9 +188,9 @@ class LayerGradients:
 
 
 def _rounding(tensor: Tensor, autocast: torch.dtype | None) -> float:
-    """Relative rounding error of products with a tensor, 0 for indices.
+    """Return the relative rounding error of products with a tensor, or 0 for indices.
 
-    The network may multiply float32 in less: under autocast, or in TF32 on CUDA.
+    The network may multiply float32 tensors in lower precision: under autocast, or in TF32 on CUDA.
     """
     if not tensor.is_floating_point():
         return 0.0

@@ -1,4 +1,4 @@
-"""Layers whose parameters do not mix features: normalisations, embeddings. They get diagonal blocks."""
+"""Normalization layers, whose parameters do not mix features; they get diagonal blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["NormalizationLayer"]
 
 
 class NormalizationLayer(Layer):
-    """Scale and shift of a normalisation layer: ``W̄ = [weight bias]``, one row per feature, shape ``(features, 2)``."""
+    """Scale and shift of a normalization layer: ``W̄ = [weight bias]``, with one row per feature, shape ``(features, 2)``."""
 
     has_kronecker_factors = False
 
@@ -47,7 +47,7 @@ class NormalizationLayer(Layer):
 
     @property
     def _of_batch(self) -> bool:
-        """Whether it normalizes with the statistics of the batch."""
+        """Whether the layer normalizes with the statistics of the batch."""
         module = self.module
         is_batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
         return is_batch_norm and (module.training or module.running_mean is None)
@@ -58,7 +58,7 @@ class NormalizationLayer(Layer):
 
     @property
     def _trailing(self) -> int:
-        """Number of axes at the end that the features are on; 0 if they are on axis 1."""
+        """The number of trailing axes that index the features; 0 if the features are on axis 1."""
         return len(self.module.normalized_shape) if hasattr(self.module, "normalized_shape") else 0
 
     def example_axes(self, x: Tensor) -> tuple[int, ...]:
@@ -75,24 +75,24 @@ class NormalizationLayer(Layer):
 
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
         g = self._by_feature(grad)
-        columns = [(g * self._by_feature(self._normalised(x.to(self.dtype)))).sum(1)]
+        columns = [(g * self._by_feature(self._normalized(x.to(self.dtype)))).sum(1)]
         if self._bias:
             columns.append(g.sum(1))
         return torch.stack(columns, dim=-1).unsqueeze(0)
 
     def input_norm(self, x: Tensor) -> Tensor | float:
-        x = x.to(self.dtype)  # which may be zero where the normalised input is not
-        return torch.linalg.vector_norm(x) + torch.linalg.vector_norm(self._normalised(x))
+        x = x.to(self.dtype)  # may be zero where the normalized input is not
+        return torch.linalg.vector_norm(x) + torch.linalg.vector_norm(self._normalized(x))
 
     def _by_feature(self, values: Tensor) -> Tensor:
-        """As ``(N, T, features)``."""
+        """Reshape to ``(N, T, features)``."""
         values = values.to(self.dtype)
         if self._trailing:
             return values.flatten(-self._trailing).reshape(len(values), -1, self.shape[0])
         return values.flatten(2).mT if values.ndim > 2 else values.unsqueeze(1)
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        """The input as it is before scale and shift."""
+    def _normalized(self, x: Tensor) -> Tensor:
+        """Return the normalized input, before scale and shift."""
         module = self.module
         mean, var = (
             None if statistic is None else statistic.to(x.dtype)
@@ -106,9 +106,9 @@ class NormalizationLayer(Layer):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             use_input = module.training or not module.track_running_stats
-            normalised = F.instance_norm(x.contiguous(), mean, var, None, None, use_input, 0.0, module.eps)
-            return with_contiguous_gradient(normalised)
+            normalized = F.instance_norm(x.contiguous(), mean, var, None, None, use_input, 0.0, module.eps)
+            return with_contiguous_gradient(normalized)
         if self._of_batch:
             mean = var = None
-        normalised = F.batch_norm(x.contiguous(), mean, var, None, None, self._of_batch, 0.0, module.eps)
-        return with_contiguous_gradient(normalised)
+        normalized = F.batch_norm(x.contiguous(), mean, var, None, None, self._of_batch, 0.0, module.eps)
+        return with_contiguous_gradient(normalized)

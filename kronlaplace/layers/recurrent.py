@@ -1,11 +1,11 @@
 """Recurrent layers: time steps are the positions, ``a_t = (x_t, h_{t−1}, 1)`` (coordinate-free K-FAC, Eq. 4.7).
 
-torch computes them in one fused call, in which nothing can be observed. While a pass is recorded the module runs
-written out instead, the same formulas step by step: the outputs are equal up to rounding.
+Torch computes them in one fused call, inside which nothing can be observed. While a pass is recorded, the module instead
+runs written out, with the same formulas step by step; the outputs are equal up to rounding.
 
-`nn.RNN` and `nn.LSTM` have one block ``[W_ih W_hh b]`` per layer and direction. Their two biases act through their sum
-only, so ``b`` is the sum. In a GRU input and hidden state meet behind a gate, so ``[W_ih b_ih]`` and ``[W_hh b_hh]`` see
-different gradients and have a block each.
+`nn.RNN` and `nn.LSTM` have one block ``[W_ih W_hh b]`` per layer and direction. Their two biases act only through their
+sum, so ``b`` is the sum. In a GRU, the contributions of the input and the hidden state are combined behind a gate, so
+``[W_ih b_ih]`` and ``[W_hh b_hh]`` see different gradients and have a block each.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ State = tuple[Tensor, ...]
 
 
 def recurrent_refusal(module: Any) -> str | None:
-    """Why this module cannot have a block, or None."""
+    """Return why this module cannot have a block, or None."""
     if getattr(module, "proj_size", 0):
         return f"projections are not supported (proj_size={module.proj_size})"
     return None
 
 
 def recurrent_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
-    """The blocks of a recurrent module or cell."""
+    """Make the blocks of a recurrent module or cell."""
     prefix = f"{name}." if name else ""
     cell = isinstance(module, nn.RNNCellBase)
     suffixes = [""] if cell else [f"_{suffix}" for suffix in _suffixes(module)]
@@ -63,10 +63,10 @@ def recurrent_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] =
 
 
 def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) -> Any:
-    """The module's forward pass, written out, with its blocks (as `recurrent_layers` orders them) reporting.
+    """Run the module's forward pass written out; its blocks, in the order of `recurrent_layers`, report their calls.
 
     Raises:
-        NotImplementedError: For inputs that are packed or not in batches.
+        NotImplementedError: If the inputs are packed or unbatched.
     """
     x, hx = _arguments(*args, **kwargs)
     if isinstance(module, nn.RNNCellBase):
@@ -76,9 +76,9 @@ def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) ->
         steps, state = _run(module, "", 0, report, x.unsqueeze(1), state)
         return state if isinstance(module, nn.LSTMCell) else state[0]
     if not isinstance(x, Tensor):
-        raise NotImplementedError("packed sequences are not supported: pad them.")
+        raise NotImplementedError("packed sequences are not supported: use padded ones.")
     if x.ndim != 3:
-        raise NotImplementedError("recurrent layers need batches, inputs with three axes; add one with x[None].")
+        raise NotImplementedError("recurrent layers need batched inputs, with three axes; add one with x[None].")
     x = x if module.batch_first else x.transpose(0, 1)
     directions = 2 if module.bidirectional else 1
     n_states = 2 if isinstance(module, nn.LSTM) else 1
@@ -107,12 +107,12 @@ def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) ->
 
 
 def _run(module: Any, suffix: str, block: int, report: Report, x: Tensor, state: State) -> tuple[Tensor, State]:
-    """One layer in one direction over ``x`` of shape ``(N, T, features)``; ``block`` is the first of its blocks."""
+    """Run one layer in one direction over ``x`` of shape ``(N, T, features)``; ``block`` is the index of its first block."""
     weights = [getattr(module, f"weight_{part}{suffix}") for part in ("ih", "hh")]
     biases = [getattr(module, f"bias_{part}{suffix}") if module.bias else None for part in ("ih", "hh")]
     from_input = F.linear(x, weights[0], biases[0])
     gru = isinstance(module, (nn.GRU, nn.GRUCell))
-    # The gradient at a zero that is added to the pre-activations of all steps is theirs, stacked.
+    # Zeros are added to the pre-activations of all steps: the gradient at the zeros is that of the steps, stacked.
     probe = report.probe(block + 1, torch.zeros_like(from_input)) if gru else None
     step = _gru if gru else _lstm if isinstance(module, (nn.LSTM, nn.LSTMCell)) else _ACTIVATIONS[module.nonlinearity]
     hidden, outputs = [], []

@@ -1,4 +1,4 @@
-"""Normalizations of any make: whatever scales its normalized input by a weight, feature by feature on the last axes."""
+"""Normalization layers of any kind that scale their normalized input by a weight, feature by feature on the last axes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["ScaleLayer"]
 class ScaleLayer(NormalizationLayer):
     """A module ``n(x) · w + b``, or ``n(x) · (1 + w) + b``, with the features of ``w`` on the last axes.
 
-    How it normalizes need not be known: its own forward pass is affine in ``w``, so that ``n(x)`` is the difference of
-    its outputs at ``w = 1`` and at ``w = 0``.
+    How the module normalizes need not be known: its own forward pass is affine in ``w``, so ``n(x)`` is the difference
+    between its outputs at ``w = 1`` and at ``w = 0``.
     """
 
     @property
     def _trailing(self) -> int:
         return self._weight.ndim
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         at_one, at_zero = (self._with_weight(value)(x) for value in (1.0, 0.0))
         return with_contiguous_gradient(at_one - at_zero)
 
     def _with_weight(self, value: float) -> Any:
-        """Forward of a copy of the module with this value in every weight and zero in every bias."""
+        """Return the forward method of a copy of the module with this value in every weight and zero in every bias."""
         copy = Replica(self.module).model
         for i, (name, parameter) in enumerate(self.parameters.items()):
             constant = torch.full_like(parameter, 0.0 if i else value, dtype=self.dtype, requires_grad=False)

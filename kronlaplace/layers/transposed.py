@@ -13,7 +13,7 @@ __all__ = ["TransposedLinearLayer"]
 
 
 class TransposedLinearLayer(LinearLayer):
-    """A layer ``x W + b`` with a weight of shape ``(inputs, outputs)``; ``W̄ = [Wᵀ b]``, as of any other linear layer."""
+    """A layer ``x W + b`` with a weight of shape ``(inputs, outputs)``; ``W̄ = [Wᵀ b]``, as for any other linear layer."""
 
     @property
     def in_features(self) -> int:

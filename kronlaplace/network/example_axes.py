@@ -1,12 +1,12 @@
 """The axis on which the examples are in each call of each layer.
 
-Mostly the shapes tell. Where they leave a doubt, the network runs once more as it is and once with one example more, and
-the axes that grow are the ones: `layout_from` compares such passes. Positions folded into the first axis
-(``x.reshape(N * T, F)``) are told apart from time-first ones by their values. An input that does not grow is the same for
-all examples (position embeddings of ``arange(T)``); each example then gets a copy of the call's output of its own, so that
-gradients belong to examples there, too.
+Usually the shapes determine it. If they are ambiguous, the network runs again, once as it is and once with one more
+example, and the axes that grow are the example axes: `layout_from` compares such passes. Positions folded into the first
+axis (``x.reshape(N * T, F)``) are distinguished from time-first inputs by their values. An input that does not grow is the
+same for all examples (position embeddings of ``arange(T)``); each example then gets its own copy of the call's output, so
+that gradients belong to examples there as well.
 
-These are functions of what was observed; they run nothing.
+The functions here work on what was observed; they do not run the network.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ __all__ = [
 ]
 
 Place = tuple[int, int] | None
-"""The axis that the examples are on in a call, and how many rows of it each has; None if the call is the same for all."""
+"""The example axis in a call and the number of its rows per example; None if the call is the same for all examples."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What passes over a network have found out about it, for the passes that follow; immutable, so threads may share it.
+    """What earlier passes over a network found out about it, for later passes; immutable, so threads may share it.
 
     Attributes:
-        input_axis: The axis of the inputs that counts the examples.
+        input_axis: The axis of the inputs that indexes the examples.
         shared_inputs: Paths of the input tensors that are the same for all examples.
-        changes_inputs: Whether the network changes its inputs in place; None if that is not known yet.
-        places: Where the examples are in a call, by layer name and number of the call.
+        changes_inputs: Whether the network changes its inputs in place; None if this is not known yet.
+        places: Where the examples are in each call, by layer name and index of the call.
         copies_on_new_axis: Whether copies of an output that is the same for all examples go on a new axis.
-        partial: Layers with inputs that are neither the same for all examples nor grow in proportion to their number.
+        partial: Layers whose inputs are not the same for all examples, but do not grow in proportion to their number either.
     """
 
     input_axis: int = 0
@@ -56,13 +56,13 @@ class Layout:
     partial: frozenset[str] = frozenset()
 
     def with_shared_inputs(self, paths: Iterable[str]) -> Layout:
-        """Return a copy in which these input tensors, too, are the same for all examples."""
+        """Return a copy in which these input tensors are also the same for all examples."""
         new = [path for path in paths if path not in self.shared_inputs]
         return replace(self, shared_inputs=(*self.shared_inputs, *new)) if new else self
 
     @property
     def shared_layers(self) -> list[str]:
-        """Layers with a call that is the same for all examples."""
+        """The layers with a call that is the same for all examples."""
         return list(dict.fromkeys(name for (name, _), place in self.places.items() if place is None))
 
 
@@ -72,12 +72,12 @@ class ObservedInput:
 
     Attributes:
         layer: The layer.
-        index: Number of the call among those of the layer.
+        index: Index of the call among the layer's calls.
         x: The input.
-        depends_on_layers: Whether it depends on parameters, or on inputs that carry gradients.
-        storage: Address of its memory.
-        copied: Whether it is the same for all examples and was copied for each of them.
-        examples_first: Whether the examples are on the first axis in any case.
+        depends_on_layers: Whether the input depends on parameters, or on inputs that carry gradients.
+        storage: Address of the input's memory.
+        copied: Whether the input is the same for all examples and was copied for each of them.
+        examples_first: Whether the examples are always on the first axis.
     """
 
     layer: Layer
@@ -91,11 +91,11 @@ class ObservedInput:
 
 @dataclass(frozen=True)
 class Doubt:
-    """A call of which it is not clear where the examples are.
+    """A call in which it is not clear where the examples are.
 
     Attributes:
         layer: The layer's name.
-        message: What is wrong, for the user.
+        message: Description of the problem, for the user.
     """
 
     layer: str
@@ -105,32 +105,35 @@ class Doubt:
         """Make the error for the user.
 
         Args:
-            layout: What is known of the network.
-            hint: Whether the passes that find out have not been run yet.
+            layout: What is known about the network.
+            hint: Whether to suggest `find_layout`, because its passes have not been run yet.
         """
         if self.layer in layout.partial:
-            reason = "it sees no fixed number of rows for each example, as an expert that sees a part of the batch"
+            reason = (
+                "it does not see a fixed number of rows per example, like an expert that sees only part of the batch"
+            )
             return UnusableLayersError(f"layer {self.layer!r} cannot have a block: {reason}.", {self.layer: reason})
-        way_out = " Or find out where they are, once: layout=kl.find_layout(model, inputs)." if hint else ""
+        way_out = " Or determine once where they are: layout=kl.find_layout(model, inputs)." if hint else ""
         return UnusableLayersError(self.message + way_out, {self.layer: self.message.partition("; ")[0]})
 
 
 def places_of(
     calls: Iterable[ObservedInput], n_examples: int, layout: Layout, input_storages: Collection[int]
 ) -> tuple[dict[tuple[str, int], Place], Doubt | None]:
-    """Find where the examples are in every call of a forward pass, from shapes and from what is known.
+    """Find where the examples are in every call of a forward pass, from shapes and from what is already known.
 
     Args:
         calls: The calls.
         n_examples: Number of examples in the pass.
-        layout: What earlier passes have found.
+        layout: What earlier passes found.
         input_storages: Addresses of the memory of the network's inputs.
 
     Returns:
-        The places, by layer name and number of the call, and what is in doubt, or None. Places in doubt are missing.
+        The places by layer name and index of the call, and the first ambiguity, or None if there is none. Places from the
+        first ambiguous call on are missing.
 
     Raises:
-        UnusableLayersError: If a layer cannot have an input of the shape that it had.
+        UnusableLayersError: If a layer does not support the shape of its input.
     """
     places: dict[tuple[str, int], Place] = {}
     for call in calls:
@@ -149,7 +152,7 @@ def places_of(
             candidates = layer.example_axes(x)
             told = candidates and x.shape[candidates[0]] == n_examples
             told = told and all(x.shape[axis] != n_examples for axis in candidates[1:])
-            # Whatever comes neither from the inputs nor from a layer that was seen may be the same for all examples.
+            # An input that comes neither from the network's inputs nor from a layer may be the same for all examples.
             unknown = not call.depends_on_layers and call.storage not in input_storages
             lookup = not x.is_floating_point()
             if not told or unknown or (lookup and x.ndim == 1):
@@ -159,7 +162,7 @@ def places_of(
 
 
 def copy_for_each_example(x: Tensor, output: Tensor, n_examples: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Give input and output of a call that is the same for all examples a first axis, with a copy for each of them."""
+    """Give the input and output of a call that is the same for all examples a first axis with one copy per example."""
     if output.shape[0] != 1 or layout.copies_on_new_axis:
         x, output = x[None], output[None]
     x, output = (t.expand(n_examples, *t.shape[1:]) for t in (x, output))
@@ -167,11 +170,11 @@ def copy_for_each_example(x: Tensor, output: Tensor, n_examples: int, layout: La
 
 
 Inputs = Mapping[str, Sequence[ObservedInput]]
-"""The inputs of all calls in a pass, by layer name."""
+"""Type of the inputs of all calls in a pass, by layer name."""
 
 
 def has_constant_calls(before: Inputs, after: Inputs) -> bool:
-    """Tell whether a call has an input of the same shape in both of two passes."""
+    """Return whether some call has an input of the same shape in both passes."""
     pairs = (zip(calls, after.get(name, ()), strict=False) for name, calls in before.items())
     return any(a.x.shape == b.x.shape and not a.examples_first for calls in pairs for a, b in calls)
 
@@ -181,18 +184,18 @@ def layout_from(before: Inputs, after: Inputs, reordered: Inputs | None, n_examp
 
     Args:
         before: Inputs of a pass over ``n_examples`` examples.
-        after: The same with the first example once more at the end.
-        reordered: The same as ``before`` with the examples in the opposite order; None if no call `has_constant_calls`.
-        n_examples: Their number.
-        layout: What is known; its ``input_axis`` is the one that grew.
+        after: Inputs of a pass with the first example repeated at the end.
+        reordered: Inputs of a pass over the examples in reverse order; None unless `has_constant_calls`.
+        n_examples: The number of examples in ``before``.
+        layout: What is already known; its ``input_axis`` is the axis that grew.
 
     Returns:
-        The layout with all places that could be found.
+        The layout with all places that could be determined.
     """
     n = n_examples
     if counts_examples(before) != counts_examples(
         after
-    ):  # control flow depends on the data: only what shapes tell can be used
+    ):  # control flow depends on the data, so only shapes can be used
         return replace(layout, places=MappingProxyType({}), partial=frozenset())
     same_calls = reordered is not None and counts_examples(before) == counts_examples(reordered)
     places: dict[tuple[str, int], Place] = {}
@@ -220,7 +223,7 @@ def layout_from(before: Inputs, after: Inputs, reordered: Inputs | None, n_examp
 
 
 def counts_examples(inputs: Inputs) -> dict[str, int]:
-    """Number of calls by layer."""
+    """Return the number of calls of each layer."""
     return {name: len(calls) for name, calls in inputs.items()}
 
 
@@ -228,8 +231,8 @@ def _shape_doubt(layer: Layer, x: Tensor, n_examples: int) -> Doubt:
     return Doubt(
         layer.name,
         f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)} in a batch of "
-        f"{n_examples} examples; it must be {layer.input_shape()}, so that gradients belong to examples. Keep the "
-        "examples on the first axis (x[None] for one).",
+        f"{n_examples} examples; it must be {layer.input_shape()}, so that each gradient belongs to one example. Keep the "
+        "examples on the first axis (use x[None] for a single one).",
     )
 
 
@@ -238,5 +241,5 @@ def _sequence_doubt(layer: Layer, x: Tensor, n_examples: int) -> Doubt:
     return Doubt(
         layer.name,
         f"layer {layer.name!r} ran on {len(x)} sequences in a batch of {n_examples} examples. Keep the examples on the axis "
-        f"that batch_first={getattr(module, 'batch_first', None)} says.",
+        f"given by batch_first={getattr(module, 'batch_first', None)}.",
     )

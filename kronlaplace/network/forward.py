@@ -1,7 +1,7 @@
-"""Forward passes where there is no user to run them: over a private replica of the network, with an observer attached.
+"""Forward passes that the package runs itself: over a private replica of the network, with an observer attached.
 
-The network itself carries no hook meanwhile, and other threads may use it. Where shapes do not tell on which axis the
-examples are in a layer's input, `NetworkForward` runs the network a few times more to find out.
+The network itself carries no hooks meanwhile, and other threads may use it. If shapes leave it ambiguous on which axis the
+examples are in a layer's input, `NetworkForward` runs the network a few more times to find out.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from kronlaplace.network.observer import NetworkObserver
 __all__ = ["NetworkForward", "find_layout"]
 
 _ATTENTION_KERNEL = threading.RLock()
-"""Torch's choice of an attention kernel belongs to the process, and only one pass at a time may change it."""
+"""Lock around torch's choice of an attention kernel, which is process-wide: only one pass at a time may change it."""
 
 
 class NetworkForward:
-    """Runs a network and observes its layers; to be used in a ``with`` block.
+    """Runner of a network that observes its layers, for use in a ``with`` block.
 
     Args:
-        model: The network; it is never changed, and no hook is put on it.
+        model: The network, which is never changed and gets no hooks.
         layers: The layers to observe.
-        differentiable: Whether all that is observed can be differentiated with respect to the network's inputs.
-        layout: What earlier passes over the same network have found out.
+        differentiable: Whether everything observed can be differentiated with respect to the network's inputs.
+        layout: The layout found by earlier passes over the same network.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class NetworkForward:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Forget everything; the user may still differentiate through a graph that was observed."""
+        """Forget everything; the user may still differentiate through an observed graph."""
         self.observer.close()
 
     @property
@@ -70,16 +70,16 @@ class NetworkForward:
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers that are observed."""
+        """The observed layers."""
         return list(self.observer.layers)
 
     @property
     def layout(self) -> Layout:
-        """What the passes have found out about the network."""
+        """The network's layout, as found by the passes so far."""
         return self.observer.layout
 
     def observe(self, layers: Sequence[Layer]) -> None:
-        """Observe these layers from now on, in a new replica of the network; the last pass is forgotten."""
+        """Observe these layers from now on, in a new replica of the network, and forget the last pass."""
         layout = self._first_layout
         if self._observer is not None:
             layout = self.layout
@@ -91,22 +91,23 @@ class NetworkForward:
         )
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Go on without some of the layers; the last pass is forgotten."""
+        """Continue without some of the layers, and forget the last pass."""
         self.observe([layer for layer in self.layers if layer.name not in names])
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Run the network with its graph.
+        """Run the network and record its graph.
 
         Returns:
-            The outputs as the network gives them; the first axis counts examples.
+            The outputs as the network returns them, with examples on the first axis.
 
         Raises:
-            TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
-            ValueError: If its first axis does not count the examples.
+            TypeError: If the output is neither a tensor nor an object with a tensor ``logits``.
+            ValueError: If the first axis of the output does not index the examples.
             UnusableLayersError: If a layer did not run, ran without gradients, or is used in a way that is not supported.
-            RuntimeError: If the outputs carry no gradients, or the network changes its inputs only now and then.
+            RuntimeError: If the outputs carry no gradients, or if the network changes its inputs in some passes but not in
+                the first.
         """
-        with torch.inference_mode(False), torch.enable_grad():  # gradients on, wherever the caller is
+        with torch.inference_mode(False), torch.enable_grad():  # gradients on, whatever the caller's mode
             inputs = inputs if self._differentiable else inputs.map(_ordinary)
             outputs, doubt = self._observed(inputs)
             if doubt is not None:
@@ -125,7 +126,7 @@ class NetworkForward:
         return outputs
 
     def run_plainly(self, inputs: Inputs) -> Tensor:
-        """Return the outputs alone: nothing is observed, and the last pass stays."""
+        """Return only the outputs, without observing anything; the last pass is kept."""
         self.observer.enabled = False
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -134,10 +135,11 @@ class NetworkForward:
             self.observer.enabled = True
 
     def find_shared_inputs(self, inputs: Inputs, outputs: Tensor) -> None:
-        """Find input tensors that are the same for all examples though they have as many rows as there are examples.
+        """Find input tensors that are the same for all examples although they have as many rows as there are examples.
 
-        Where several tensors count the examples, the network is run on the first half of them: its outputs must be the
-        first half of ``outputs``. Where they are not, the tensors behind the first are left whole, all and one by one.
+        If several tensors have one row per example, the network is run on the first half of the examples, and its outputs
+        must be the first half of ``outputs``. If they are not, the tensors after the first are left whole: first each of
+        them alone, then all together.
 
         Raises:
             ValueError: If the outputs of an example depend on the other examples however the inputs are cut.
@@ -162,13 +164,13 @@ class NetworkForward:
                 self.observer.layout = self.layout.with_shared_inputs(shared)
                 return
         raise ValueError(
-            f"the outputs of {n // 2} examples change when the other {n - n // 2} are taken away, so that predictions "
-            "would depend on what else is in a batch. The forward pass mixes examples, or an input is the same for all "
-            "examples; keep such an input as a buffer of the model."
+            f"the outputs of {n // 2} examples change when the other {n - n // 2} are removed, so predictions would depend "
+            "on the rest of the batch. Either the forward pass mixes examples, or an input is the same for all examples; "
+            "keep such an input as a buffer of the model."
         )
 
     def parameter_gradients(self, outputs: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield autograd's own gradients of all blocks' parameters along a direction, as ``W̄``; the graph is kept."""
+        """Yield autograd's gradients of all blocks' parameters along a direction, in the layout of ``W̄``; keep the graph."""
         parameters = [self._replica(p) for layer in self.layers for p in layer.parameters.values()]
         grads = _gradients(outputs, parameters, direction.reshape(outputs.shape))
         filled = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
@@ -178,13 +180,13 @@ class NetworkForward:
         )
 
     def bypassed(self, outputs: Tensor) -> list[str]:
-        """Find layers on which the outputs depend through the user's own parameters, past the replica; the graph is kept."""
+        """Find layers whose original parameters, rather than the replica's, affect the outputs; keep the graph."""
         names = [(layer.name, p) for layer in self.layers for p in layer.parameters.values()]
         grads = _gradients(outputs, [p for _, p in names], torch.zeros_like(outputs))
         return list(dict.fromkeys(name for (name, _), g in zip(names, grads, strict=True) if g is not None))
 
     def _observed(self, inputs: Inputs) -> tuple[Tensor, Doubt | None]:
-        """Run the network with the observer, and find out whether it is clear where the examples are."""
+        """Run the network with the observer, and determine whether it is clear where the examples are."""
         given = self._given(inputs)
         axis = self.layout.input_axis
         self.observer.layout = self.layout.with_shared_inputs(given.of_other_length(axis))
@@ -192,33 +194,33 @@ class NetworkForward:
         return outputs, self.observer.doubt(given.count(axis))
 
     def _watched(self, inputs: Inputs) -> tuple[Mapping[str, Sequence[ObservedInput]], Tensor]:
-        """Run the network for the inputs of its calls only."""
+        """Run the network only to see the inputs of its calls."""
         outputs = self._run(self._given(inputs)).detach()
         seen = self.observer.inputs
         self.observer.clear()
         return seen, outputs
 
     def _run_in_doubt(self, inputs: Inputs) -> Tensor:
-        """Find out where the examples are by running the network in other ways, then run it once more."""
+        """Find out where the examples are by running the network on modified inputs, then run it once more."""
         plain = self._look(inputs)
         if not self.layout.shared_layers:
             return self._settled(inputs)
-        # Copies go on a new first axis, or on one of length 1 that is there. Which of them the network means is seen in its
-        # outputs: they must not change, and must not depend on other examples' copies.
+        # Copies go on a new first axis, or on an existing one of length 1. The outputs show which of these suits the
+        # network: they must not change, and must not depend on other examples' copies.
         for on_new_axis in (False, True):
             self.observer.layout = replace(self.layout, copies_on_new_axis=on_new_axis)
             try:
                 outputs = self._settled(inputs)
             except (RuntimeError, ValueError, IndexError):
-                continue  # the network does not allow for copies there
+                continue  # the network does not allow copies there
             grads = _gradients(outputs[0].sum(), self.observer.copies, None)
             own = not any(bool(grad[1:].any()) for grad in grads if grad is not None)
             if own and alike(outputs, plain, rtol=1e-3, atol=1e-5):
                 return outputs
         shared = self.layout.shared_layers
         raise UnusableLayersError(
-            f"layers {shared} get an input that is the same for all examples, and the network does not bear a copy "
-            "for each of them on the first axis. Give them inputs with the examples on the first axis (such as "
+            f"layers {shared} get an input that is the same for all examples, and the network does not support a copy "
+            "for each example on the first axis. Give them inputs with the examples on the first axis (such as "
             "positions.expand(len(x), -1)).",
             dict.fromkeys(shared, "its input is the same for all examples"),
         )
@@ -230,13 +232,13 @@ class NetworkForward:
         return outputs
 
     def _look(self, inputs: Inputs) -> Tensor:
-        """Run the network on one example more, and with the examples in the opposite order, and note what that shows.
+        """Run the network with one more example, and with the examples in reverse order, and record the resulting layout.
 
         Returns:
             The outputs for ``inputs``, without a graph.
 
         Raises:
-            ValueError: If the outputs do not grow with the inputs.
+            ValueError: If the number of output rows does not grow with the number of examples.
         """
         shared = self.layout.shared_inputs
         self.observer.layout = replace(self.layout, places=MappingProxyType({}))
@@ -263,7 +265,7 @@ class NetworkForward:
         return outputs
 
     def _given(self, inputs: Inputs) -> Inputs:
-        """Return what the network is called with: copies, unless it is known to leave its inputs as they are."""
+        """Return what to call the network with: copies, unless the network is known to leave its inputs unchanged."""
         return inputs if self.layout.changes_inputs is False else inputs.map(torch.clone)
 
     def _run(self, inputs: Inputs) -> Tensor:
@@ -273,8 +275,8 @@ class NetworkForward:
         changed = versions != [t._version for t in tensors_of(inputs)]
         if changed and self.layout.changes_inputs is False:
             raise RuntimeError(
-                "the model changed its inputs in place, which it did not do in the first batch, and these were not a copy. "
-                "Let its forward begin with a clone of what it changes."
+                "the model changed its inputs in place, which it did not do in the first batch, and these inputs were not "
+                "a copy. Clone what it changes at the beginning of its forward."
             )
         if self.layout.changes_inputs is None:
             self.observer.layout = replace(self.layout, changes_inputs=changed)
@@ -285,20 +287,20 @@ class NetworkForward:
 def find_layout(model: nn.Module, inputs: Any, layers: Sequence[Layer] | None = None) -> Layout:
     """Find out on which axis the examples are in the inputs and in every call of the layers.
 
-    The network runs on a copy of its modules in evaluation mode, a few times if shapes do not tell; the network itself and
-    the random state stay as they are. A `NetworkObserver` needs the result for networks in which shapes do not tell.
+    A copy of the network's modules runs in evaluation mode, a few times if shapes are ambiguous; the network itself and the
+    random state stay as they are. A `NetworkObserver` needs the result for networks whose shapes are ambiguous.
 
     Args:
         model: The network.
-        inputs: What it is called with: a tensor, or a tuple, list or mapping of tensors, with at least two examples.
-        layers: The layers to be observed; None means all of `find_layers`.
+        inputs: The network's inputs: a tensor, or a tuple, list or mapping of tensors, with at least two examples.
+        layers: The layers to be observed; None means all layers from `find_layers`.
 
     Returns:
         The layout, for `NetworkObserver`.
 
     Raises:
         UnusableLayersError: If a layer is used in a way that is not supported.
-        ValueError: If the outputs do not have one row for each example.
+        ValueError: If the outputs do not have one row per example.
     """
     layers = find_layers(model) if layers is None else layers
     with preserved_random_state(device_of(model)), NetworkForward(model, layers) as forward:
@@ -308,17 +310,17 @@ def find_layout(model: nn.Module, inputs: Any, layers: Sequence[Layer] | None = 
 
 
 def _gradients(outputs: Tensor, tensors: Sequence[Tensor], direction: Tensor | None) -> Sequence[Tensor | None]:
-    """Return gradients as autograd has them; the graph is kept, and an observer takes nothing."""
+    """Return gradients as autograd computes them; the graph is kept, and an observer receives nothing."""
     return torch.autograd.grad(outputs, tensors, grad_outputs=direction, retain_graph=True, allow_unused=True)
 
 
 @contextmanager
 def _differentiable_attention() -> Iterator[None]:
-    """Let attention run by torch's own formulas: fused kernels have no second derivatives."""
+    """Run attention with torch's math kernel, since fused kernels have no second derivatives."""
     with _ATTENTION_KERNEL, sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """Return a tensor that autograd can keep, without a graph of its own."""
+    """Return the tensor, without its graph, in a form that autograd can keep."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()

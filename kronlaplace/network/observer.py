@@ -1,14 +1,14 @@
 """An observer of the forward passes of a network that somebody else runs.
 
-While it is attached, every wanted layer reports its inputs, and afterwards the gradients at its outputs along any direction
-can be taken from the graph of the pass. Nothing else about the network changes: the observer runs nothing, freezes nothing,
-and the outputs, the gradients and the random numbers of a training loop are what they would be without it. Modules that
-hide their layers in one fused call (recurrent layers, attention) run written out while they are observed, which is the same
-up to rounding.
+While it is attached, every observed layer reports its inputs, and afterwards the gradients at its outputs along any
+direction can be taken from the graph of the pass. Nothing else about the network changes: the observer runs nothing and
+freezes nothing, and the outputs, the gradients and the random numbers of a training loop are the same as without it.
+Modules that hide their layers in one fused call (recurrent layers, attention) run written out while they are observed,
+which gives the same results up to rounding.
 
-Gradients come from hooks on the output *tensors* of layers, not from full backward hooks of modules: these would refuse
-in-place activations. Only gradients of outputs are computed, never those of weights, and each is handed on and freed as
-soon as it is there.
+Gradients come from hooks on the output *tensors* of layers, not from full backward hooks of modules, which do not allow
+in-place activations. Only gradients of outputs are computed, never those of weights, and each is passed on and freed as
+soon as it is available.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = ["NetworkObserver", "Receiver"]
 
 
 Receiver = Callable[[LayerGradients], None]
-"""Takes the inputs of one layer together with the gradients at its outputs."""
+"""Function that takes the inputs of one layer together with the gradients at its outputs."""
 
 
 @dataclass
 class _ObservedCall(ObservedInput):
-    """What the observer keeps of one call of a layer, beyond its input."""
+    """Record of one call of a layer: its input, and what the observer needs for the backward pass."""
 
     output_shape: torch.Size = field(default_factory=torch.Size)
     edge: GradientEdge | None = None
@@ -53,7 +53,7 @@ class _ObservedCall(ObservedInput):
 
 @dataclass
 class _Pass:
-    """One forward pass."""
+    """Record of one forward pass."""
 
     storages: frozenset[int] = frozenset()
     n_inputs: int | None = None
@@ -65,18 +65,19 @@ class _Pass:
 
 
 class NetworkObserver:
-    """Observes the forward passes of a network, of which the last one can be propagated back.
+    """Observer of the forward passes of a network; directions can be propagated back through the last observed pass.
 
-    It is attached when it is made and takes its hooks off again with `close` or at the end of a ``with`` block. `enabled`
-    switches it off and on between passes; passes without gradients are not observed.
+    The observer is attached when it is constructed, and removes its hooks with `close` or at the end of a ``with`` block.
+    `enabled` switches it off and on between passes; passes without gradients are not observed.
 
     Args:
         model: The network. Its parameters and flags stay as they are.
         layers: The layers to observe, from `find_layers`.
         layout: Where the examples are in inputs and calls, from `find_layout`. Needed only for networks whose shapes
-            do not tell; an error says so.
+            are ambiguous; an error says so.
         differentiable: Whether inputs and gradients carry graphs to the network's inputs.
-        module_of: Gives, for each module of ``model``, the one that runs in its place, where a copy of the network is run.
+        module_of: Function that maps each module of ``model`` to the one that runs in its place, if a copy of the network
+            is run.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class NetworkObserver:
         module_of: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.layers = list(layers)
-        """The layers that are observed."""
+        """The observed layers."""
         self.layout = Layout() if layout is None else layout
         """Where the examples are in inputs and calls."""
         self.enabled = True
@@ -115,7 +116,7 @@ class NetworkObserver:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks off and forget the last pass; graphs of observed passes stay intact."""
+        """Remove the hooks and forget the last pass; graphs of observed passes stay intact."""
         while self._undo:
             self._undo.pop()()
         self.enabled = False
@@ -126,12 +127,12 @@ class NetworkObserver:
         """Forget the last pass."""
         for call in (call for by_layer in self._pass.calls.values() for call in by_layer):
             call.edge = call.maker = (
-                None  # the graph's hooks hold the calls, and nothing finds circles through the graph
+                None  # the graph's hooks hold the calls, and the garbage collector finds no cycles through the graph
             )
         self._pass = _Pass()
         self._pending = {}
 
-    # -- What the last forward pass has shown ----------------------------------------------------------------------
+    # -- Results of the last forward pass --------------------------------------------------------------------------
 
     @property
     def inputs(self) -> Mapping[str, Sequence[ObservedInput]]:
@@ -140,22 +141,22 @@ class NetworkObserver:
 
     @property
     def copies(self) -> Sequence[Tensor]:
-        """Outputs that are the same for all examples and were given to the network as a copy for each, in the last pass."""
+        """The outputs that are the same for all examples and were copied for each example in the last pass."""
         return self._pass.copies
 
     @property
     def differentiated(self) -> Sequence[str]:
-        """Layers through which the network took derivatives inside its forward pass."""
+        """The layers through which the network took derivatives inside its forward pass."""
         return self._pass.differentiated
 
     def doubt(self, n_examples: int) -> Doubt | None:
-        """Find out where the examples are in each call of the last pass.
+        """Determine where the examples are in each call of the last pass.
 
         Args:
             n_examples: Number of examples in the pass.
 
         Returns:
-            None if that is clear, or what is not.
+            The first ambiguity, or None if all places are clear.
 
         Raises:
             UnusableLayersError: If a layer cannot have inputs of the shape that it had, or ran without gradients.
@@ -179,8 +180,8 @@ class NetworkObserver:
 
         Raises:
             RuntimeError: If no pass was observed.
-            UnusableLayersError: If layers did not run, took part in derivatives inside the forward pass, or have inputs in
-                which it is not clear which axis counts the examples.
+            UnusableLayersError: If layers did not run, took part in derivatives inside the forward pass, or have inputs
+                whose example axis is ambiguous.
         """
         if self._pass.places is None:
             if not self._pass.calls:
@@ -198,7 +199,7 @@ class NetworkObserver:
         """Check that every layer ran as a module, and that no derivatives were taken inside the last forward pass.
 
         Raises:
-            UnusableLayersError: Otherwise.
+            UnusableLayersError: If either condition fails.
         """
         if self._pass.differentiated:
             name = self._pass.differentiated[0]
@@ -206,7 +207,7 @@ class NetworkObserver:
             raise UnusableLayersError(
                 f"the network takes derivatives inside its forward pass, through layer {name!r}: its outputs then "
                 "depend on the weights in ways that the layers' inputs and outputs do not show. Fit a network that returns "
-                "what is differentiated, and differentiate its predictions, predict(x, differentiable=True).",
+                "the quantity that is differentiated, and differentiate its predictions: predict(x, differentiable=True).",
                 {name: reason},
             )
         missing = [layer.name for layer in self.layers if not self._pass.calls.get(layer.name)]
@@ -218,7 +219,7 @@ class NetworkObserver:
             )
 
     def output_layer(self, outputs: Tensor) -> Layer | None:
-        """Return the linear layer whose output in the last pass is the network's own, untouched, if there is one."""
+        """Return the linear layer whose unmodified output is the network's in the last pass, or None if there is none."""
         for layer in self.layers:
             calls = self._pass.calls.get(layer.name, ())
             if len(calls) != 1 or not can_be_last(layer) or layer.shares_weights_over_space:
@@ -231,7 +232,7 @@ class NetworkObserver:
         return None
 
     def last_layer(self, outputs: Tensor) -> Layer | None:
-        """Return the layer whose output in the last pass is the network's, as it is or rearranged, if it is one of these."""
+        """Return the observed layer whose output, possibly rearranged, is the network's in the last pass, or None."""
         maker = maker_of(outputs, also=(LOG_SOFTMAX,))
         for layer in self.layers:
             if can_be_last(layer) and any(call.maker is maker for call in self._pass.calls.get(layer.name, ())):
@@ -241,23 +242,24 @@ class NetworkObserver:
     # -- Backward passes -------------------------------------------------------------------------------------------
 
     def backward(self, outputs: Tensor, direction: Tensor, receive: Receiver, *, retain_graph: bool) -> None:
-        """Propagate one direction ``d`` back through the last pass; every layer's gradients go to the receiver.
+        """Propagate one direction ``d`` back through the last pass, and pass every layer's gradients to the receiver.
 
         `layer_batches` or `doubt` must have been called since the pass.
 
         Args:
             outputs: The outputs of the last forward pass.
-            direction: ``d``, with as many numbers as ``outputs``.
-            receive: Takes the gradients, layer by layer.
-            retain_graph: Whether the graph will be needed once more.
+            direction: The direction ``d``, with as many numbers as ``outputs``.
+            receive: Function that takes the gradients, layer by layer.
+            retain_graph: Whether the graph will be needed again.
 
         Raises:
-            UnusableLayersError: If the outputs do not depend on a layer. All others have been received.
+            UnusableLayersError: If the outputs do not depend on a layer. The gradients of all other layers have then been
+                received.
         """
         calls = [call for by_layer in self._pass.calls.values() for call in by_layer]
         edges = [(call.edge, call.is_source) for call in calls if call.edge is not None]
-        # The graph starts at the sources. Asking for the gradients of calls that have no other layer before them visits
-        # all, and the engine skips everything else, above all the gradients of the weights.
+        # Asking for the gradients of calls that have no other layer before them visits all calls, and the engine skips
+        # everything else, above all the gradients of the weights.
         sources = [] if self._pass.all_edges else [edge for edge, is_source in edges if is_source]
         sources = sources or [edge for edge, _ in edges]
         self._pending = {name: {} for name, by_layer in self._pass.calls.items() if len(by_layer) > 1}
@@ -297,7 +299,7 @@ class NetworkObserver:
         return LayerBatch(layer, calls)
 
     def _take(self, call: _ObservedCall, index: int, observed: _Pass, grad: Tensor) -> None:
-        """Take the gradient at the output of a call: the hook on that output."""
+        """Take the gradient at the output of a call, as the hook on that output."""
         layer = call.layer
         if self._receive is None or observed is not self._pass:  # somebody else's backward pass
             if self._depth and observed is self._pass and layer.name not in observed.differentiated:
@@ -318,16 +320,16 @@ class NetworkObserver:
         begin = self._model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True, prepend=True)
         end = self._model.register_forward_hook(Hook(self, "_end"), always_call=True)
         self._undo += [begin.remove, end.remove]
-        slots: dict[nn.Module, dict[int, Layer]] = {}
+        layers_of: dict[nn.Module, dict[int, Layer]] = {}
         for layer in self.layers:
             for owner in layer.modules:
-                slots.setdefault(owner, {})[layer.block_index] = layer
+                layers_of.setdefault(owner, {})[layer.block_index] = layer
         for original in model.modules():
             module: Any = module_of(original)
             forward = written_out(original)
-            mine = slots.get(original, {})
+            mine = layers_of.get(original, {})
             if forward is not None:
-                # Also where only a child is wanted: attention calls its output projection as a function.
+                # Needed even if only a child is observed: attention calls its output projection as a function.
                 inside = set(original.modules())
                 names = [layer.name for layer in self.layers if inside.intersection(layer.modules)]
                 if names:
@@ -338,7 +340,7 @@ class NetworkObserver:
                 self._undo.append(handle.remove)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note that a forward pass of the network begins."""
+        """Record that a forward pass of the network begins."""
         if not self.observes():
             return
         self._depth += 1
@@ -349,7 +351,7 @@ class NetworkObserver:
         self._pass.storages = frozenset(t.untyped_storage().data_ptr() for t in tensors)
         axis = self.layout.input_axis
         self._pass.n_inputs = tensors[0].shape[axis] if tensors and tensors[0].ndim > axis else None
-        # With inputs that carry a gradient no layer is the first, nor is one behind parameters that are not observed.
+        # No layer is the first if the inputs carry a gradient, nor if it comes after parameters that are not observed.
         observed = {
             id(p) for layer in self.layers for p in (*layer.parameters.values(), *layer.merged_parameters.values())
         }
@@ -357,21 +359,21 @@ class NetworkObserver:
         self._pass.all_edges = trainable > len(observed) or any(t.requires_grad for t in tensors)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note that a forward pass of the network has ended, with or without an error."""
+        """Record that a forward pass of the network has ended, with or without an error."""
         self._depth = max(0, self._depth - 1)
 
     def observes(self) -> bool:
-        """Tell whether a call that happens now is observed."""
+        """Return whether a call made now would be observed."""
         return self.enabled and (self._depth > 0 or torch.is_grad_enabled())
 
     def report_for(self, layers: Mapping[int, Layer]) -> Report:
-        """Make what a module that runs written out reports to."""
+        """Return the callback to which a module that runs written out reports."""
         return _BlockReport(self, layers)
 
     def _observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Note the call of a module; may have to give another output."""
+        """Record the call of a module; return the output to use instead, or None to keep it."""
         if not self.observes():
             return None
         x = args[0] if args else next(iter(kwargs.values()))  # other types call it hidden_states, for example
@@ -386,10 +388,10 @@ class NetworkObserver:
     def _note(
         self, layer: Layer, x: Tensor, output: Tensor, *, copied: bool = False, written_out: bool = False
     ) -> Tensor:
-        """Keep the input of a call, and be told of the gradient at its output.
+        """Record the input of a call, and register for the gradient at its output.
 
         Returns:
-            The output that the network must go on with.
+            The output with which the network must continue.
         """
         calls = self._pass.calls.setdefault(layer.name, [])
         call = _ObservedCall(
@@ -408,9 +410,9 @@ class NetworkObserver:
             return output
         call.output, call.output_version = weakref.ref(output), output._version
         hooked = output
-        if output._is_view() and 0 not in output.stride():  # what was expanded cannot be changed in place
-            # If a view is changed in place, autograd rewrites the history that it has, and a hook on it is never called
-            # again; one on its base is, if the base has the same numbers in the same order. Else the view is given up.
+        if output._is_view() and 0 not in output.stride():  # expanded tensors cannot be changed in place
+            # If a view is changed in place, autograd rewrites its history, and a hook on it is never called again. A hook
+            # on its base is, provided that the base has the same numbers in the same order; otherwise, clone the view.
             base = output._base
             if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
                 hooked = base
@@ -428,7 +430,7 @@ class NetworkObserver:
 
 
 class _BlockReport:
-    """What a module that runs written out reports to."""
+    """Callback to which a module that runs written out reports."""
 
     def __init__(self, observer: NetworkObserver, layers: Mapping[int, Layer]) -> None:
         self._observer = observer

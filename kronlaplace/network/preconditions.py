@@ -1,4 +1,4 @@
-"""What a network must be like before it has a Fisher: finite parameters on one device, and outputs that are a function."""
+"""Requirements on a network: finite parameters on one device, and deterministic outputs for each example on its own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that has no Fisher as it stands: see `check_mode`, and its parameters must be finite.
+    """Check that a model can have a Fisher as it is: that its parameters are finite, and that it passes `check_mode`.
 
     Raises:
         TypeError: If it is not a module.
-        ValueError: Otherwise, with what to do; or if its parameters are not on one device.
+        ValueError: If a check fails, saying what to do; or if its parameters are not on one device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -28,29 +28,29 @@ def check_model(model: nn.Module) -> None:
     inference = [name for name, p in model.named_parameters() if p.is_inference()]
     if inference:
         raise ValueError(
-            f"these parameters were made under torch.inference_mode() and cannot be differentiated: {inference}. Make and "
-            "load the model outside of it (copy.deepcopy(model) there will do)."
+            f"these parameters were created under torch.inference_mode() and cannot be differentiated: {inference}. Create "
+            "and load the model outside it (copy.deepcopy(model) outside it also works)."
         )
     check_mode(model)
     finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
     if not finite.all():
         bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         raise ValueError(
-            f"these parameters have NaN or infinite values: {bad}. The training diverged, or a file is bad."
+            f"these parameters have NaN or infinite values: {bad}. Training diverged, or a file is corrupted."
         )
 
 
 def check_mode(model: nn.Module) -> None:
-    """Refuse a model whose outputs are random or depend on the rest of the batch; looks at no tensor.
+    """Refuse a model whose outputs are random or depend on the rest of the batch, without looking at any tensor.
 
     Raises:
-        ValueError: Naming the module, with what to do.
+        ValueError: If the model is not ready, naming the module and what to do.
     """
     for name, module in model.named_modules():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{where} normalises with the statistics of the batch, so one example's output depends on the others and "
+                f"{where} normalizes with the statistics of the batch, so one example's output depends on the others and "
                 "there is no per-example Fisher. Call model.eval() first"
                 + (" and give the module running statistics." if module.running_mean is None else ".")
             )

@@ -93,23 +93,27 @@ MISTAKES = {
     "a pattern for nothing": (
         {"layers": "decoder.*"},
         ValueError,
-        r"layers: no module with trainable parameters of its own matches 'decoder\.\*'; there are \['encoder",
+        r"layers: no module with trainable parameters of its own matches 'decoder\.\*'; available names are \['encoder",
     ),
     "case": ({"layers": "ENCODER.*"}, ValueError, "matches 'ENCODER"),
     "nothing to exclude": ({"exclude": ["*.key"]}, ValueError, r"exclude: no module .* matches '\*\.key'"),
-    "unknown": ({"exclude": "tail"}, ValueError, r"exclude: the model has no module 'tail'; with trainable"),
+    "unknown": (
+        {"exclude": "tail"},
+        ValueError,
+        r"exclude: the model has no module 'tail'; the modules with trainable",
+    ),
     "a container": (
         {"layers": "encoder.0"},
         ValueError,
         r"layers: module 'encoder\.0' \(ModuleDict\) has no trainable parameters of its own; use 'encoder\.0\.\*' for all "
-        r"modules inside, or some of \['encoder\.0\.query'",
+        r"modules inside it, or some of \['encoder\.0\.query'",
     ),
-    "twice": ({"exclude": ["head", "head"]}, ValueError, "exclude: a name stands there twice"),
+    "twice": ({"exclude": ["head", "head"]}, ValueError, "exclude contains duplicates"),
     "all": ({"exclude": "*"}, ValueError, r"exclude=.*leaves no layer"),
     "all of those": ({"layers": ["head"], "exclude": ["head"]}, ValueError, r"exclude=.*leaves no layer"),
-    "no strings": ({"layers": [3]}, TypeError, "layers must be names of modules, or patterns .*; got 3"),
-    "no list": ({"exclude": 3}, TypeError, "exclude must be names of modules, or patterns .*; got 3"),
-    "a module": ({"layers": [nn.Linear(1, 1)]}, TypeError, "layers must be names of modules.*; got Linear"),
+    "no strings": ({"layers": [3]}, TypeError, "layers must be a module name or a pattern .*; got 3"),
+    "no list": ({"exclude": 3}, TypeError, "exclude must be a module name or a pattern .*; got 3"),
+    "a module": ({"layers": [nn.Linear(1, 1)]}, TypeError, "layers must be a module name.*; got Linear"),
 }
 
 

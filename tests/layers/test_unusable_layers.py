@@ -83,7 +83,7 @@ CASES = {
     "expert": (
         expert,
         nn.Linear,
-        "it sees no fixed number of rows for each example, as an expert that sees a part of the batch",
+        "it does not see a fixed number of rows per example, like an expert that sees only part of the batch",
     ),
     "packed": (packed, lambda *_: nn.LSTM(2, 4, batch_first=True), "packed sequences are not supported"),
 }
@@ -126,7 +126,7 @@ def test_they_stay_fixed_on_request(name, estimator):
 def test_else_they_are_refused_with_the_ways_out(name, fit):
     model, _ = network(name)
     with pytest.raises(
-        NotImplementedError, match=r"odd.*leave them out with exclude=\['odd.*freeze.*unsupported=\"fixed\""
+        NotImplementedError, match=r"odd.*leave these layers out with exclude=\['odd.*freeze.*unsupported=\"fixed\""
     ):
         if fit == "KronLaplace":
             kl.KronLaplace(model, "classification").fit(BATCHES)

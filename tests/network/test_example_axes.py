@@ -100,7 +100,7 @@ def test_positions_folded_the_other_way_round_are_refused(n):
     made = case(Folded("time-major"), torch.randn(n, 3, 2), 2)
     message = (
         rf"layer 'token' \(Linear\) got an input of shape \({3 * n}, 2\) in a batch of {n} examples; it must be "
-        r"\(examples, \.\.\., 2\), so that gradients belong to examples. Keep the examples on the first axis"
+        r"\(examples, \.\.\., 2\), so that each gradient belongs to one example. Keep the examples on the first axis"
     )
     with pytest.raises(NotImplementedError, match=message):
         fisher_of(made.model, [(made.inputs, made.targets)])

@@ -157,7 +157,7 @@ def test_a_model_made_in_inference_mode():
         model = network()
     for make in (lambda: kl.KronLaplace(model, "classification"), lambda: ways(model)["fisher"](X)):
         with pytest.raises(
-            ValueError, match=r"were made under torch.inference_mode\(\) .*: \['0.weight', .*deepcopy\(model"
+            ValueError, match=r"were created under torch.inference_mode\(\) .*: \['0.weight', .*deepcopy\(model"
         ):
             make()
     kl.KronLaplace(copy.deepcopy(model), "classification").fit([(X, Y)])  # the way out

@@ -23,10 +23,13 @@ class MyLinear(nn.Linear):
 
 
 UNSUPPORTED = {
-    "a module of the user's": (Gate(), r"1 \(Gate\): this layer type is not supported; its parameters: gate"),
+    "a module of the user's": (
+        Gate(),
+        r"1 \(Gate\): this layer type is not supported; its trainable parameters are gate",
+    ),
     "a transposed convolution": (
         nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1), nn.Flatten()),
-        r"1\.1 \(ConvTranspose1d\): this layer type is not supported; its parameters: bias, weight",
+        r"1\.1 \(ConvTranspose1d\): this layer type is not supported; its trainable parameters are bias, weight",
     ),
     "an overridden forward": (MyLinear(4, 4), r"1 \(MyLinear\): it overrides Linear.forward"),
     "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "1.parametrizations.weight"),
@@ -78,11 +81,11 @@ def test_nothing_trainable():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["4"], r"no module '4'; with trainable parameters are \['0', '2'\]"),
+        (["4"], r"no module '4'; the modules with trainable parameters are \['0', '2'\]"),
         (["1"], r"module '1' \(ReLU\) has no trainable parameters"),
-        (["0", "0"], "a name stands there twice"),
-        ("4", r"no module '4'; with trainable parameters are \['0', '2'\]"),
-        ("[1]*", r"no module with trainable parameters of its own matches '\[1\]\*'; there are \['0', '2'\]"),
+        (["0", "0"], r"layers contains duplicates: \['0', '0'\]"),
+        ("4", r"no module '4'; the modules with trainable parameters are \['0', '2'\]"),
+        ("[1]*", r"no module with trainable parameters of its own matches '\[1\]\*'; available names are \['0', '2'\]"),
         ([], r"layers is empty; name at least one of \['0', '2'\]"),
     ],
 )
@@ -95,7 +98,7 @@ def test_bad_layer_names(layers, message):
 def test_batch_norm_with_batch_statistics_is_refused(norm):
     model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 3))
     with pytest.raises(
-        ValueError, match=r"module '1' \(BatchNorm1d\) normalises with the statistics of the batch.*eval\(\)"
+        ValueError, match=r"module '1' \(BatchNorm1d\) normalizes with the statistics of the batch.*eval\(\)"
     ):
         kl.estimate_fisher(model, [X], "classification", layers=["0"])
 
