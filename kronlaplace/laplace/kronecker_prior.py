@@ -26,10 +26,10 @@ __all__ = ["KroneckerPrior"]
 class KroneckerPrior(Prior):
     """A prior whose precision is a multiple of a Fisher plus a multiple of the identity, ``D = μ (s F₁ + δ I)``.
 
-    With ``s`` the number of examples it is the Laplace posterior of the data that the Fisher is of; `KronLaplace.as_prior`
-    makes it. The posterior precision of a layer, ``c F + μ (s F₁ + δ I)``, is exact for diagonal blocks, for Kronecker
-    products with ``δ = 0``, and for all layers of up to 2,048 weights. For larger Kronecker products with ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see
-    `kronlaplace.damping.kronecker_sum`).
+    If ``s`` is the number of examples, the prior is the Laplace posterior given the data of that Fisher; build it with
+    `KronLaplace.as_prior`. The posterior precision of a layer, ``c F + μ (s F₁ + δ I)``, is exact for diagonal blocks, for
+    Kronecker products with ``δ = 0``, and for every layer of up to 2,048 weights. For larger Kronecker products with
+    ``δ > 0``, whose sum has three terms, it is approximated, with a warning (see `kronlaplace.damping.kronecker_sum`).
 
     Tuning finds ``μ``, one for all layers or one for each.
 
