@@ -91,11 +91,11 @@ class Scaled(nn.Module):
             lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(24, 3)),
             r"layer '0' \(Conv2d\) cannot be passed to laplace-torch: .* 2 groups of rows.*Freeze it",
         ),
-        (Attention, r"layer 'attention.in_proj' \(MultiheadAttention\) cannot be given.* 3 groups"),
-        (Tokens, r"layer 'table' \(Embedding\) cannot be given.* diagonal, and its weight has more than one axis"),
+        (Attention, r"layer 'attention.in_proj' \(MultiheadAttention\) cannot be passed.* 3 groups"),
+        (Tokens, r"layer 'table' \(Embedding\) cannot be passed.* diagonal, and its weight has more than one axis"),
         (
             lambda: nn.Sequential(nn.LayerNorm([4, 5]), nn.Flatten(), nn.Linear(40, 3)),
-            r"layer '0' \(LayerNorm\) cannot be given.* more than one axis",
+            r"layer '0' \(LayerNorm\) cannot be passed.* more than one axis",
         ),
         (
             Scaled,
@@ -149,7 +149,7 @@ def test_options_per_batch():
         backend=KroneckerBackend,
         asdl_fisher_kwargs={"mc_samples": 3},
     )
-    with pytest.raises(TypeError, match=r"no options per batch, but got \['mc_samples'\].*backend_kwargs"):
+    with pytest.raises(TypeError, match=r"does not accept options per batch, but got \['mc_samples'\].*backend_kwargs"):
         la.fit(data)
 
 
