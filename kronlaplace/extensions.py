@@ -1,4 +1,4 @@
-"""BackPACK extensions: the blocks of this package for users of ``with backpack(...)``.
+"""BackPACK extensions, which provide the blocks of this package in ``with backpack(...)``.
 
     >>> from backpack import backpack, extend
     >>> from kronlaplace.extensions import TKFAC
@@ -7,15 +7,15 @@
     ...     loss(model(x), y).backward()
     >>> model[0].tkfac  # the block of this layer on this batch, a KroneckerBlock
 
-They are second-order extensions like BackPACK's own `KFAC` and `KFLR`: what is propagated back is a square root of the
-Fisher information of the network's outputs, exact or from drawn labels, and not the gradient of the loss. The loss tells the
-likelihood: `torch.nn.CrossEntropyLoss` is `Categorical`, `torch.nn.BCEWithLogitsLoss` is `Bernoulli`, `torch.nn.MSELoss` is
-`Euclidean` (the metric of ``½ ‖f − y‖²``). A block is the mean over the examples of the batch, whatever the ``reduction`` of
-the loss, and equals that of `estimate_fisher` on the same batch.
+They are second-order extensions like BackPACK's own `KFAC` and `KFLR`: instead of the gradient of the loss, they propagate
+back a square root of the Fisher information of the network's outputs, either exact or from drawn labels. The loss
+determines the likelihood: `torch.nn.CrossEntropyLoss` is `Categorical`, `torch.nn.BCEWithLogitsLoss` is `Bernoulli`,
+`torch.nn.MSELoss` is `Euclidean` (the metric of ``½ ‖f − y‖²``). A block is the mean over the examples of the batch,
+whatever the ``reduction`` of the loss, and equals that of `estimate_fisher` on the same batch.
 
-Networks are those that BackPACK's `SqrtGGNExact` can propagate through; `estimate_fisher` and `accumulate_batch` have no
-such limits. Linear layers and convolutions have blocks of the weight and the bias together, batch norms (in evaluation
-mode) and embeddings diagonal ones. Blocks are on the modules, and on their weights, as BackPACK has it.
+The network must be one that BackPACK's `SqrtGGNExact` can propagate through; `estimate_fisher` and `accumulate_batch` have
+no such restriction. Linear layers and convolutions have joint blocks of weight and bias, batch norms (in evaluation mode)
+and embeddings have diagonal blocks. Following BackPACK, blocks are saved on the modules and on their weights.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ __all__ = ["EKFAC", "KFAC", "KFOC", "SUA", "TKFAC", "BlockExtension", "Diagonal"
 
 
 class BlockExtension(SqrtGGN):  # type: ignore[misc]  # BackPACK is not typed
-    """Saves the block that an estimator makes of one batch, on every module that has one.
+    """BackPACK extension that saves an estimator's block of one batch on every module that has one.
 
     Args:
-        estimator: Any estimator, also one of your own, or a shorthand. One that makes several passes over the data makes
-            them over the batch.
-        sampling: ``"mc"`` (labels drawn from the model's own predictive distribution, as BackPACK's `KFAC` does) or
-            ``"exact"`` (as its `KFLR`; one propagated vector for each output).
-        mc_samples: Label draws per example, with ``"mc"`` only.
-        seed: Seed of the draws; backward pass ``i`` of this object draws from a generator made from ``(seed, i)``. None
+        estimator: Any estimator, including one of your own, or a shorthand. If it needs several passes over the data, they
+            are made over the batch.
+        sampling: ``"mc"`` (labels drawn from the model's own predictive distribution, like BackPACK's `KFAC`) or
+            ``"exact"`` (like BackPACK's `KFLR`; one propagated vector per output).
+        mc_samples: Number of label draws per example, for ``"mc"`` only.
+        seed: Seed of the draws; backward pass ``i`` of this object draws from a generator seeded with ``(seed, i)``. None
             draws from torch's global generator, as BackPACK does.
-        savefield: The attribute of the module that holds its block; None is the estimator's name.
+        savefield: Attribute of the module that holds its block; None uses the estimator's name.
 
     Raises:
-        ValueError: For options that `estimate_fisher` refuses too, or ``sampling="empirical"``.
-        TypeError: For options of another type.
+        ValueError: For options that `estimate_fisher` also rejects, or ``sampling="empirical"``.
+        TypeError: For options of the wrong type.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class BlockExtension(SqrtGGN):  # type: ignore[misc]  # BackPACK is not typed
         self._sampling = DirectionSampling(sampling, mc_samples, 0 if seed is None else seed)  # type: ignore[arg-type]
         if self._sampling.kind is Sampling.EMPIRICAL:
             raise ValueError(
-                'sampling must be "mc" or "exact" here; for products of the gradients of the data\'s own labels use '
+                'sampling must be "mc" or "exact" here; for products of gradients at the labels in the data use '
                 'estimate_fisher(..., sampling="empirical").'
             )
         self._seeded = seed is not None
@@ -117,8 +117,8 @@ class BlockExtension(SqrtGGN):  # type: ignore[misc]  # BackPACK is not typed
 
         Args:
             module: The module.
-            x: Its input, examples first.
-            gradients: What was propagated back to its output, shape ``(V, N, ...)``.
+            x: Input of the module, with the examples on the first axis.
+            gradients: Vectors that were propagated back to its output, shape ``(V, N, ...)``.
         """
         (layer,) = find_layers(module)
         layer.name = type(module).__name__
@@ -135,7 +135,7 @@ class BlockExtension(SqrtGGN):  # type: ignore[misc]  # BackPACK is not typed
 
 
 class _Blocks(MatToJacMat):  # type: ignore[misc]  # BackPACK is not typed
-    """BackPACK's rule for a type of layer: save its block, and propagate what arrives to its input."""
+    """BackPACK rule for a type of layer: save its block, and propagate the incoming vectors to its input."""
 
     def __init__(self, derivatives: Any) -> None:
         super().__init__(derivatives, params=["weight"])
@@ -148,7 +148,7 @@ class _Blocks(MatToJacMat):  # type: ignore[misc]  # BackPACK is not typed
 
 
 class _NoBlock(MatToJacMat):  # type: ignore[misc]  # BackPACK is not typed
-    """BackPACK's rule for layers that have no block."""
+    """BackPACK rule for layers that have no block."""
 
     def __init__(self, derivatives: Any) -> None:
         super().__init__(derivatives, params=["weight", "bias"])
@@ -162,7 +162,7 @@ class _NoBlock(MatToJacMat):  # type: ignore[misc]  # BackPACK is not typed
 
 
 class _Loss(ModuleExtension):  # type: ignore[misc]  # BackPACK is not typed
-    """BackPACK's rule for a loss: propagate a square root of the Fisher information of the network's outputs."""
+    """BackPACK rule for a loss: propagate a square root of the Fisher information of the network's outputs."""
 
     def backpropagate(self, extension: BlockExtension, module: Any, g_inp: Any, g_out: Any, arrived: None) -> Tensor:
         outputs, targets = module.input0.detach(), module.input1
@@ -173,18 +173,18 @@ class _Loss(ModuleExtension):  # type: ignore[misc]  # BackPACK is not typed
 
 
 def likelihood_of(loss: nn.Module, outputs: Tensor) -> Likelihood:
-    """Return the likelihood whose negative logarithm a loss is, up to scale.
+    """Return the likelihood whose negative logarithm is the loss, up to scale.
 
     Raises:
-        NotImplementedError: If the loss weighs or smooths labels.
+        NotImplementedError: If the loss weights or smooths labels.
     """
     unequal = [name for name in ("weight", "pos_weight") if getattr(loss, name, None) is not None]
     if getattr(loss, "label_smoothing", 0) > 0:
         unequal.append("label_smoothing")
     if unequal:
         raise NotImplementedError(
-            f"{type(loss).__name__} with {unequal[0]} is not the negative log-likelihood of a model, so that it has no "
-            "Fisher; leave that option out."
+            f"{type(loss).__name__} with {unequal[0]} is not the negative log-likelihood of a model, so it has no Fisher; "
+            "leave that option out."
         )
     if isinstance(loss, nn.CrossEntropyLoss):
         return Categorical(loss.ignore_index, 1 if outputs.ndim > 2 else None)
@@ -192,7 +192,7 @@ def likelihood_of(loss: nn.Module, outputs: Tensor) -> Likelihood:
 
 
 def _extensions() -> dict[type[nn.Module], ModuleExtension]:
-    """Which rule takes the place of `SqrtGGN`'s, by type of module."""
+    """Return the rules that replace those of `SqrtGGN`, by type of module."""
     return {
         nn.CrossEntropyLoss: _Loss(),
         nn.BCEWithLogitsLoss: _Loss(),
@@ -212,7 +212,7 @@ def _extensions() -> dict[type[nn.Module], ModuleExtension]:
 
 
 class _Named(BlockExtension):
-    """An extension for one of the package's estimators, which takes the estimator's settings as they are."""
+    """Extension for one of the package's estimators, which takes the estimator's own settings."""
 
     _kind: ClassVar[type[Estimator]]
 

@@ -158,7 +158,7 @@ def test_posterior_file_of_another_architecture(tmp_path):
         kl.KronLaplace.load(path, wider)
     with pytest.raises(ValueError, match="it has a layer '2', the model has not; the model's layers are"):
         kl.KronLaplace.load(path, nn.Sequential(nn.Linear(4, 6)).double())
-    with pytest.raises(ValueError, match=r"layer '0' has .* \(6, 5\) matrix there, .* \(3, 19\) in the model"):
+    with pytest.raises(ValueError, match=r"block for layer '0' .* \(6, 5\) matrix, .* as \(3, 19\)"):
         kl.KronLaplace.load(path, cnn().model)
     with torch.no_grad():
         case.model[2].weight[0, 0] += 1

@@ -1,6 +1,6 @@
-"""Our estimators inside other libraries.
+"""Integration of the estimators into other libraries.
 
-Nothing is imported before it is asked for, and no other part of the package imports this one.
+Everything is imported lazily, and no other part of the package imports this one.
 """
 
 from __future__ import annotations

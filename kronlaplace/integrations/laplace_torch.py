@@ -1,18 +1,19 @@
-"""Our Kronecker estimators as a curvature backend of laplace-torch 0.3.
+"""Curvature backend for laplace-torch 0.3 with the Kronecker estimators of this package.
 
     la = Laplace(
         model, "classification", subset_of_weights="all", hessian_structure="kron",
         backend=KroneckerBackend, backend_kwargs={"estimator": "tkfac"},
     )
 
-laplace-torch asks its backend for one Kronecker product per parameter and batch, and adds the products up factor by factor.
-That is K-FAC's rule, but not that of estimators whose factors are no sums over batches (TKFAC's unit traces, K-FOC's running
-sum). So one pass of ours goes on over all batches of a fit, and each batch is answered with the difference that it made to
-the factors of everything seen so far: the sum is what one pass over all of the data gives, whatever the estimator.
+laplace-torch requests one Kronecker product per parameter and batch from its backend, and adds the products up factor by
+factor. This suits K-FAC, but not estimators whose factors are not sums over batches (TKFAC's unit traces, K-FOC's running
+sum). Therefore a single pass of this package continues over all batches of a fit, and for each batch the backend returns
+the change in the factors of everything seen so far: the sum is the result of one pass over all of the data, whatever the
+estimator.
 
-| there | here |
+| laplace-torch | kronlaplace |
 | --- | --- |
-| sum over the data | mean over examples: times ``N``, in the first of the two factors, the gradient's |
+| sum over the data | mean over examples: multiplied by ``N``, in the first of the two factors, the gradient's |
 | weight and bias separate | joint, ``scale · G ⊗ A``: each takes its columns of ``A``, the cross terms are dropped |
 | regression: unit noise; ``sigma_noise`` enters later | ``Gaussian(1.0)`` |
 """
@@ -45,7 +46,7 @@ try:
     from laplace.utils import Kron
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "laplace":
-        raise  # laplace-torch is there, and misses something of its own
+        raise  # laplace-torch is installed but lacks one of its own dependencies
     raise ImportError(
         "kronlaplace.integrations.laplace_torch needs laplace-torch: pip install 'laplace-torch==0.3'."
     ) from error
@@ -54,29 +55,30 @@ __all__ = ["KroneckerBackend"]
 
 
 class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may be absent
-    """A backend for ``Laplace(..., hessian_structure="kron")``, over all weights or the last layer.
+    """Backend for ``Laplace(..., hessian_structure="kron")``, over all weights or the last layer.
 
-    Every example of the data set must come once in a fit (no ``drop_last``, no sampler that takes a part): a pass is over
-    when as many examples came as the data set has, and the next batch begins another. Every batch finishes a copy of what
-    was accumulated so far, which for `KFOC` costs an eigendecomposition.
+    Every example of the data set must occur exactly once in a fit (no ``drop_last``, no subsampling): a pass is over when
+    as many examples have been seen as the data set has, and the next batch begins a new one. Every batch finishes a copy
+    of the accumulated state, which for `KFOC` costs an eigendecomposition.
 
-    Scale and shift of normalisation layers have diagonal blocks. Jacobians, ``full`` and ``diag`` are laplace-torch's own.
+    The scale and shift of normalization layers have diagonal blocks. Jacobians, ``full`` and ``diag`` are those of
+    laplace-torch.
 
     Args:
-        model: Given by laplace-torch, like all up to ``dict_key_y``.
+        model: The network. This and all arguments up to ``dict_key_y`` are passed by laplace-torch.
         likelihood: ``"classification"`` or ``"regression"``.
-        last_layer: Whether ``model`` is a ``FeatureExtractor`` of which only the last layer counts.
-        subnetwork_indices: For ``full`` and ``diag``.
-        dict_key_x: Where the inputs are in a batch that is a dict.
-        dict_key_y: Where the targets are.
-        estimator: How blocks are made, with one pass over the data: `KFAC`, `SUA`, `TKFAC`, `KFOC` with one sweep,
-            ``"running"``, ``"approx"`` or ``"full"``, or a shorthand of these.
-        sampling: As in `estimate_fisher`, with ``"exact"`` as the default.
-        mc_samples: Label draws per example in ``"mc"``.
-        seed: Seed of the draws. Batch ``i`` of a pass draws from a generator made from ``(seed, i)``.
+        last_layer: Whether ``model`` is a ``FeatureExtractor`` and only its last layer counts.
+        subnetwork_indices: Indices for ``full`` and ``diag``.
+        dict_key_x: Key of the inputs in a batch that is a dict.
+        dict_key_y: Key of the targets in a batch that is a dict.
+        estimator: Estimator of the blocks that makes one pass over the data: `KFAC`, `SUA`, `TKFAC`, `KFOC` with one
+            sweep, ``"running"``, ``"approx"`` or ``"full"``, or a shorthand for one of these.
+        sampling: Rule that picks the directions, as in `estimate_fisher`, but with ``"exact"`` as the default.
+        mc_samples: Number of label draws per example, in ``"mc"``.
+        seed: Seed of the draws. Batch ``i`` of a pass draws from a generator seeded with ``(seed, i)``.
 
     Raises:
-        ValueError: For estimators that need several passes or make no Kronecker factors, and unknown options.
+        ValueError: For estimators that need several passes or make no Kronecker factors, and for unknown options.
         TypeError: For options of the wrong type.
     """
 
@@ -106,29 +108,30 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
         self._pass: _Pass | None = None
 
     def kron(self, x: Tensor | MutableMapping[str, Any], y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """What one batch adds to the Kronecker factors of everything seen in this fit.
+        """Return what one batch adds to the Kronecker factors of everything seen in this fit.
 
         Args:
             x: Inputs of the batch.
-            y: Their targets.
+            y: Targets of the batch.
             N: Number of examples in the data set.
-            **kwargs: None; laplace-torch hands its ``asdl_fisher_kwargs`` on.
+            **kwargs: Must be empty; laplace-torch passes its ``asdl_fisher_kwargs`` here.
 
         Returns:
-            The loss of the batch, a sum over examples, and the difference of the factors, for each trainable parameter:
+            The loss of the batch, a sum over examples, and the change in the factors for each trainable parameter:
             ``[N · scale · G, A]`` for weights, one dense matrix for parameters with one axis.
 
         Raises:
-            ValueError: If more than ``N`` examples came; and as `estimate_fisher`.
-            NotImplementedError: For layers that have no Kronecker product per parameter, by name.
+            ValueError: If there are more than ``N`` examples; and as `estimate_fisher`.
+            NotImplementedError: For layers without a Kronecker product per parameter; the message names them.
             TypeError: For options in ``kwargs``, and as `estimate_fisher`.
         """
         if kwargs:
             raise TypeError(
-                f"KroneckerBackend takes no options per batch, but got {sorted(kwargs)}. Leave asdl_fisher_kwargs out; "
-                'its own options go into backend_kwargs={"estimator": ..., "sampling": ..., "mc_samples": ..., "seed": ...}.'
+                f"KroneckerBackend does not accept options per batch, but got {sorted(kwargs)}. Leave asdl_fisher_kwargs "
+                'out; pass the options of the backend as backend_kwargs={"estimator": ..., "sampling": ..., '
+                '"mc_samples": ..., "seed": ...}.'
             )
-        running, self._pass = self._pass, None  # kept only if all goes well
+        running, self._pass = self._pass, None  # restored only on success
         if running is None:
             check_model(self.model)
             accumulation = Accumulation(self._estimator, self._find_layers())
@@ -137,9 +140,10 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
             running = _Pass(accumulation, curvature, self.params)
         if running.n_examples + len(y) > N:
             raise ValueError(
-                f"{running.n_examples} examples came before and now {len(y)} more, but the data set has only {N}. Every "
-                "example must come once in a fit: no sampler that repeats some. If an earlier fit was broken off or saw "
-                "less than its whole data set (drop_last=True), fit once more, or make a new Laplace object."
+                f"{running.n_examples} examples have been seen and this batch has {len(y)} more, but the data set has only "
+                f"{N}. Every example must occur exactly once in a fit: do not use a sampler that repeats examples. If an "
+                "earlier fit was interrupted or did not see its whole data set (drop_last=True), fit once more, or create a "
+                "new Laplace object."
             )
         with preserved_random_state(device_of(self.model)):
             running.add(x, y)
@@ -162,20 +166,20 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
             return find_layers(self.model, names)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"{error}\nOf these laplace-torch offers freezing, before the Laplace object is made; or use "
-                'subset_of_weights="last_layer".'
+                f"{error}\nWith laplace-torch, of these only freezing is possible, before the Laplace object is created; or "
+                'use subset_of_weights="last_layer".'
             ) from None
 
 
 def _check_estimator(estimator: Estimator) -> None:
     if isinstance(estimator, EKFAC) or estimator.for_any_layer:
         raise ValueError(
-            f"{estimator!r} makes no Kronecker factors, and laplace-torch takes nothing else. Use KFAC(), TKFAC() or "
-            'KFOC(aggregation="running") here, or kronlaplace.KronLaplace, which takes every estimator.'
+            f"{estimator!r} does not make Kronecker factors, but laplace-torch accepts nothing else. Use KFAC(), TKFAC() or "
+            'KFOC(aggregation="running") here, or kronlaplace.KronLaplace, which accepts every estimator.'
         )
     if estimator.passes > 1:
         raise ValueError(
-            f"{estimator!r} needs {estimator.passes} passes over the data, and laplace-torch makes one. Use "
+            f"{estimator!r} needs {estimator.passes} passes over the data, but laplace-torch makes only one. Use "
             'KFOC(aggregation="running"), KFOC(sweeps=1), TKFAC() or KFAC() here, or kronlaplace.KronLaplace.'
         )
 
@@ -184,9 +188,9 @@ class _Pass:
     """One pass over the data of a fit.
 
     Args:
-        accumulation: What has been accumulated.
-        curvature: What accumulates it.
-        parameters: The parameters in laplace-torch's order.
+        accumulation: Accumulation of the factors.
+        curvature: Pass that feeds the accumulation.
+        parameters: Parameters of the network, in laplace-torch's order.
 
     Raises:
         NotImplementedError: If a parameter has no Kronecker product.
@@ -215,7 +219,7 @@ class _Pass:
         self._n_batches += 1
 
     def difference(self) -> list[list[Tensor]]:
-        """Return by how much the factors of all parameters changed since the last call."""
+        """Return the change in the factors of all parameters since the last call."""
         blocks = self._accumulation.so_far()
         factors = [part.factors(blocks[part.layer.name], self.n_examples) for part in self._parts]
         before = self._returned or [[torch.zeros_like(f) for f in some] for some in factors]
@@ -229,7 +233,7 @@ class _Part:
     Args:
         layer: The layer.
         name: Name of the parameter in the layer.
-        parameter: The parameter; with ``name`` another one if it acts only through its sum with that one.
+        parameter: The parameter named ``name``, or one that acts only through its sum with that parameter.
     """
 
     def __init__(self, layer: Layer, name: str, parameter: nn.Parameter) -> None:
@@ -241,17 +245,17 @@ class _Part:
             self._columns = layer.split_directions(index)[name].reshape(layer.shape[0], -1)[0].round().long()
 
     def factors(self, block: Block, n_examples: int) -> list[Tensor]:
-        """The parameter's part of the sum over examples: ``[N · scale · G, A]``, or one dense matrix.
+        """Return the parameter's part of the sum over examples: ``[N · scale · G, A]``, or one dense matrix.
 
         Raises:
-            TypeError: If the estimator made a block of another kind.
+            TypeError: If the estimator made a block of a different kind.
         """
         if isinstance(block, DiagonalBlock) and not self.layer.has_kronecker_factors:
             return [torch.diag(n_examples * self.layer.split_directions(block.values)[self.name].flatten())]
         if not isinstance(block, KroneckerBlock):
             raise TypeError(
-                f"the estimator made a {type(block).__name__} for layer {self.layer.name!r}; laplace-torch takes Kronecker "
-                "products only. Use an estimator such as KFAC() or TKFAC()."
+                f"the estimator made a {type(block).__name__} for layer {self.layer.name!r}; laplace-torch only accepts "
+                "Kronecker products. Use an estimator such as KFAC() or TKFAC()."
             )
         gradient = n_examples * block.scale * block.gradient_factor
         activation = block.activation_factor[self._columns.unsqueeze(1), self._columns]
@@ -259,10 +263,10 @@ class _Part:
 
 
 def _parts(layer: Layer) -> list[_Part]:
-    """All parameters of a layer.
+    """Return the parts of all parameters of a layer.
 
     Raises:
-        NotImplementedError: If laplace-torch cannot hold their blocks.
+        NotImplementedError: If laplace-torch cannot represent their blocks.
     """
     reason = None
     if layer.groups > 1:
@@ -271,9 +275,9 @@ def _parts(layer: Layer) -> list[_Part]:
         reason = "its block is diagonal, and its weight has more than one axis"
     if reason is not None:
         raise NotImplementedError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) cannot be given to laplace-torch: {reason}, which is no "
-            "Kronecker product of two matrices. Freeze it with requires_grad_(False) before the Laplace object is made, use "
-            'subset_of_weights="last_layer", or use kronlaplace.KronLaplace.'
+            f"layer {layer.name!r} ({type(layer.module).__name__}) cannot be passed to laplace-torch: {reason}, so it is "
+            "not a Kronecker product of two matrices. Freeze it with requires_grad_(False) before the Laplace object is "
+            'created, use subset_of_weights="last_layer", or use kronlaplace.KronLaplace.'
         )
     last = layer.parameter_names[-1]
     own = [_Part(layer, name, parameter) for name, parameter in layer.parameters.items()]

@@ -1,7 +1,8 @@
-"""Checks of classes of your own, in the spirit of scikit-learn's ``check_estimator``.
+"""Checks for user-defined classes, in the spirit of scikit-learn's ``check_estimator``.
 
-Each takes an instance, runs the laws that the rest of the package relies on, and raises an `AssertionError` that says which
-law failed and with which numbers. They run in seconds, on small problems in float64, and change no global state.
+Each check takes an instance, tests the laws on which the rest of the package relies, and raises an `AssertionError` that
+names the violated law and the numbers involved. The checks run in seconds, on small problems in float64, and do not change
+any global state.
 
     >>> from kronlaplace.testing import check_likelihood
     >>> check_likelihood(kl.Gaussian(noise_std=0.5))

@@ -1,4 +1,4 @@
-"""The laws of a damping."""
+"""Laws of a damping."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ __all__ = ["check_damping"]
 
 
 def check_damping(damping: Damping, blocks: Sequence[Block] | None = None) -> None:
-    """Check a damping on blocks of every kind.
+    """Check that a damping obeys its laws on blocks of every kind.
 
-    The laws: `Damping.eigenvalues` are float64, of the block's shape, finite, positive, and the same at every call; the
-    block is left as it was; with the matrix ``D`` that has these eigenvalues in the block's eigenbasis, ``solve`` of the
-    inverse is ``D⁻¹``, ``sqrt_solve`` its symmetric root, ``diagonal`` its diagonal, and ``logdet`` is that of ``D``;
-    `Damping.invert_all` agrees with `Damping.invert`; a float32 block has solutions in float32.
+    - `Damping.eigenvalues` are float64, of the block's shape, finite, positive, and the same at every call; the block is
+      left unchanged.
+    - With the matrix ``D`` that has these eigenvalues in the block's eigenbasis, the ``solve`` of the inverse applies
+      ``D⁻¹``, ``sqrt_solve`` its symmetric root, ``diagonal`` is its diagonal, and ``logdet`` is that of ``D``.
+    - `Damping.invert_all` agrees with `Damping.invert`.
 
     Args:
         damping: The damping.
-        blocks: The float64 blocks to check it on, not singular if the damping may be zero; None takes a Kronecker block
-            with and without groups, an eigenvalue-corrected, a diagonal and a dense one, of ``4 x 3`` weights.
+        blocks: Float64 blocks to check it on, nonsingular if the damping may be zero; None uses a Kronecker block with and
+            without groups, an eigenvalue-corrected block, a diagonal block and a dense block, of ``4 x 3`` weights.
 
     Raises:
-        AssertionError: Naming the law that does not hold.
+        AssertionError: If a law does not hold; the message names it.
         TypeError: If it is not a damping.
     """
     if not isinstance(damping, Damping):
@@ -55,7 +56,7 @@ def _check(damping: Damping, block: Block) -> None:
         values = damping.eigenvalues(block)
     require(
         isinstance(values, Tensor) and values.shape == block.shape and values.dtype == torch.float64,
-        f"{where}: eigenvalues are a float64 tensor of the block's shape {tuple(block.shape)}",
+        f"{where}: eigenvalues(block) is a float64 tensor of the block's shape {tuple(block.shape)}",
         f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values),
     )
     smallest = values.min().item()
@@ -83,7 +84,7 @@ def _check(damping: Damping, block: Block) -> None:
         inverse.logdet(), torch.linalg.slogdet(damped).logabsdet, f"{where}: logdet is that of the damped block"
     )
     for name, tensor in block.to_tensors().items():
-        require_equal(tensor, before[name], f"{where}: the block's {name} is left as it was", 0.0)
+        require_equal(tensor, before[name], f"{where}: the block's {name} is left unchanged", 0.0)
 
 
 def _blocks() -> list[Block]:

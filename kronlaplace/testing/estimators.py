@@ -1,4 +1,4 @@
-"""The laws of an estimator."""
+"""Laws of an estimator."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ _EXACTLY = DirectionSampling(Sampling.EXACT)
 def check_estimator(
     estimator: Estimator, *, sums: bool = True, keeps_trace: bool = False, tolerance: float = 1e-6
 ) -> None:
-    """Check an estimator on small networks: a perceptron with a norm, and a grouped convolution with tokens behind it.
+    """Check that an estimator obeys its laws on two small networks.
 
-    The laws, with exact sampling:
+    The networks are a perceptron with a normalization layer, and a grouped convolution followed by a layer on tokens. The
+    laws, with exact sampling:
 
-    - it is registered, and JSON gives it back; it holds settings only, so that it is the same after use;
-    - a block has its layer's shape, dtype and device, and is symmetric positive semidefinite; a saved Fisher is read back;
-    - a metric that is four times as large makes the block four times as large;
-    - `Accumulation.so_far` and `Accumulation.finish` agree, and the first leaves the accumulation as it was;
-    - if its states are sums over examples: neither the size nor the order of batches matters, `Estimator.merge` makes the
-      state of both data sets, data that `Estimator.decay` lets count less is outweighed accordingly, and
-      `Estimator.combine` and `Estimator.state_from`, where they are defined, make the block of both;
-    - if it keeps the trace: the block's trace is that of the exact block.
+    - The estimator is registered, and JSON restores it; it holds only settings, so it is the same after use.
+    - A block has its layer's shape, dtype and device, and is symmetric positive semidefinite; a saved Fisher can be loaded.
+    - A metric that is four times as large makes the block four times as large.
+    - `Accumulation.so_far` and `Accumulation.finish` agree, and the former leaves the accumulation unchanged.
+    - If its states are sums over examples, neither the size nor the order of batches matters; `Estimator.merge` returns the
+      state of both data sets; `Estimator.decay` reduces the weight of the data accordingly; and `Estimator.combine` and
+      `Estimator.state_from`, if they are defined, give the block of both data sets.
+    - If it preserves the trace, the block's trace is that of the exact block.
 
     Args:
         estimator: The estimator, an instance.
-        sums: Whether its states are sums over examples; False for one that keeps a summary of limited size.
-        keeps_trace: Whether its blocks promise to have the trace of the exact ones on every layer.
-        tolerance: Relative difference, of the largest entry of a block, that counts as rounding.
+        sums: Whether its states are sums over examples; False for an estimator that keeps a summary of limited size.
+        keeps_trace: Whether its blocks are guaranteed to have the trace of the exact blocks on every layer.
+        tolerance: Difference, relative to the largest entry of a block, that counts as rounding.
 
     Raises:
-        AssertionError: Naming the law that does not hold, and the layer.
+        AssertionError: If a law does not hold; the message names the law and the layer.
         TypeError: If it is not an estimator.
     """
     if not isinstance(estimator, Estimator):
@@ -69,9 +70,9 @@ def _check_json(estimator: Estimator) -> None:
         ESTIMATORS.knows(estimator),
         f"{type(estimator).__name__} is registered, so that files can name it: @kl.register_estimator above the class",
     )
-    with law("the settings go to JSON and back"):
+    with law("the settings can be converted to JSON and back"):
         restored = ESTIMATORS.from_json(json.loads(json.dumps(ESTIMATORS.to_json(estimator))))
-    require(restored == estimator, f"JSON gives back {estimator!r}", restored)
+    require(restored == estimator, f"JSON restores {estimator!r}", restored)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _problems() -> list[_Problem]:
 
 
 class _Checks:
-    """The laws of an estimator on one network."""
+    """Laws of an estimator on one network."""
 
     def __init__(self, estimator: Estimator, problem: _Problem, tolerance: float) -> None:
         self.estimator = estimator
@@ -136,7 +137,7 @@ class _Checks:
             for name, block in self.whole.items():
                 require_equal(block.trace(), exact[name].trace(), self.of(name, "the trace is that of the exact block"))
         require(
-            self.estimator == settings, "an estimator holds settings only: it is the same after use", self.estimator
+            self.estimator == settings, "an estimator holds only settings: it is the same after use", self.estimator
         )
 
     def of(self, layer: str, statement: str) -> str:
@@ -189,7 +190,7 @@ class _Checks:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "fisher.safetensors"
             self.whole.save(path)
-            self.compare(KroneckerFisher.load(path), "a saved Fisher is read back")
+            self.compare(KroneckerFisher.load(path), "a saved Fisher can be loaded")
 
     def show(self, accumulation: Accumulation, data: Sequence[tuple[Tensor, Tensor]]) -> None:
         with NetworkObserver(self.problem.model, self.layers) as observer:
@@ -198,7 +199,7 @@ class _Checks:
                 accumulate_batch(observer, outputs, Categorical(), _EXACTLY, accumulation, targets=y)
 
     def all_passes(self, *parts: Sequence[tuple[Tensor, Tensor]]) -> Accumulation:
-        """An accumulation at the end of its last pass; in each pass those of the parts are merged."""
+        """Return an accumulation at the end of its last pass; in each pass the accumulations of the parts are merged."""
         first = Accumulation(self.estimator, self.layers)
         for i in range(self.estimator.passes):
             if i:
@@ -212,16 +213,16 @@ class _Checks:
 
     def can_be_looked_at_on_the_way(self) -> None:
         accumulation = self.all_passes(self.problem.batches(8))
-        with law(f"{self.estimator!r}: so_far gives the blocks"):
-            self.compare(accumulation.so_far(), "so_far gives what a Fisher of these data has")
-        self.compare(accumulation.so_far(), "so_far leaves the accumulation as it was")
-        self.compare(accumulation.finish(), "finish gives what so_far gives")
+        with law(f"{self.estimator!r}: so_far returns the blocks"):
+            self.compare(accumulation.so_far(), "so_far returns the blocks of a Fisher of these data")
+        self.compare(accumulation.so_far(), "so_far leaves the accumulation unchanged")
+        self.compare(accumulation.finish(), "finish returns the same blocks as so_far")
 
     def states_merge(self) -> None:
         first, second = self.problem.batches(3, 5)
         with law(f"{self.estimator!r}: states of two data sets can be merged"):
             merged = self.all_passes([first], [second])
-        self.compare(merged.finish(), "merge makes the state of both data sets")
+        self.compare(merged.finish(), "merge returns the state of both data sets")
 
     def states_decay(self) -> None:
         accumulation = self.all_passes(self.problem.batches(8))
@@ -235,7 +236,7 @@ class _Checks:
             with law(self.of(layer.name, "decay works")):
                 estimator.decay(state, 0.25)
                 blocks[layer.name] = estimator.finish(state, layer, 0.25 * accumulation.weight)
-        self.compare(blocks, "data that count a quarter, in a quarter of the weight, give the same block")
+        self.compare(blocks, "data decayed to a quarter, with a quarter of the weight, give the same block")
 
     def finished_blocks_combine(self) -> None:
         if type(self.estimator).combine is Estimator.combine:
@@ -243,7 +244,7 @@ class _Checks:
         first, second = self.problem.batches(3, 5)
         with law(f"{self.estimator!r}: finished Fishers can be combined"):
             both = merge_fishers(self.estimate([first]), self.estimate([second]))
-        self.compare(both, "combine makes the block of both data sets")
+        self.compare(both, "combine returns the block of both data sets")
 
     def goes_on_from_blocks(self) -> None:
         if type(self.estimator).state_from is Estimator.state_from:
@@ -253,4 +254,4 @@ class _Checks:
         with law(f"{self.estimator!r}: an accumulation can start from blocks"):
             accumulation.start_from(self.estimate([first]), 3)
         self.show(accumulation, [second])
-        self.compare(accumulation.finish(), "state_from makes the state that data with a known block would have left")
+        self.compare(accumulation.finish(), "state_from returns the state that data with a known block would have left")

@@ -1,4 +1,4 @@
-"""What the checks have in common: how a law is stated, and how its failure reads."""
+"""Common functions of the checks, which state a law and report its violation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 __all__ = ["generator", "law", "require", "require_equal", "standard_normal"]
 
 _TOLERANCE = 1e-8
-"""Relative error that rounding in float64 may leave."""
+"""Relative error allowed for rounding in float64."""
 
 
 def require(condition: bool, statement: str, found: object = "") -> None:
     """State a law.
 
     Raises:
-        AssertionError: If it does not hold, with what was found.
+        AssertionError: If it does not hold; the message shows ``found``.
     """
     if not condition:
         raise AssertionError(
@@ -27,10 +27,10 @@ def require(condition: bool, statement: str, found: object = "") -> None:
 
 
 def require_equal(found: Tensor, expected: Tensor, statement: str, tolerance: float = _TOLERANCE) -> None:
-    """State that two tensors are equal up to rounding, relative to the largest number.
+    """State that two tensors are equal up to rounding, relative to the largest entry.
 
     Raises:
-        AssertionError: If they are not, with the shapes, or the place and the numbers that differ most.
+        AssertionError: If they are not; the message gives the shapes, or the position and values of the largest difference.
     """
     if found.shape != expected.shape:
         raise AssertionError(f"{statement}; got shape {tuple(found.shape)} instead of {tuple(expected.shape)}.")
@@ -42,17 +42,17 @@ def require_equal(found: Tensor, expected: Tensor, statement: str, tolerance: fl
         return
     place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
     raise AssertionError(
-        f"{statement}; at {place if place else 'the one entry'} it is {found[place].item():.6g} instead of "
+        f"{statement}; at {place if place else 'the only entry'} it is {found[place].item():.6g} instead of "
         f"{expected[place].item():.6g}."
     )
 
 
 @contextmanager
 def law(statement: str) -> Iterator[None]:
-    """State that the body raises nothing.
+    """State that the body of the context does not raise.
 
     Raises:
-        AssertionError: If it does, with the error.
+        AssertionError: If it does; the message shows the error.
     """
     try:
         yield
@@ -63,10 +63,10 @@ def law(statement: str) -> Iterator[None]:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A generator of its own, on the CPU."""
+    """Return a new generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 
 
 def standard_normal(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers in float64."""
+    """Draw standard normal numbers in float64."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The laws of a layer."""
+"""Laws of a layer."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["check_layer"]
 
 
 def check_layer(module: nn.Module, inputs: Tensor) -> None:
-    """Check how a registered type of layer is understood, on a module of that type and a batch of inputs.
+    """Check that a registered type of layer obeys its laws, on a module of that type and a batch of inputs.
 
     The laws, with the layer's matrix ``W̄`` of shape ``(q, p)``, inputs ``a`` and output gradients ``g``:
 
-    - the module has one block, of all its trainable parameters;
-    - `Layer.assemble` and the cutting of a matrix into parameters are inverse to each other, and shapes agree;
-    - `Layer.weight_gradients` are the per-example gradients of the parameters, by autograd; `total_weight_gradient`
-      is their sum, and `squared_weight_gradients` the sum of their squares, where it is offered;
-    - if the layer has Kronecker factors, the outputs are ``W̄ a``, the gradients ``Σ_t g_t a_tᵀ``, `positions` is the
-      number of ``t``, `project` is ``a Q``, and both second moments are those of ``a`` and ``g`` and add up over examples;
-    - `estimate_fisher` on the module alone has the diagonal that autograd has.
+    - The module has one block, with all its trainable parameters.
+    - `Layer.assemble` is the inverse of splitting a matrix into parameters, and shapes agree.
+    - `Layer.weight_gradients` equal the per-example gradients of the parameters by autograd; `total_weight_gradient`
+      is their sum, and `squared_weight_gradients`, if supported, the sum of their squares.
+    - If the layer has Kronecker factors, the outputs are ``W̄ a``, the gradients ``Σ_t g_t a_tᵀ``, `positions` is the
+      number of ``t``, `project` is ``a Q``, and both second moments are those of ``a`` and ``g`` and add up over examples.
+    - `estimate_fisher` on the module alone has the same diagonal as autograd.
 
     Args:
-        module: A module of the type, with random parameters; it is not changed.
-        inputs: At least two different examples on the first axis; a few numbers will do.
+        module: Module of the type, with random parameters; it is not changed.
+        inputs: At least two different examples on the first axis; they may be very small.
 
     Raises:
-        AssertionError: Naming the law that does not hold.
-        TypeError: If it is not a module, or the inputs are not a tensor.
-        ValueError: If there are fewer than two examples, or the type runs written out while it is observed (torch's
-            recurrent layers and attention), for which there are no such laws.
+        AssertionError: If a law does not hold; the message names it.
+        TypeError: If ``module`` is not a module, or ``inputs`` is not a tensor.
+        ValueError: If there are fewer than two examples, or the type is written out while it is observed (torch's
+            recurrent layers and attention): these laws do not apply to it.
     """
     if not isinstance(module, nn.Module) or not isinstance(inputs, Tensor):
         raise TypeError(f"check_layer takes a module and a tensor, got {module!r} and {type(inputs).__name__}.")
     if written_out(module) is not None:
-        raise ValueError(f"{type(module).__name__} runs written out while it is observed; check_layer cannot check it.")
+        raise ValueError(f"{type(module).__name__} is written out while it is observed; check_layer cannot check it.")
     if inputs.ndim == 0 or len(inputs) < 2:
         raise ValueError(f"inputs must have at least two examples on the first axis; got shape {tuple(inputs.shape)}.")
     module = copy.deepcopy(module).double().eval()
@@ -81,13 +81,13 @@ def _check_matrix(layer: Layer) -> None:
     for name, parameter in layer.parameters.items():
         require(
             name in parts and parts[name].shape == parameter.shape,
-            f"{layer!r}: cutting a matrix gives parameters of their own shape",
+            f"{layer!r}: splitting a matrix gives parameters of the right shape",
             {key: tuple(part.shape) for key, part in parts.items()},
         )
-    require_equal(layer.assemble(parts), matrix, f"{layer!r}: assembling what a matrix was cut into gives it back")
+    require_equal(layer.assemble(parts), matrix, f"{layer!r}: assembling the parts of a matrix restores it")
     several = layer.split_directions(torch.stack([matrix, 2 * matrix]))
     for name, part in several.items():
-        require_equal(part[1], 2 * parts[name], f"{layer!r}: several matrices are cut at once")
+        require_equal(part[1], 2 * parts[name], f"{layer!r}: several matrices can be split at once")
     own = layer.split_values(layer.matrix())
     for name, parameter in layer.parameters.items():
         require_equal(own[name], parameter, f"{layer!r}: split_values of matrix() are the parameters")
@@ -99,7 +99,7 @@ def _check_matrix(layer: Layer) -> None:
 
 
 def _per_example(layer: Layer, output: Tensor, grad: Tensor) -> Tensor:
-    """``X`` by autograd, shape ``(N, q, p)``."""
+    """Compute ``X`` by autograd, shape ``(N, q, p)``."""
     rows = []
     for n in range(len(output)):
         parts = torch.autograd.grad((output[n] * grad[n]).sum(), list(layer.parameters.values()), retain_graph=True)
@@ -176,4 +176,4 @@ def _check_fisher(layer: Layer, module: nn.Module, x: Tensor, output: Tensor) ->
     with law(f"{layer!r}: estimate_fisher takes the module"):
         fisher = estimate_fisher(module, [x], "euclidean", Diagonal(), sampling="exact")
     block = fisher[layer.name]
-    require_equal(block.eigenvalues(), expected, f"{layer!r}: the diagonal of its Fisher is that by autograd")
+    require_equal(block.eigenvalues(), expected, f"{layer!r}: the diagonal of its Fisher is the one by autograd")

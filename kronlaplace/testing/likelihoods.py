@@ -1,4 +1,4 @@
-"""The laws of a likelihood."""
+"""Laws of a likelihood."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from kronlaplace.testing.laws import generator, law, require, require_equal, sta
 __all__ = ["check_likelihood"]
 
 _DRAWS = 20_000
-"""Label draws for each example of the statistical laws."""
+"""Number of label draws per example in the statistical laws."""
 
 _STANDARD_ERRORS = 6.0
-"""How many standard errors a mean over draws may be off; normal means are off by more once in five hundred million."""
+"""Allowed error of a mean over draws, in standard errors; a normal mean exceeds it once in five hundred million."""
 
 
 def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targets: Tensor | None = None) -> None:
-    """Check a likelihood on a batch of outputs and targets.
+    """Check that a likelihood obeys its laws on a batch of outputs and targets.
 
     The laws, for the negative log-likelihood of one example ``L(f, y)``, summed over its positions:
 
-    - it is registered, and JSON gives it back;
-    - `statistics` are two float64 numbers that add up over examples, and so does `log_likelihood`;
-    - in empirical sampling the one direction is ``∂L/∂f``, by autograd;
-    - in exact sampling there are `n_directions`, and ``Σ d dᵀ`` is the Hessian ``∂²L/∂f²``, by autograd, wherever that
-      does not depend on the targets (where it does, the Fisher is another matrix, and the next law stands alone);
-      `metric_product` multiplies by it;
-    - in Monte Carlo sampling ``Σ d dᵀ`` is on average that of exact sampling and the mean of ``d`` zero, within
-      six standard errors, and equal generators give equal draws;
-    - directions have the outputs' shape and dtype;
-    - if it has a ``noise_std``: `with_noise_std` changes it, the statistics do not depend on it,
-      ``log_likelihood(statistics, noise_std)`` is that with another noise, and the metric goes with its power
-      `noise_exponent`;
-    - predictions are probabilities (that sum to one, if there is a class axis) or have positive variances; without
-      covariance their mean is `sample_mean`, and for probabilities `predictive_nll` is then the negative log-likelihood; a
-      diagonal covariance gives what the full one gives; `predictive_nll` adds up over examples.
+    - The likelihood is registered, and JSON restores it.
+    - `statistics` are two float64 numbers that add up over examples, and `log_likelihood` adds up as well.
+    - With empirical sampling the only direction is ``∂L/∂f`` by autograd.
+    - With exact sampling there are `n_directions` directions, and ``Σ d dᵀ`` is the Hessian ``∂²L/∂f²`` by autograd, unless
+      the Hessian depends on the targets (then the Fisher is a different matrix, and only the next law applies);
+      `metric_product` multiplies by it.
+    - With Monte Carlo sampling ``Σ d dᵀ`` is on average that of exact sampling and the mean of ``d`` is zero, within
+      six standard errors, and equal generators give equal draws.
+    - Directions have the outputs' shape and dtype.
+    - If it has a ``noise_std``, `with_noise_std` changes it, the statistics do not depend on it,
+      ``log_likelihood(statistics, noise_std)`` is that with a different noise, and the metric scales as its power
+      `noise_exponent`.
+    - Predictions are probabilities (which sum to one if there is a class axis) or have positive variances. Without
+      covariance their mean is `sample_mean`, and for probabilities `predictive_nll` is then the negative log-likelihood.
+      A diagonal covariance gives the same result as a full one. `predictive_nll` adds up over examples.
 
-    Laws of predictions are left out if `predictive` raises NotImplementedError.
+    The laws of predictions are skipped if `predictive` raises NotImplementedError.
 
     Args:
         likelihood: The likelihood, an instance.
-        outputs: Network outputs, shape ``(N, ...)``; None takes six examples with three or four normal outputs.
-        targets: Targets that fit; None tries real numbers, class indices, zeros and ones, and counts.
+        outputs: Network outputs, shape ``(N, ...)``; None uses six examples with three or four normal outputs.
+        targets: Targets that fit the outputs; None tries real numbers, class indices, zeros and ones, and counts.
 
     Raises:
-        AssertionError: Naming the law that does not hold.
+        AssertionError: If a law does not hold; the message names it.
         TypeError: If it is not a likelihood.
         ValueError: If no targets are given and none of those tried are accepted.
     """
@@ -75,7 +75,7 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
 
 
 def _batch(likelihood: Likelihood, outputs: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Outputs in float64 and targets that fit, as they are given or found."""
+    """Return outputs in float64 and targets that fit, either the given ones or ones that were found."""
     batches = [outputs.detach().double()] if outputs is not None else [standard_normal(6, c, seed=0) for c in (3, 4)]
     for f in batches:
         for y in [targets] if targets is not None else list(_candidates(f)):
@@ -85,15 +85,13 @@ def _batch(likelihood: Likelihood, outputs: Tensor | None, targets: Tensor | Non
                 accepted = bool(allowed)
             except (ValueError, TypeError) as error:
                 if targets is not None:
-                    raise AssertionError(
-                        f"check_targets accepts the targets that were given; it raised: {error}"
-                    ) from error
+                    raise AssertionError(f"check_targets accepts the given targets; it raised: {error}") from error
                 continue
             if accepted:
                 return f, y
     if targets is not None:
-        raise AssertionError("check_targets accepts the targets that were given; it returned False.")
-    raise ValueError(f"{likelihood!r} accepts none of the targets that were tried; give outputs and targets that fit.")
+        raise AssertionError("check_targets accepts the given targets; it returned False.")
+    raise ValueError(f"{likelihood!r} accepts none of the targets that were tried; pass outputs and targets that fit.")
 
 
 def _candidates(f: Tensor) -> Iterator[Tensor]:
@@ -114,7 +112,7 @@ def _check_json(likelihood: Likelihood) -> None:
     )
     with law("to_json and from_json work"):
         restored = Likelihood.from_json(json.loads(json.dumps(likelihood.to_json())))
-    require(restored == likelihood, f"JSON gives back {likelihood!r}", restored)
+    require(restored == likelihood, f"JSON restores {likelihood!r}", restored)
 
 
 def _check_statistics(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
@@ -145,7 +143,7 @@ def _gradient(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
 
 
 def _directions(likelihood: Likelihood, f: Tensor, y: Tensor, sampling: Sampling, **options: object) -> Tensor:
-    """All directions, shape ``(V, N, C)``, with the outputs of an example flattened."""
+    """Return all directions, shape ``(V, N, C)``, with the outputs of an example flattened."""
     with law(f"directions are yielded with sampling={sampling.value!r}"):
         found = list(likelihood.directions(f, sampling, targets=y, **options))  # type: ignore[arg-type]
     for d in found:
@@ -158,13 +156,13 @@ def _directions(likelihood: Likelihood, f: Tensor, y: Tensor, sampling: Sampling
     require(
         len(found) == expected,
         f"n_directions is the number of directions (sampling={sampling.value!r})",
-        f"{expected}, and there are {len(found)}",
+        f"it is {expected}, but there are {len(found)}",
     )
     return torch.stack(found).reshape(len(found), len(f), -1)
 
 
 def _check_exact(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
-    """Check empirical and exact directions; returns ``Σ d dᵀ`` of each example, shape ``(N, C, C)``."""
+    """Check empirical and exact directions, and return ``Σ d dᵀ`` of each example, shape ``(N, C, C)``."""
     (empirical,) = _directions(likelihood, f, y, Sampling.EMPIRICAL)
     gradient = _gradient(likelihood, f, y)
     require_equal(
@@ -182,7 +180,7 @@ def _check_exact(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
 
 
 def _hessian(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
-    """By example, shape ``(N, C, C)``."""
+    """Compute the Hessian of each example, shape ``(N, C, C)``."""
     rows = []
     for n in range(len(f)):
 
@@ -207,7 +205,7 @@ def _check_draws(likelihood: Likelihood, f: Tensor, y: Tensor, exact: Tensor) ->
 
 
 def _require_mean(samples: Tensor, expected: Tensor, statement: str) -> None:
-    """State the mean over the second axis."""
+    """State that the mean over the second axis is ``expected``, up to statistical error."""
     mean, deviation = samples.mean(1), samples.std(1)
     bound = _STANDARD_ERRORS * deviation / samples.shape[1] ** 0.5 + 1e-8
     excess = (mean - expected).abs() - bound
@@ -215,8 +213,8 @@ def _require_mean(samples: Tensor, expected: Tensor, statement: str) -> None:
         return
     place = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
     raise AssertionError(
-        f"{statement}; of {samples.shape[1]} draws the mean at {place} is {mean[place].item():.6g} instead of "
-        f"{expected[place].item():.6g}, and may be off by {bound[place].item():.2g}."
+        f"{statement}; the mean of {samples.shape[1]} draws at {place} is {mean[place].item():.6g} instead of "
+        f"{expected[place].item():.6g}, and may deviate by {bound[place].item():.2g}."
     )
 
 
@@ -224,12 +222,12 @@ def _check_noise(likelihood: Likelihood, f: Tensor, y: Tensor, exact: Tensor) ->
     if likelihood.noise_std is None:
         return
     factor = 1.5
-    with law("with_noise_std makes a likelihood with another noise"):
+    with law("with_noise_std returns a likelihood with a different noise"):
         noisier = likelihood.with_noise_std(factor * likelihood.noise_std)
     require_equal(
         torch.tensor(noisier.noise_std or 0.0),
         torch.tensor(factor * likelihood.noise_std),
-        "with_noise_std makes a likelihood with that noise",
+        "with_noise_std returns a likelihood with that noise",
     )
     statistics = likelihood.statistics(f, y)
     require_equal(noisier.statistics(f, y), statistics, "statistics do not depend on the noise, which may still change")
@@ -242,13 +240,15 @@ def _check_noise(likelihood: Likelihood, f: Tensor, y: Tensor, exact: Tensor) ->
     require_equal(
         torch.einsum("vni,vnj->nij", d, d),
         exact * factor ** likelihood.noise_exponent(Sampling.EXACT),
-        "the metric goes with the power noise_exponent of the noise",
+        "the metric scales as the power noise_exponent of the noise",
     )
 
 
 def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
     axis = likelihood.class_axis_of(f)
-    require(axis is None or 0 < axis < f.ndim, "class_axis_of is an axis of the outputs behind the examples", axis)
+    require(
+        axis is None or 0 < axis < f.ndim, "class_axis_of is an axis of the outputs after that of the examples", axis
+    )
     mean = f if axis is None else f.movedim(axis, -1)
     several = f.ndim > 1  # outputs of shape (N,) have variances only
     root = standard_normal(*mean.shape, mean.shape[-1], seed=5) / mean.shape[-1]
@@ -266,7 +266,7 @@ def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
             shape = (prediction if isinstance(prediction, Tensor) else prediction.mean).shape
             require(shape == mean.shape, f"predictions have the shape of the outputs ({where})", tuple(shape))
         _check_prediction(prediction, axis is not None, where)
-        if link is Link.BRIDGE:  # has no limit without covariance
+        if link is Link.BRIDGE:  # it has no limit without covariance
             continue
         certain = likelihood.predictive(mean, torch.zeros_like(covariance), link, 2, generator(8))
         center = certain if isinstance(certain, Tensor) else certain.mean
@@ -276,7 +276,7 @@ def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
                 likelihood.predictive(mean, s, link, 2, generator(8)) for s in (torch.diag_embed(variances), variances)
             )
             for a, b in zip(_numbers(full), _numbers(only_diagonal), strict=True):
-                require_equal(b, a, f"variances alone give what a diagonal covariance gives ({where})")
+                require_equal(b, a, f"variances alone give the same result as a diagonal covariance ({where})")
         if isinstance(certain, Tensor):
             given = certain if axis is None else certain.movedim(-1, axis)
             require_equal(

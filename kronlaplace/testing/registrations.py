@@ -1,4 +1,4 @@
-"""Registrations that a test makes and that nobody else should see."""
+"""Temporary registrations for tests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["temporary_registrations"]
 
 @contextmanager
 def temporary_registrations() -> Iterator[None]:
-    """Undo, when the context ends, every registration of a layer type, likelihood or estimator that was made in it.
+    """Undo all registrations of layer types, likelihoods and estimators made in this context when it ends.
 
-    Registries belong to the process, so registrations that other threads make meanwhile are undone too.
+    The registries are global to the process, so registrations made by other threads in the meantime are undone as well.
     """
     with ExitStack() as stack:
         for registry in (LAYERS, LIKELIHOODS, ESTIMATORS):

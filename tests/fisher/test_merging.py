@@ -243,7 +243,7 @@ def test_without_targets_there_are_no_statistics():
     message = "the content of the data is inputs and targets in the first and inputs only in the second"
     with pytest.raises(ValueError, match=message):
         merge_fishers(with_targets, other)
-    with pytest.raises(ValueError, match="came with is inputs only in the first and inputs and targets in the second"):
+    with pytest.raises(ValueError, match="the data is inputs only in the first and inputs and targets in the second"):
         merge_fishers(other, with_targets)
 
 

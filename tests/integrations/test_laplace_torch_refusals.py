@@ -15,10 +15,10 @@ from tests.support.laplace_torch import KroneckerBackend, N, assert_close, fitte
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        ("ekfac", r"EKFAC.* makes no Kronecker factors.*kronlaplace.KronLaplace"),
-        ("diagonal", r"Diagonal\(\) makes no Kronecker factors"),
-        (kl.ExactBlock(), r"ExactBlock.* makes no Kronecker factors"),
-        ("kfoc", r"KFOC.* needs 2 passes.*laplace-torch makes one.*KFOC\(sweeps=1\)"),
+        ("ekfac", r"EKFAC.* does not make Kronecker factors.*kronlaplace.KronLaplace"),
+        ("diagonal", r"Diagonal\(\) does not make Kronecker factors"),
+        (kl.ExactBlock(), r"ExactBlock.* does not make Kronecker factors"),
+        ("kfoc", r"KFOC.* needs 2 passes.*laplace-torch makes only one.*KFOC\(sweeps=1\)"),
         (kl.KFOC(sweeps=3), r"KFOC.* needs 3 passes"),
         ("kfax", r"unknown estimator 'kfax'; the shorthands are"),
     ],
@@ -89,15 +89,18 @@ class Scaled(nn.Module):
     [
         (
             lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(24, 3)),
-            r"layer '0' \(Conv2d\) cannot be given to laplace-torch: .* 2 groups of rows.*Freeze it",
+            r"layer '0' \(Conv2d\) cannot be passed to laplace-torch: .* 2 groups of rows.*Freeze it",
         ),
-        (Attention, r"layer 'attention.in_proj' \(MultiheadAttention\) cannot be given.* 3 groups"),
-        (Tokens, r"layer 'table' \(Embedding\) cannot be given.* diagonal, and its weight has more than one axis"),
+        (Attention, r"layer 'attention.in_proj' \(MultiheadAttention\) cannot be passed.* 3 groups"),
+        (Tokens, r"layer 'table' \(Embedding\) cannot be passed.* diagonal, and its weight has more than one axis"),
         (
             lambda: nn.Sequential(nn.LayerNorm([4, 5]), nn.Flatten(), nn.Linear(40, 3)),
-            r"layer '0' \(LayerNorm\) cannot be given.* more than one axis",
+            r"layer '0' \(LayerNorm\) cannot be passed.* more than one axis",
         ),
-        (Scaled, r"(?s)no block for.*\(the model itself\) \(Scaled\).*Of these laplace-torch offers freezing"),
+        (
+            Scaled,
+            r"(?s)no block for.*\(the model itself\) \(Scaled\).*With laplace-torch, of these only freezing is possible",
+        ),
     ],
 )
 def test_layers_that_do_not_fit(model, message):
@@ -119,7 +122,7 @@ def test_more_examples_than_the_data_set_has():
     model, x, y, _ = problem(mlp())
     backend = KroneckerBackend(model, "classification")
     backend.kron(x[:9], y[:9], 12)
-    message = r"9 examples came before and now 4 more, but the data set has only 12.*drop_last"
+    message = r"9 examples have been seen and this batch has 4 more, but the data set has only 12.*drop_last"
     with pytest.raises(ValueError, match=message):
         backend.kron(x[:4], y[:4], 12)
     expected = KroneckerBackend(model, "classification").kron(x, y, N)[1].to_matrix()
@@ -146,7 +149,7 @@ def test_options_per_batch():
         backend=KroneckerBackend,
         asdl_fisher_kwargs={"mc_samples": 3},
     )
-    with pytest.raises(TypeError, match=r"no options per batch, but got \['mc_samples'\].*backend_kwargs"):
+    with pytest.raises(TypeError, match=r"does not accept options per batch, but got \['mc_samples'\].*backend_kwargs"):
         la.fit(data)
 
 
@@ -157,7 +160,9 @@ def test_an_estimator_whose_blocks_are_of_another_kind():
             return kl.DenseBlock(torch.eye(q * p).double(), (q, p), name=layer.name)
 
     model, _, _, data = problem(mlp())
-    with pytest.raises(TypeError, match="made a DenseBlock for layer '1'; laplace-torch takes Kronecker products only"):
+    with pytest.raises(
+        TypeError, match="made a DenseBlock for layer '1'; laplace-torch only accepts Kronecker products"
+    ):
         fitted(model, data, estimator=Strange())
 
 

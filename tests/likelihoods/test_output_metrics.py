@@ -227,9 +227,9 @@ def test_sample_mean():
 
 
 def test_euclidean_predicts_nothing():
-    with pytest.raises(NotImplementedError, match=r"no noise model.*Use kl\.Gaussian\(noise_std=...\)"):
+    with pytest.raises(NotImplementedError, match=r"no noise model.*use kl\.Gaussian\(noise_std=...\)"):
         Euclidean().predictive(torch.zeros(2, 1), torch.ones(2, 1), Link.PROBIT, 0, None)
-    with pytest.raises(NotImplementedError, match=r"no noise model.*Use kl\.Gaussian\(noise_std=...\)"):
+    with pytest.raises(NotImplementedError, match=r"no noise model.*use kl\.Gaussian\(noise_std=...\)"):
         Euclidean().predictive_nll(torch.zeros(2, 1), torch.ones(2, 1))
 
 

@@ -81,7 +81,7 @@ def test_targets_of_values_that_are_not_allowed(name, shape, value, message):
 
 @pytest.mark.parametrize("name", ["classification", "binary", "regression", "euclidean", "heteroscedastic"])
 def test_empirical_needs_targets(name):
-    with pytest.raises(ValueError, match='sampling="empirical" is made of the data\'s targets and none were given'):
+    with pytest.raises(ValueError, match='sampling="empirical" needs the targets in the data, but none were given'):
         next(resolve_likelihood(name).directions(torch.randn(3, 2), Sampling.EMPIRICAL))
 
 
