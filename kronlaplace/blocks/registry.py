@@ -30,7 +30,9 @@ def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> B
         ValueError: If there is no such kind of block.
     """
     if kind not in BLOCKS:
-        raise ValueError(f"the block of layer {name!r} is of unknown kind {kind!r}; the known kinds are {list(BLOCKS)}.")
+        raise ValueError(
+            f"the block of layer {name!r} is of unknown kind {kind!r}; the known kinds are {list(BLOCKS)}."
+        )
     parts = dict(tensors)
     least_trace = parts.pop("least_trace", None)
     block = BLOCKS[kind]._from_tensors(parts, name)
