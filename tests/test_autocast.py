@@ -22,7 +22,7 @@ from tests.support.precision import (
 )
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped"])
 def test_under_autocast_only_the_network_is_rounded(kind, estimator):

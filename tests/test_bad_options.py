@@ -74,6 +74,7 @@ CALLS = {
 }
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name", CALLS)
 def test_bad_calls_of_a_fitted_posterior(name):
     call, message = CALLS[name]

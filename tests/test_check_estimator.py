@@ -209,7 +209,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda cls: cls.__name__)
 def test_an_estimator_that_breaks_a_law(broken):
     with temporary_registrations():

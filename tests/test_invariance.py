@@ -308,6 +308,7 @@ class Sequence(nn.Module):
         return self.head(self.recurrent(self.before(x))[0].mean(1))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("family", [nn.RNN, nn.LSTM, nn.GRU])
 def test_kfac_steps_of_torchs_recurrent_layers(family):
     """Their nonlinearity is inside, so only the inputs can be given in other coordinates."""

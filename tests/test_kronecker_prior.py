@@ -132,7 +132,7 @@ def close(actual, expected, rtol=1e-9):
 # -- evidence, predictive and samples are those of the dense computation -------------------------------------
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("plus", [0.0, 0.4])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["mlp", "shared", "images"])
@@ -443,6 +443,7 @@ def test_large_posteriors_become_the_nearest_product(monkeypatch):
 # -- tuning --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("noise", ["tuned", "fixed"])
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_the_evidence_tunes_a_factor_of_the_prior(structure, noise):
@@ -523,7 +524,7 @@ def test_a_prior_is_for_every_fit():
 # -- files, devices, layers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("factor", [0.6, [0.5, 1.0, 2.0, 3.0]])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_files_keep_the_prior(estimator, factor, tmp_path):

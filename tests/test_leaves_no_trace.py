@@ -16,6 +16,7 @@ from tests.support.networks import CASES, cnn, residual
 from tests.support.unchanged import assert_unchanged, everything
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", CASES)
 def test_a_whole_life_changes_nothing(network):
     case = CASES[network]()

@@ -31,7 +31,7 @@ def test_oracles_agree_with_one_another(network):
                 assert best <= oracles.error(oracles.dense(*rule(group)), of_group) + 1e-7
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "residual"])
 def test_oracles_agree_with_the_older_ones(network):
     made, data = problem(network)

@@ -64,6 +64,7 @@ def posteriors():
     return [kl.KronLaplace(model, likelihood).fit(data) for likelihood in (Own(0.7), kl.Gaussian(0.7))], data
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the (validation loss|evidence) is")
 @pytest.mark.parametrize("method", ["evidence", "validation"])
 def test_prior_and_noise_are_tuned_as_of_a_gaussian(method):

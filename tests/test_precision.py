@@ -41,6 +41,7 @@ def test_posteriors_in_half_precision_are_those_of_the_same_weights(kind, dtype)
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped"])
@@ -117,7 +118,7 @@ def test_posteriors_move_to_half_precision_and_come_back_from_files(kind, dtype,
     torch.testing.assert_close(again.functional_variance(x), moved.functional_variance(x), rtol=1e-5, atol=0)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped", "gru"])
 def test_gradients_of_variances_in_half_precision(kind, dtype):

@@ -125,7 +125,7 @@ def check_derivatives(posterior, model, x, names, S):
     assert_close(gradient, right, 1e-7)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(QUICK))
 def test_random_networks(seed):
     check(seed)

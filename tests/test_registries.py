@@ -319,7 +319,7 @@ def elsewhere(folder):
     return json.loads(done.stdout)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("name", CASES)
 def test_a_class_of_ones_own_comes_back_in_another_process(name, folder, elsewhere):
     here = told(folder)[name]
@@ -361,6 +361,7 @@ LAYER_CHECKS = {
 }
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", LAYER_CHECKS)
 def test_the_layers_keep_the_laws(name):
     torch.manual_seed(0)
@@ -375,7 +376,7 @@ def test_the_table_keeps_the_laws():
 # -- what is the same as with torch's own ---------------------------------------------------------------------
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("estimator", ["exact", "kfac", "kfoc", "ekfac", "diagonal"])
 def test_a_transposed_weight_is_a_linear_layer(estimator):
     own = nn.Sequential(Conv1D(4, 5), nn.Tanh(), RootMeanSquareNorm(5), Conv1D(5, 3)).double()

@@ -25,7 +25,7 @@ LIKELIHOODS = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_likelihoods_of_the_package(name):
     check_likelihood(*LIKELIHOODS[name])
@@ -223,7 +223,7 @@ BROKEN_LIKELIHOODS = {
 }
 
 
-@pytest.mark.quick(7)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("broken", BROKEN_LIKELIHOODS, ids=lambda cls: cls.__name__)
 def test_a_likelihood_that_breaks_a_law(broken):
     with temporary_registrations():

@@ -65,7 +65,7 @@ def test_sua_equals_theorem_4(network):
             assert_close(fisher[name].scale, scale, 1e-10, name)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("basis", BASES)
 def test_ekfac_equals_its_definition(basis, network):

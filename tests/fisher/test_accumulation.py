@@ -51,7 +51,7 @@ def test_merging_is_associative_and_nothing_is_its_neutral_element(name):
     assert_same(total.finish(), estimate(made, ONE_PASS[name]()), tolerance(name))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", ["mlp", "cnn", "depthwise", "gru"])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_merging_running_sums_equals_appending(rank, network):
@@ -90,7 +90,7 @@ def test_merging_batches_whose_factors_are_added(name):
     assert_same(one.finish(), estimate(made, BY_BATCH[name]()), 1e-7)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("splits", [(1, 2), (3, 7), (7, 8)])
 def test_merging_running_sums_with_examples_that_wait(splits):
     """With two outputs the last layer's block has three terms at most: a running sum of rank three loses nothing."""
@@ -180,7 +180,7 @@ def test_iterators_can_be_read_only_once(name):
             estimate_from(made, data, SEVERAL_PASSES[name]())
 
 
-@pytest.mark.quick(7)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", {**ONE_PASS, **BY_BATCH})
 def test_one_pass_takes_an_iterator(name):
     made, _ = problem("mlp")
@@ -202,7 +202,7 @@ def test_data_that_hides_an_iterator(name):
         estimate_from(made, Once(batches(made)), SEVERAL_PASSES[name]())
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", ALL)
 def test_the_data_is_read_as_often_as_announced(name):
     made, _ = problem("mlp")

@@ -37,6 +37,7 @@ def errors_of(made, fisher, size=2, **options):
 # -- dense ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -102,7 +102,7 @@ def test_with_other_likelihoods(name, likelihood):
     assert_same(merge_fishers(one, other), whole)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sua", "kfoc-sweeps", "ekfac"])
 def test_diagonal_blocks_beside_any_estimator(name):
     estimator = NOT_ADDITIVE[name][0]()
@@ -126,14 +126,14 @@ def test_sequences_of_different_lengths(name):
     assert_same(merge_fishers(one, other), whole)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_the_order_of_two_does_not_matter(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
     assert_same(merge_fishers(one, other), merge_fishers(other, one))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("network", ["cnn", "depthwise", "norms"])
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_three_in_any_order(name, network):
@@ -151,7 +151,7 @@ def test_a_fisher_with_itself_is_the_same_mean(name):
     assert_same(twice, kl.KroneckerFisher(fisher, 2 * fisher.n_examples, fisher.metadata, 2 * fisher.statistics))
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
     one, other, _ = parts_and_whole("depthwise", ADDITIVE[name](), 1)
@@ -163,7 +163,7 @@ def test_what_was_combined_is_left_as_it_was_and_shares_no_memory(name):
             assert torch.equal(tensor, tensors[key]), key
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_saved_loaded_and_combined(name, tmp_path):
     one, other, whole = parts_and_whole("norms", ADDITIVE[name](), 1)

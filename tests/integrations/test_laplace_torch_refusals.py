@@ -84,6 +84,7 @@ class Scaled(nn.Module):
         return self.head(self.scale * self.flat(x))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("model", "message"),
     [

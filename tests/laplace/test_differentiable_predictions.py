@@ -23,6 +23,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("network", DIFFERENTIABLE)
 def test_derivatives_by_the_inputs(network, question, monkeypatch):
@@ -141,6 +142,7 @@ def test_draws_of_the_outputs_are_continuous_in_the_inputs():
     assert (p[1:] - p[:-1]).abs().max() < 0.02
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("network", ["mlp", "residual", "gru"])
 def test_differentiable_predictions_leave_no_trace(network, question):

@@ -43,7 +43,7 @@ def test_finds_the_marginal_likelihood_of_bayesian_linear_regression():
     assert math.log(result.posterior.likelihood.noise_std) == pytest.approx(expected.x[1], abs=1e-3)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 def test_keeps_the_weights_of_the_largest_evidence(structure):
     model = mlp()

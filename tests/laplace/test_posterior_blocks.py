@@ -155,7 +155,7 @@ def test_covariance_of_samples_is_the_inverse_precision(network, name):
     assert ((flat.mean(0) - theta).abs() / (variance / n).sqrt()).max() < 6
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_redundant_biases_stay(network):
     """Samples name the parameters that have a posterior, with their shapes; a second bias is not among them."""

@@ -43,7 +43,7 @@ def test_validation_picks_the_best_of_the_grid(network, likelihood, name):
     )
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("network", ["mlp", "tokens"])
 def test_validation_weighs_targets_not_batches(network):

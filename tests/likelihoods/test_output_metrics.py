@@ -26,7 +26,7 @@ from tests.support.likelihoods import (
 )
 
 
-@pytest.mark.quick(7)
+@pytest.mark.quick(5)
 @cases
 @given(seed=st.integers(0, 1000), spread=st.floats(0.1, 30))
 def test_exact_directions_are_a_square_root_of_the_hessian(name, shape, seed, spread):

@@ -152,7 +152,7 @@ def test_factors_in_training_mode_are_those_of_the_pass_that_ran():
     torch.testing.assert_close(blocks["1"].values, squares / len(x))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", [kl.KFAC(), kl.TKFAC(), kl.KFOC(aggregation="running"), kl.Diagonal()])
 @pytest.mark.parametrize("sampling", ["exact", "mc", "empirical"])
 @pytest.mark.filterwarnings("ignore:sampling")
@@ -329,6 +329,7 @@ def test_a_moving_average_starts_from_given_factors(estimator):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "estimator", [kl.KFAC(), kl.TKFAC(), kl.KFOC(aggregation="running"), kl.KFOC(sweeps=1), kl.Diagonal()]
 )

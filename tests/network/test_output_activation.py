@@ -119,6 +119,7 @@ def test_softmax_of_attention():
     kl.KronLaplace(Attention(), "classification").fit([(X, CLASSES)])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.filterwarnings("ignore:sampling=")
 def test_log_softmax_has_the_same_fisher_evidence_and_draws(sampling):

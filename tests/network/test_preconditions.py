@@ -36,6 +36,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_layers_are_named_with_the_ways_out(name):
     module, message = UNSUPPORTED[name]
