@@ -298,7 +298,7 @@ def _by_other_drivers(matrices: Sequence[Named]) -> list[Eigen]:
             f"no eigendecomposition of {', '.join(failed)} in float64: the entries are finite, but torch.linalg.eigh and "
             f"scipy.linalg.eigh (drivers {', '.join(_DRIVERS)}; not tried for matrices that carry a gradient, which it "
             "would lose) did not converge or gave wrong results. Leave the layer out (layers=), use the estimator "
-            '"diagonal", which decomposes nothing, or try torch.set_num_threads(1), which sums in a different order."
+            '"diagonal", which decomposes nothing, or try torch.set_num_threads(1), which sums in a different order.'
         )
     if not matrices:
         return results
