@@ -222,7 +222,7 @@ def test_weights_that_were_changed_and_restored_are_fine():
 
 def test_files_and_folders_that_are_not_there(tmp_path):
     posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
-    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere; make it first"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere; create it before"):
         posterior.save(tmp_path / "nowhere" / "p")
     with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         kl.KronLaplace.load(tmp_path, posterior.model)
