@@ -4,7 +4,7 @@
 
 A small LeNet is trained as in the demo, and four posteriors are tuned by the evidence: K-FAC over the last layer and over
 all layers, the exact matrix cut to the layers' blocks, and the whole exact matrix (3,658 parameters, so it can be stored).
-All predict with the softmax averaged over draws of the linearised outputs.
+All predict with the softmax averaged over draws of the linearized outputs.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ def mean_square(model, data):
 
 
 def score(problem, mean, variance, noise_variance, precision="", seconds=np.nan, warned=""):
-    """Score of a prediction in standardised units."""
+    """Score of a prediction in standardized units."""
     unit, offset = problem.split.target_std, problem.split.target_mean
     mean, target = (offset + unit * column(values) for values in (mean, problem.split.test_y))
     total = unit**2 * (column(variance) + noise_variance)

@@ -1,4 +1,4 @@
-"""Checks of options at the border: one clear error each, the same everywhere."""
+"""Checks of options where they enter the package: one clear error each, the same everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Object = TypeVar("_Object")
 
 
 class Choice(str, Enum):
-    """An option with a few values, which shows as the string that one types."""
+    """An option with a few values, displayed as the string that the user types."""
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -29,16 +29,16 @@ class Choice(str, Enum):
 def choice(
     enum: type[_Choice], value: _Choice | str, name: str, elsewhere: Mapping[str, str] = MappingProxyType({})
 ) -> _Choice:
-    """The member of ``enum`` that ``value`` is, or is the value of.
+    """Return the member of ``enum`` that is ``value`` or has that value.
 
     Args:
-        enum: What is allowed.
-        value: What was given.
-        name: What it is, for the error.
-        elsewhere: Values of other libraries, and the one that each is here, for the error.
+        enum: The allowed values.
+        value: The given value.
+        name: The option's name, for the error.
+        elsewhere: Values used by other libraries and their equivalents here, for the error.
 
     Raises:
-        ValueError: If there is none, with what is allowed.
+        ValueError: If there is no such member, naming the allowed values.
     """
     try:
         return enum(value)
@@ -52,11 +52,11 @@ def choice(
 def resolve(
     value: _Object | str, base: type[_Object], shorthands: Mapping[str, Callable[[], _Object]], name: str
 ) -> _Object:
-    """``value`` itself if it is a ``base``, or what it is a documented shorthand of, with default settings.
+    """Return ``value`` if it is a ``base``, or the object for which it is a shorthand, with default settings.
 
     Raises:
         ValueError: If the shorthand is unknown.
-        TypeError: If it is neither.
+        TypeError: If ``value`` is neither an instance of ``base`` nor a string.
     """
     if isinstance(value, base):
         return value
@@ -72,7 +72,7 @@ def resolve(
 
 
 def positive_integer(value: int, name: str) -> int:
-    """``value`` as an int of at least 1.
+    """Return ``value`` as an int, and check that it is at least 1.
 
     Raises:
         TypeError: If it is not an integer.
@@ -88,7 +88,7 @@ def positive_integer(value: int, name: str) -> int:
 
 
 def positive_number(value: float, name: str) -> float:
-    """``value`` as a finite float larger than 0.
+    """Return ``value`` as a float, and check that it is finite and positive.
 
     Raises:
         TypeError: If it is not a number.
@@ -104,7 +104,7 @@ def positive_number(value: float, name: str) -> float:
 
 
 def seed_number(value: int) -> int:
-    """``value`` as an int that can seed a generator.
+    """Return ``value`` as an int, and check that it can seed a generator.
 
     Raises:
         TypeError: If it is not an integer.
@@ -123,7 +123,7 @@ _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def warn(message: str) -> None:
-    """A `UserWarning` at the line outside the package that led here, however deep inside the reason was found."""
+    """Issue a `UserWarning` that points to the line outside the package that led here, however deep the call stack."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back

@@ -1,12 +1,12 @@
 """Gradients in the layout that torch's kernels need.
 
-The backward passes of torch's batch norm on the CPU (2.13; instance norm is made of it) are wrong, without an error, where
-an axis of length 1 lets the strides of input and gradient be read as two different memory layouts. An axis of length 1 is
-a single example, an image of one row, and always the first one inside an instance norm. A network that permutes axes
-behind a norm has such gradients, and rules that permute make them in second derivatives.
+The backward passes of torch's batch norm on the CPU (2.13), and of instance norm, which uses it, are silently wrong if an
+axis of length 1 allows the strides of input and gradient to be read as two different memory layouts. An axis of length 1
+occurs with a single example, an image of one row, and always as the first axis inside an instance norm. Networks that
+permute axes after a norm have such gradients, and differentiation rules that permute axes create them in second derivatives.
 
 The backward pass of group norm on the CPU crashes the process if its input is in channels-last format and only the gradients
-of its parameters are asked for.
+of its parameters are requested.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
 
 
 def guard_norm(module: nn.Module) -> None:
-    """Let a norm of our own (of a replica) be differentiated correctly; other modules stay as they are.
+    """Make sure that a replica's norm module is differentiated correctly; other kinds of modules stay as they are.
 
-    Only calls that are in danger are changed: there the input and the gradient of the output are made contiguous.
+    Only calls at risk are changed: their input and the gradient of their output are made contiguous.
     """
     if isinstance(module, (_BATCH_NORMS, _INSTANCE_NORMS)):
         module.register_forward_pre_hook(_settle_input)
@@ -34,7 +34,7 @@ def guard_norm(module: nn.Module) -> None:
 
 
 def with_contiguous_gradient(tensor: Tensor) -> Tensor:
-    """The same numbers, in a tensor whose gradient goes on contiguous."""
+    """Return the same numbers in a tensor whose gradient is passed on in contiguous form."""
     if not tensor.requires_grad:
         return tensor
     view = tensor.view_as(tensor)

@@ -1,9 +1,9 @@
-"""In which precision what runs: the network in the user's, all of our own algebra in at least float32.
+"""Precision: the network runs in the user's precision, and all of the package's own algebra in at least float32.
 
-Two things make a network run in half precision. Its weights may be bfloat16 or float16: then inputs and gradients come to
-us in that dtype, and we go on in `wide` of it. Or it runs under `torch.autocast`, which belongs to the thread and would
-silently round our matrix products, too: what we do is done `without_autocast`, and only where the network itself is called
-the caller's setting is in force again, in `callers_autocast`.
+A network can run in half precision for two reasons. Its weights may be bfloat16 or float16; then inputs and gradients arrive
+in that dtype, and computations continue in `wide` of it. Or it runs under `torch.autocast`, which is a per-thread setting
+that would silently round the package's own matrix products, too. These therefore run `without_autocast`, and the caller's
+setting is in force again only where the network itself is called, in `callers_autocast`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _NONE: dict[str, torch.dtype] = {}
 
 _suspended: ContextVar[dict[str, torch.dtype]] = ContextVar("suspended autocast", default=_NONE)
-"""The caller's autocast, dtypes by device type, while ours is off."""
+"""The caller's autocast dtypes by device type, while autocast is off."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that we compute in: at least float32."""
+    """Return the dtype in which computations run: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """At least float32: half-precision probabilities and errors are too coarse."""
+    """Convert a tensor to at least float32, since half-precision probabilities and errors are too coarse."""
     return tensor.to(wide_dtype(tensor.dtype))
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch `torch.autocast` off, and remember how it was."""
+    """Switch `torch.autocast` off, and remember its previous state."""
     active = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
     if not active:
         yield
@@ -58,7 +58,7 @@ def without_autocast() -> Iterator[None]:
 
 
 def in_full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function that runs `without_autocast`."""
+    """Decorate a function to run `without_autocast`."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -70,10 +70,10 @@ def in_full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextmanager
 def callers_autocast() -> Iterator[None]:
-    """`torch.autocast` as it was where `without_autocast` switched it off.
+    """Restore `torch.autocast` as it was before `without_autocast` switched it off.
 
-    Without its cache of rounded weights: that would keep a replica's weights alive for as long as the caller's context
-    lasts, and what it kept from a pass without gradients would have none in the next.
+    Its cache of rounded weights stays off: it would keep a replica's weights alive for as long as the caller's context
+    lasts, and weights cached in a pass without gradients would have no gradients in the next.
     """
     with ExitStack() as stack:
         for device, dtype in _suspended.get().items():
@@ -82,13 +82,14 @@ def callers_autocast() -> Iterator[None]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast gives to products on a device here and now; None without autocast."""
+    """Return the dtype that autocast currently uses for products on a device, or None without autocast."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def alike(found: Tensor, expected: Tensor, *, rtol: float, atol: float = 1e-8) -> bool:
-    """Whether the network gave the same twice, up to rounding; where that is half precision's it counts as a share of the
-    largest number, since torch chooses its kernels by the size of the batch.
+    """Return whether the network returned the same values twice, up to rounding.
+
+    In half precision, rounding is measured relative to the largest number, since torch chooses its kernels by batch size.
     """
     if found.shape != expected.shape:
         return False

@@ -1,7 +1,7 @@
-"""Registries: what a name in a file, a shorthand or the type of a module stands for, open to the user's own classes.
+"""Registries: what names in files, shorthands and module types stand for, open to the user's own classes.
 
-A `Registry` is a mapping that can be added to. A `ClassRegistry` maps names to classes whose settings are the fields of a
-frozen dataclass, and takes their objects to JSON and back.
+A `Registry` is a mapping to which entries can be added. A `ClassRegistry` maps names to classes whose settings are the
+fields of a frozen dataclass, and converts their objects to JSON and back.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class Registry(Mapping[_Key, _Value], Generic[_Key, _Value]):
-    """A mapping that can be added to, by several threads at once.
+    """A mapping to which several threads can add entries at once.
 
-    Every change replaces the whole table, so that an iteration that has begun is not disturbed.
+    Every change replaces the whole table, so that ongoing iterations are not disturbed.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Registry(Mapping[_Key, _Value], Generic[_Key, _Value]):
         return f"{type(self).__name__}({list(self._table)})"
 
     def add(self, key: _Key, value: _Value) -> None:
-        """Add an entry, or replace the one that is there."""
+        """Add an entry, or replace the existing one."""
         with self._lock:
             self._table = {**self._table, key: value}
 
@@ -56,7 +56,7 @@ class Registry(Mapping[_Key, _Value], Generic[_Key, _Value]):
         """Remove an entry.
 
         Raises:
-            KeyError: If there is none.
+            KeyError: If there is no such entry.
         """
         with self._lock:
             if key not in self._table:
@@ -65,7 +65,7 @@ class Registry(Mapping[_Key, _Value], Generic[_Key, _Value]):
 
     @contextmanager
     def temporary(self) -> Iterator[None]:
-        """Undo at the end of the context whatever was added or removed in it, by any thread."""
+        """Undo all additions and removals, by any thread, at the end of the context."""
         before = self._table
         try:
             yield
@@ -75,15 +75,15 @@ class Registry(Mapping[_Key, _Value], Generic[_Key, _Value]):
 
 
 class ClassRegistry(Registry[str, type[_Object]]):
-    """Classes derived from one base, by name; an object is its class's name and the values of its fields.
+    """Registry of the classes derived from one base; an object is stored as its class's name and its fields' values.
 
     Args:
         base: The base class, which may be abstract.
         what: What such a class is, for errors: ``"likelihood"``.
-        name_of: The name that stands for a class in files.
+        name_of: Function that returns the name of a class in files.
 
     Attributes:
-        what: As above.
+        what: What such a class is, for errors.
         register_function: The public function that registers a class, for errors: ``"kl.register_likelihood"``.
     """
 
@@ -95,13 +95,13 @@ class ClassRegistry(Registry[str, type[_Object]]):
         self.register_function = f"kl.register_{what}"
 
     def register(self, cls: Any) -> None:
-        """Make a class known by its name.
+        """Register a class under its name.
 
-        A class that is defined again, as in a notebook, replaces the one before.
+        A class that is defined again, as in a notebook, replaces the previous one.
 
         Raises:
-            TypeError: If it is not a class derived from the base, or its settings are not the fields of a dataclass.
-            ValueError: If another class has that name, or a field has a name that files need themselves.
+            TypeError: If it is not a class derived from the base, or if its settings are not the fields of a dataclass.
+            ValueError: If another class has that name, or if the name of a field is reserved for files.
         """
         if not (isinstance(cls, type) and issubclass(cls, self._base)):
             function = self.register_function.removeprefix("kl.")
@@ -110,13 +110,14 @@ class ClassRegistry(Registry[str, type[_Object]]):
         own = vars(found)
         if ("__init__" in own and "__dataclass_fields__" not in own) or not is_dataclass(cls):
             raise TypeError(
-                f"{cls.__name__} must be a dataclass, or its parameters would not be saved: declare them as fields and "
-                "put @dataclass(frozen=True) above the class."
+                f"{cls.__name__} must be a dataclass, since otherwise its parameters would not be saved: declare them as "
+                "fields and put @dataclass(frozen=True) above the class."
             )
         reserved = {field.name for field in fields(cls)} & {_NAME, _ORIGIN}
         if reserved:
             raise ValueError(
-                f"{cls.__name__} has a field {min(reserved)!r}, which in files says what the {self.what} is; rename it."
+                f"{cls.__name__} has a field {min(reserved)!r}, a name that files reserve to identify the {self.what}; "
+                "rename the field."
             )
         name = self._name_of(found)
         with self._lock:
@@ -124,22 +125,22 @@ class ClassRegistry(Registry[str, type[_Object]]):
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 article = "an" if self.what[0] in "aeiou" else "a"
                 raise ValueError(
-                    f"there is {article} {self.what} {name!r} already, {known.__module__}.{known.__qualname__}. Give yours "
-                    "another name."
+                    f"there is already {article} {self.what} {name!r}: {known.__module__}.{known.__qualname__}. Give yours "
+                    "a different name."
                 )
             self.add(name, found)
 
     def knows(self, value: _Object) -> bool:
-        """Whether the object's own class is registered."""
+        """Return whether the object's own class is registered."""
         return self.get(self._name_of(type(value))) is type(value)
 
     def to_json(self, value: _Object) -> dict[str, Any]:
-        """The name of an object's class, the values of its fields, and where a class of the user's own is defined.
+        """Return the name of an object's class, its fields' values, and for a user's own class, where it is defined.
 
         A field may hold another object of the same registry.
 
         Raises:
-            TypeError: If a field holds something that JSON cannot.
+            TypeError: If a field holds a value that JSON cannot represent.
         """
         cls = type(value)
         values: dict[str, Any] = {_NAME: self._name_of(cls)}
@@ -152,11 +153,11 @@ class ClassRegistry(Registry[str, type[_Object]]):
                 json.dumps(content)
                 if isinstance(content, Mapping) and _NAME in content:
                     raise TypeError(
-                        f"the dict in its field {field.name!r} has a key {_NAME!r}, which files need themselves"
+                        f"the dict in its field {field.name!r} has a key {_NAME!r}, which is reserved for files"
                     )
             except (TypeError, ValueError) as error:
                 raise TypeError(
-                    f"{value!r} cannot be saved: {error}. Let its fields be numbers, strings, None, or lists and dicts of "
+                    f"{value!r} cannot be saved: {error}. Its fields must be numbers, strings, None, or lists and dicts of "
                     "these."
                 ) from None
             values[field.name] = content
@@ -165,23 +166,23 @@ class ClassRegistry(Registry[str, type[_Object]]):
         return values
 
     def can_restore(self, values: Mapping[str, Any]) -> bool:
-        """Whether the classes of all objects in these JSON values are registered."""
+        """Return whether the classes of all objects in these JSON values are registered."""
         return self._unknown(values) is None
 
     def _unknown(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The JSON values of the first object whose class is not registered, here or in a field."""
+        """Return the JSON values of the first object, here or in a field, whose class is not registered, or None."""
         cls = self.get(values[_NAME])
-        # A class of the user's own may have inherited the name of one of ours without being registered.
+        # A user's class may have inherited the name of a class of this package without being registered.
         if cls is None or (_ORIGIN in values and not _is_foreign(cls)):
             return values
         nested = (self._unknown(value) for value in values.values() if isinstance(value, Mapping) and _NAME in value)
         return next((unknown for unknown in nested if unknown is not None), None)
 
     def from_json(self, values: Mapping[str, Any]) -> _Object:
-        """Inverse of `to_json`.
+        """Make an object from its JSON values, as the inverse of `to_json`.
 
         Raises:
-            ValueError: If the class is not registered, saying what to import, or has other fields.
+            ValueError: If the class is not registered, saying what to import, or if it has different fields.
         """
         name = values[_NAME]
         if not self.can_restore(values):
@@ -195,11 +196,11 @@ class ClassRegistry(Registry[str, type[_Object]]):
             return self[name](**parameters)
         except TypeError as error:
             raise ValueError(
-                f"the {self.what} {name!r} was saved with {parameters}, which it does not take: {error}"
+                f"the {self.what} {name!r} was saved with {parameters}, which it does not accept: {error}"
             ) from None
 
     def complaint(self, values: Mapping[str, Any]) -> str:
-        """Why `from_json` cannot restore an object whose class is not registered, and what to do."""
+        """Return why `from_json` cannot restore an object whose class is not registered, and what to do."""
         values = self._unknown(values) or values
         name = values[_NAME]
         module, _, cls = values.get(_ORIGIN, f":{name}").partition(":")
@@ -207,14 +208,14 @@ class ClassRegistry(Registry[str, type[_Object]]):
             f"import {module}, which defined it when it was saved" if module else "import the module that defines it"
         )
         if module == "__main__":
-            where = "run what defines it, which was the main script or notebook when it was saved"
+            where = "run the code that defines it, which was the main script or notebook when it was saved"
         return (
-            f"the {self.what} {name!r} is not known here; known are {list(self)}. If it is your own, {where}, and call "
-            f"{self.register_function}({cls}) before loading; put @{self.register_function} above the class, and importing "
+            f"the {self.what} {name!r} is not registered; registered are {list(self)}. If it is your own, {where}, and call "
+            f"{self.register_function}({cls}) before loading; with @{self.register_function} above the class, importing it "
             "is enough."
         )
 
 
 def _is_foreign(cls: type) -> bool:
-    """Whether a class is not this package's."""
+    """Return whether a class is defined outside this package."""
     return cls.__module__.partition(".")[0] != _PACKAGE

@@ -1,7 +1,7 @@
-"""A private copy of a network's modules that shares the network's tensors: what every pass of ours runs on.
+"""A private copy of a network's modules that shares the network's tensors, used for all of the package's own passes.
 
-Hooks, replaced forward passes, and parameters that must not carry gradients would otherwise be seen by everybody else who
-uses the network: another thread that calls it, a thread that trains it, the user after an interrupt. On a replica nobody
+Otherwise, hooks, replaced forward passes, and parameters that must not carry gradients would be visible to everyone else who
+uses the network: another thread that calls it, a thread that trains it, the user after an interrupt. On a replica, nobody
 sees them, nothing has to be undone, and any number of threads can observe one network at the same time.
 
 A replica costs one small object per module, and no tensor is copied: its parameters are new leaves on the same memory
@@ -38,15 +38,15 @@ _SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype,
 class Replica:
     """A structural copy of a network.
 
-    Every module is copied, including modules that are only reached through plain attributes: lists, tuples, sets, and
-    dicts, bound methods, ``functools.partial``, closures, and simple objects. Whatever contains neither a module nor a
+    Every module is copied, including modules that are only reachable through plain attributes: lists, tuples, sets, dicts,
+    bound methods, ``functools.partial``, closures, and simple objects. Anything that contains neither a module nor a
     parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
-    wrongly are guarded (see `kronlaplace._memory_layout`).
+    incorrectly are guarded (see `kronlaplace._memory_layout`).
 
     Args:
-        model: The network. It is not changed.
+        model: The network, which is not changed.
         trainable: The parameters whose copies carry gradients, provided that they are trainable in the network. All
-            others are constants in the replica.
+            other parameters are constants in the replica.
     """
 
     def __init__(self, model: nn.Module, trainable: Collection[Tensor] = ()) -> None:
@@ -57,7 +57,7 @@ class Replica:
         """The copy of the network."""
 
     def __call__(self, original: _Object) -> _Object:
-        """The copy of one of the network's modules or parameters.
+        """Return the copy of one of the network's modules or parameters.
 
         Raises:
             KeyError: If the network does not contain it.
@@ -92,7 +92,7 @@ class Replica:
 
     @staticmethod
     def _unwrap(replica: Any) -> None:
-        """Let compiled and parallel wrappers run the module inside: they hold references to the network that they wrap."""
+        """Make compiled and parallel wrappers run the copied module inside; they hold references to the original one."""
         if "_compiled_call_impl" in vars(replica):
             vars(replica)["_compiled_call_impl"] = None
         inner = None
@@ -119,7 +119,7 @@ class Replica:
         return cast(Tensor, self._remember(tensor, ordinary))
 
     def _value(self, value: Any, depth: int) -> Any:
-        """The value with all modules and parameters in it replaced by their copies; itself if there are none."""
+        """Return the value with all modules and parameters in it replaced by their copies, or itself if it has none."""
         if isinstance(value, _SIMPLE):
             return value
         if isinstance(value, nn.Module):
@@ -191,7 +191,7 @@ class Replica:
         return self._remember(function, replica)
 
     def _object(self, value: Any, depth: int) -> Any:
-        """An object of some other class, by its attributes."""
+        """Copy an object of any other class if its attributes contain modules or parameters."""
         if id(value) in self._copies or not hasattr(value, "__dict__"):
             return self._copies.get(id(value), value)
         self._remember(value, value)  # its attributes may lead back to it
@@ -205,16 +205,16 @@ class Replica:
             return value
         try:
             replica = object.__new__(type(value))
-        except TypeError:  # a class that is written in C
+        except TypeError:  # a class implemented in C
             return value
         vars(replica).update(attributes | changed)
         return self._remember(value, replica)
 
 
 def _filled(cell: types.CellType) -> bool:
-    """Whether a closure's variable has a value yet."""
+    """Return whether a closure variable has a value yet."""
     try:
-        cell.cell_contents  # noqa: B018 - looking is the question
+        cell.cell_contents  # noqa: B018 - only whether reading it fails matters
     except ValueError:
         return False
     return True

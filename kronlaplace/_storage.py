@@ -1,6 +1,6 @@
-"""One safetensors file per object: tensors, and everything else as JSON in the header. Nothing is ever unpickled.
+"""Storage of each object in one safetensors file: tensors, and everything else as JSON in the header; no pickle is used.
 
-A checksum over all of it goes with them: safetensors itself notices a file that was cut off, but not one with other bits.
+A checksum covers all of it: safetensors itself detects a truncated file, but not one with changed bits.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ _FORMAT_VERSION = 1
 def save_tensors(path: str | PathLike[str], kind: str, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
     """Write ``tensors`` and the JSON-compatible ``values`` to ``path``.
 
-    The file is written beside its place under a name of its own, and moved there when it is complete: whoever reads the
-    path, and however many write to it at once, it holds one whole file. Where the path is a link, the file that it points to
-    is replaced. Permissions are those of the file that was there, or of any new file.
+    The file is first written under a temporary name in the same folder, and moved into place when complete. So the path
+    always holds one whole file, even with readers and several writers at once. If the path is a link, the file that it
+    points to is replaced. Permissions are those of the existing file, or else those of any new file.
 
     Args:
-        path: Where to.
-        kind: What the file holds, ``"fisher"`` or ``"posterior"``; `load_tensors` must ask for the same.
+        path: The path to write to.
+        kind: What the file holds, ``"fisher"`` or ``"posterior"``; `load_tensors` must be called with the same kind.
         tensors: Tensors by name.
         values: Everything else.
 
     Raises:
-        FileNotFoundError: If the folder is not there.
-        IsADirectoryError: If the path is a folder itself.
-        PermissionError: If the file is there and may not be written.
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If the path is a folder.
+        PermissionError: If the file exists and is not writable.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {path.parent}; make it first, {path.name} is to be written there.")
+        raise FileNotFoundError(f"no such folder: {path.parent}; create it before writing {path.name} to it.")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file, in it or elsewhere.")
+        raise IsADirectoryError(f"{path} is a folder; pass the name of a file, in this folder or elsewhere.")
     target = Path(os.path.realpath(path))
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(
-            f"{path} is there and may not be written; save under another name, or change its permissions."
+            f"{path} exists and is not writable; save under a different name, or change its permissions."
         )
     written_by = {package: _version_of(package) for package in ("kronlaplace", "torch")}
     contents = json.dumps({"format": _FORMAT_VERSION, "kind": kind, "written_by": written_by, "values": values})
-    # Cloned: safetensors refuses tensors that share memory.
+    # Cloned because safetensors refuses tensors that share memory.
     flat = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     partial = target.with_name(f".kronlaplace-{secrets.token_hex(8)}.partial")
     try:
@@ -76,14 +76,15 @@ def load_tensors(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another program, of another kind, or of a newer format.
+        TypeError: If ``device`` is not a device.
+        ValueError: If the file is damaged, was not written by this package, or has a different kind or a newer format.
     """
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a torch.device or a string such as 'cpu', got {type(device).__name__}.")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
-    # Read at once: `safe_open` opens the path twice, for the header and for the tensors, and a save may come between.
+    # Read all at once: `safe_open` opens the path twice, for header and tensors, and a save might happen in between.
     contents = path.read_bytes()
     try:
         tensors = load(contents)
@@ -98,14 +99,14 @@ def load_tensors(
         raise ValueError(f"{path} is a safetensors file, but kronlaplace did not write it.")
     if metadata.get("checksum") != _checksum(metadata["kronlaplace"], tensors):
         raise ValueError(
-            f"{path} is damaged: its contents do not have the checksum that they were written with. Some bits changed in "
-            "storage or on the way, or another program edited it; take another copy, or save the object again."
+            f"{path} is damaged: its contents do not match the checksum with which they were written. Bits changed in "
+            "storage or in transit, or another program edited the file; use another copy, or save the object again."
         )
     header = json.loads(metadata["kronlaplace"])
     if header["format"] > _FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format {header['format']}, written by kronlaplace {_writer(header)}; this version reads up to "
-            f"{_FORMAT_VERSION}; update it."
+            f"{path} has format {header['format']}, written by kronlaplace {_writer(header)}; this version reads formats up "
+            f"to {_FORMAT_VERSION}. Update kronlaplace."
         )
     if header["kind"] != kind:
         raise ValueError(f"{path} holds a {header['kind']}, not a {kind}.")
@@ -113,7 +114,7 @@ def load_tensors(
 
 
 def digest(tensor: Tensor) -> str:
-    """A digest of dtype, shape and values of a tensor on any device."""
+    """Return a digest of a tensor's dtype, shape and values, independent of its device."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     digest = hashlib.blake2b(header, digest_size=16)
@@ -129,7 +130,7 @@ def _metadata(contents: bytes) -> dict[str, str]:
 
 
 def _checksum(contents: str, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of the header's contents and of every tensor's name, dtype, shape and values."""
+    """Return a digest of the header's contents and of every tensor's name, dtype, shape and values."""
     parts = [contents, *(f"{name} {digest(tensors[name])}" for name in sorted(tensors))]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 

@@ -101,7 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from `low` to `high`."""
+    """Make an argument type: whole numbers from `low` to `high`."""
 
     def convert(text: str) -> int:
         try:

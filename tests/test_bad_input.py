@@ -17,7 +17,7 @@ def iterator():
 
 
 BAD_DATA = {
-    "empty list": ([], ValueError, "the data is empty: no batch came out of the loader"),
+    "empty list": ([], ValueError, "the data is empty: the loader yielded no batches"),
     "empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), ValueError, "the data is empty"),
     "spent iterator": (iterator(), ValueError, "An iterator can be read only once"),
     "not iterable": (7, TypeError, "data must be an iterable of .* batches, .* got int"),
@@ -28,7 +28,7 @@ BAD_DATA = {
     "dead batch later": ([(X, Y), (X, Y), (poisoned(3), Y)], ValueError, "batch 2: the inputs contain NaN"),
     "batch of none": ([(X, Y), None], TypeError, r"batch 1: expected a pair .* got NoneType"),
     "batch of three": ([(X, Y, Y)], TypeError, "got tuple of 3: Tensor, Tensor, Tensor"),
-    "batch without examples": ([(X, Y), (X[:0], Y[:0])], ValueError, r"batch 1: has no examples .*\(0, 4\)"),
+    "batch without examples": ([(X, Y), (X[:0], Y[:0])], ValueError, r"batch 1: the batch has no examples .*\(0, 4\)"),
     "label too large": (
         [(X, Y), (X, Y + 1)],
         ValueError,
@@ -222,7 +222,7 @@ def test_weights_that_were_changed_and_restored_are_fine():
 
 def test_files_and_folders_that_are_not_there(tmp_path):
     posterior = kl.KronLaplace(mlp32(), "classification").fit([(X, Y)])
-    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere; make it first"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere; create it before"):
         posterior.save(tmp_path / "nowhere" / "p")
     with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         kl.KronLaplace.load(tmp_path, posterior.model)

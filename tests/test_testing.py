@@ -201,7 +201,7 @@ BROKEN_LIKELIHOODS = {
     TooManyDirections: r"n_directions is the number of directions \(sampling='exact'\); .*: it is 3, but there are 4",
     WrongMetric: r"sum of d dᵀ over exact directions is the Hessian",
     WrongMetricThatNoHessianTells: r"sum of d dᵀ over drawn directions is that over exact ones .*may deviate by",
-    Biased: r"drawn directions are zero on average; of \d+ draws",
+    Biased: r"drawn directions are zero on average; the mean of \d+ draws",
     TooNarrow: r"drawn directions are zero on average|sum of d dᵀ over drawn directions",
     Unseeded: r"equal generators give equal draws",
     Mean: r"statistics add up over examples",

@@ -1,4 +1,4 @@
-"""One layer's part of the Fisher: kinds of blocks, their algebra, and their eigendecompositions."""
+"""Blocks of the Fisher, one per layer: the kinds of blocks, their algebra, and their eigendecompositions."""
 
 from kronlaplace.blocks.base import Block, RotatedBlock, decompose
 from kronlaplace.blocks.dense import DenseBlock

@@ -18,9 +18,9 @@ class DenseBlock(Block):
     """Any symmetric positive semidefinite matrix.
 
     Args:
-        matrix: Shape ``(q·p, q·p)``.
-        shape: ``(q, p)``.
-        scale: A factor in front, 0-dim tensor or number.
+        matrix: The matrix, shape ``(q·p, q·p)``.
+        shape: The shape ``(q, p)`` of the matrices on which the block acts.
+        scale: A factor in front, as a 0-dim tensor or a number.
         name: The layer's name, for errors.
     """
 
@@ -76,7 +76,7 @@ class DenseBlock(Block):
         (self._eigen,) = parts
 
     def eigen(self) -> Eigen:
-        """The eigendecomposition, computed once."""
+        """Return the eigendecomposition, which is computed once."""
         if self._eigen is None:
             decompose([self])
         assert self._eigen is not None

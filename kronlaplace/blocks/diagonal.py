@@ -1,4 +1,4 @@
-"""Blocks that are diagonal."""
+"""Diagonal blocks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["DiagonalBlock"]
 
 
 class DiagonalBlock(ValuesBlock):
-    """``diag(λ)``.
+    """A diagonal block ``diag(λ)``.
 
     Args:
-        values: ``λ``, not negative, as a ``(q, p)`` matrix.
+        values: The nonnegative ``λ``, as a ``(q, p)`` matrix.
         name: The layer's name, for errors.
     """
 

@@ -12,12 +12,12 @@ __all__ = ["EigenBlock"]
 
 
 class EigenBlock(ValuesBlock, RotatedBlock):
-    """``(Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ``: a Kronecker eigenbasis with eigenvalues of its own (EKFAC).
+    """A block ``(Q_G ⊗ Q_A) diag(λ) (Q_G ⊗ Q_A)ᵀ``: a Kronecker eigenbasis with unrestricted eigenvalues (EKFAC).
 
     Args:
-        gradient_basis: ``Q_G``, orthogonal, shape ``(K, q/K, q/K)`` (``K`` groups of rows; 1 for most layers).
-        activation_basis: ``Q_A``, orthogonal, shape ``(K, p, p)``.
-        values: ``λ``, not negative, shape ``(q, p)``.
+        gradient_basis: The orthogonal ``Q_G``, shape ``(K, q/K, q/K)``, for ``K`` groups of rows (1 for most layers).
+        activation_basis: The orthogonal ``Q_A``, shape ``(K, p, p)``.
+        values: The nonnegative ``λ``, shape ``(q, p)``.
         name: The layer's name, for errors.
     """
 

@@ -1,8 +1,8 @@
-"""Symmetric eigendecompositions that do not fail, and whose results are checked.
+"""Robust symmetric eigendecompositions with checked results.
 
-``torch.linalg.eigh`` does not converge for some finite, moderate matrices of low rank with many zero rows, and for a few of
-them it returns infinite or wrong results without an error. So rows and columns of zeros are cut off first, every result is
-checked against its matrix, and matrices without a right result are decomposed by other routines, one by one.
+For some finite, moderate matrices of low rank with many zero rows, ``torch.linalg.eigh`` does not converge, and for a few
+of them it returns infinite or wrong results without an error. So rows and columns of zeros are removed first, every result
+is checked against its matrix, and matrices without a correct result are decomposed by other routines, one by one.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ __all__ = [
 ]
 
 Named = tuple[str, Tensor]
-"""A matrix, and what errors call it."""
+"""A matrix, preceded by its name for errors."""
 
 _ROUNDING = 16
-"""Errors that a right result may have, in units of ``n · eps``; those seen are below 1 where ``n > 1``."""
+"""Error that a correct result may have, in units of ``n · eps``; observed errors are below 1 for ``n > 1``."""
 
 _UNEVEN = 16.0
-"""How many times the largest diagonal entry of a matrix may be the smallest, for its rounding to be judged as one."""
+"""Largest ratio of diagonal entries of a matrix for which one bound on its rounding is used."""
 
 _MARGIN = 4
-"""How many times the most negative eigenvalue of a sum ``Σ x xᵀ``, which is rounding, positive ones may be rounding too."""
+"""Size up to which positive eigenvalues of ``Σ x xᵀ`` may be rounding, relative to the most negative one, which is."""
 
 _DRIVERS = ("evd", "evr", "ev")
-"""Of ``scipy.linalg.eigh``, in the order in which they are tried."""
+"""Drivers of ``scipy.linalg.eigh``, in the order in which they are tried."""
 
 
 class Eigen(NamedTuple):
-    """``M = Q diag(d) Qᵀ`` of a symmetric matrix: ``d`` ascending, shape ``(n,)``, ``Q`` ``(n, n)``.
+    """Eigendecomposition ``M = Q diag(d) Qᵀ``: ascending ``d``, shape ``(n,)``, and orthogonal ``Q``, shape ``(n, n)``.
 
-    ``unresolved`` is the mean of the eigenvalues that are too small beside the others to be told from rounding, where these
-    are not zero, 0-dim, as `eigendecompose_moments` has it.
+    ``unresolved``, a 0-dim tensor from `eigendecompose_moments`, is the mean of the eigenvalues that are too small relative
+    to the others to be distinguished from rounding; zero if this mean may be rounding, too.
     """
 
     values: Tensor
@@ -57,26 +57,27 @@ class Eigen(NamedTuple):
 
 
 def trace(matrices: Tensor) -> Tensor:
-    """Traces over the last two axes."""
+    """Return the traces over the last two axes."""
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def eigendecompose(matrices: Sequence[Named]) -> list[Eigen]:
-    """Eigendecompositions of named positive semidefinite matrices.
+    """Return the eigendecompositions of named positive semidefinite matrices.
 
-    As `eigendecompose_symmetric`; eigenvalues below zero by rounding become zero.
+    This is `eigendecompose_symmetric`, but eigenvalues that are negative due to rounding become zero.
     """
     return [Eigen(part.values.clamp_min(0), part.vectors) for part in eigendecompose_symmetric(matrices)]
 
 
 def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
-    """Eigendecompositions of named second moments ``Σ x xᵀ``, added up in their dtype.
+    """Return the eigendecompositions of named second moments ``Σ x xᵀ``, accumulated in their dtype.
 
-    As `eigendecompose_symmetric`, and eigenvalues that may be nothing but rounding are replaced by their mean, or by zero
-    where the mean may be rounding, too. (Rounding has no preferred sign: what it adds to one of them it takes from another,
-    and their sum is known better than each.) Where the diagonal entries differ much in size, as with features of several
-    units, that alone would take small eigenvalues for rounding that are well determined, since entries are rounded relative
-    to ``√(M_ii M_jj)``. There the matrix with unit diagonal, ``M_ij / √(M_ii M_jj)``, is freed of its rounding before.
+    This is `eigendecompose_symmetric`, but eigenvalues that may be nothing but rounding are replaced by their mean, or by
+    zero if the mean may be rounding, too. (Rounding has no preferred sign: what it adds to one eigenvalue it takes from
+    another, so their sum is known better than each of them.) If the diagonal entries differ widely in size, as with features
+    in different units, this alone would mistake well-determined small eigenvalues for rounding, since entries are rounded
+    relative to ``√(M_ii M_jj)``. In that case, the rounding is first removed from the matrix with unit diagonal,
+    ``M_ij / √(M_ii M_jj)``.
     """
     freed = _freed_of_rounding(matrices)
     todo = [(name, freed[i][0] if i in freed else matrix) for i, (name, matrix) in enumerate(matrices)]
@@ -94,7 +95,7 @@ def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
 
 
 def _smoothed(values: Tensor, floor: Tensor, rounding_of_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues with those up to the floor replaced by their mean, and that mean; by zero if it may be rounding."""
+    """Replace eigenvalues up to the floor by their mean, or by zero if the mean may be rounding; return both."""
     small = values <= floor
     count = small.sum().clamp_min(1)
     total = torch.where(small, values, 0.0).sum()
@@ -104,32 +105,32 @@ def _smoothed(values: Tensor, floor: Tensor, rounding_of_sum: Tensor) -> tuple[T
 
 
 def _rounding_of_sum(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
-    """How far rounding may take a sum of many eigenvalues; arguments as of `_rounding`."""
+    """Return the largest rounding error of a sum of many eigenvalues; for the arguments, see `_rounding`."""
     return eps * (math.sqrt(len(values)) * largest + values[-1])
 
 
 def _rounding(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
-    """Largest eigenvalue that rounding of a sum ``M = Σ x xᵀ`` may leave where there is none, ``(10 + √n) ε max M_ii``.
+    """Return a bound on eigenvalues of ``M = Σ x xᵀ`` that are mere rounding: at least ``(10 + √n) ε max M_ii``.
 
-    Entries have errors of a few ``ε √(M_ii M_jj)`` that are as good as random. In sums over up to 100 batches the
-    eigenvalues that they made were below this, for ``n ≥ 30`` below a third of it. Over more batches they are larger, and
-    half of them negative: by the most negative one is then seen how large.
+    Entries have errors of a few ``ε √(M_ii M_jj)`` that are effectively random. In sums over up to 100 batches, the
+    resulting eigenvalues were below this value, and below a third of it for ``n ≥ 30``. Over more batches they are larger,
+    but half of them are negative, so the most negative one shows how large they are.
 
     Args:
         values: All eigenvalues, ascending.
         largest: ``max M_ii``.
-        eps: ``ε`` of the dtype that the sum was made in.
+        eps: The ``ε`` of the dtype in which the sum was accumulated.
     """
     return (-_MARGIN * values[0]).clamp_min((10 + math.sqrt(len(values))) * eps * largest)
 
 
 def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Second moments with uneven diagonals, by index, in float64 and without rounding; and their unresolved eigenvalues."""
+    """Return second moments with uneven diagonals, in float64 and free of rounding, and unresolved eigenvalues, by index."""
     coarse = [i for i, (_, matrix) in enumerate(matrices) if matrix.dtype != torch.float64]
     uneven = [i for i, flag in zip(coarse, _asked([_is_uneven(matrices[i][1]) for i in coarse]), strict=True) if flag]
     roots, evened = [], []
     for name, matrix in (matrices[i] for i in uneven):
-        # Smaller ones, as of units that are nearly dead, may have underflowed, and are nothing beside the largest.
+        # Smaller entries, such as those of nearly dead units, may have underflowed and are negligible next to the largest.
         least = torch.finfo(matrix.dtype).eps ** 2
         matrix = _double(matrix)
         root = matrix.diagonal().clamp_min(least * matrix.diagonal().amax()).sqrt()
@@ -154,20 +155,20 @@ def _is_uneven(matrix: Tensor) -> Tensor:
 
 
 def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
-    """Eigendecompositions of named symmetric matrices.
+    """Return the eigendecompositions of named symmetric matrices.
 
-    The matrices are symmetrised first and decomposed in float64, without their rows and columns of zeros (which are exact
-    eigenvectors with eigenvalue zero), equal sizes in one batched call. The results have the dtype of the matrices. Where
-    ``torch.linalg.eigh`` gives no result or a wrong one, ``scipy.linalg.eigh`` decomposes the matrix on the CPU, and a
-    warning names it. An accelerator is waited for twice, beside what ``torch.linalg.eigh`` itself waits: before, for the
-    sizes, and after, for all checks.
+    The matrices are first symmetrized, then decomposed in float64 without their rows and columns of zeros (which correspond
+    to exact eigenvectors with eigenvalue zero), with one batched call per size. The results have the dtype of the matrices.
+    If ``torch.linalg.eigh`` returns no result or a wrong one, ``scipy.linalg.eigh`` decomposes the matrix on the CPU, and a
+    warning names it. Apart from the waits in ``torch.linalg.eigh`` itself, this waits for an accelerator twice: before, for
+    the sizes, and afterwards, for all checks.
 
     Args:
         matrices: Names, for messages, and square matrices.
 
     Raises:
         ValueError: If a matrix has NaN or infinite entries, naming it, before any work is done.
-        RuntimeError: If a decomposition fails everywhere, naming the matrices.
+        RuntimeError: If all routines fail for some matrices, naming them.
     """
     used = [_used_rows(matrix) for _, matrix in matrices]
     sizes = _sizes(matrices, used)
@@ -192,25 +193,25 @@ def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
 
 
 def _used_rows(matrix: Tensor) -> Tensor:
-    """Which rows and columns are not entirely zero, shape ``(n,)``."""
+    """Return which rows and columns are not entirely zero, shape ``(n,)``."""
     filled = matrix != 0
     return filled.any(0) | filled.any(1)
 
 
 def _sizes(matrices: Sequence[Named], used: Sequence[Tensor]) -> list[int]:
-    """How many rows are used in each matrix; all devices are asked once, also whether all entries are finite."""
+    """Return the number of used rows of each matrix, and check that entries are finite, with one wait per device."""
     counts = [torch.where(torch.isfinite(m).all(), rows.sum(), -1) for (_, m), rows in zip(matrices, used, strict=True)]
     sizes = _asked(counts)
     if bad := [name for (name, _), size in zip(matrices, sizes, strict=True) if size < 0]:
         raise ValueError(
-            f"NaN or infinite entries in {', '.join(bad)}: nothing can be inverted. They come from activations or "
-            "gradients that overflowed; look at the network's outputs on this data."
+            f"NaN or infinite entries in {', '.join(bad)}, which therefore cannot be inverted. They come from activations "
+            "or gradients that overflowed; look at the network's outputs on this data."
         )
     return sizes
 
 
 def _asked(numbers: Sequence[Tensor]) -> list[int]:
-    """Values of 0-dim tensors of one dtype, with one wait for each device."""
+    """Return the values of 0-dim tensors of one dtype, with one wait per device."""
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for number in numbers:
         by_device[number.device].append(number)
@@ -219,17 +220,17 @@ def _asked(numbers: Sequence[Tensor]) -> list[int]:
 
 
 def _double(matrix: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
+    """Convert to float64, on the CPU if the device does not support it."""
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
 def _order(used: Tensor) -> Tensor:
-    """The used rows, then the others, each in their order; no device is waited for."""
+    """Return the indices of the used rows, then of the others, each in order, without waiting for the device."""
     return used.to(torch.uint8).argsort(descending=True, stable=True)
 
 
 def _used_part(matrix: Tensor, used: Tensor, size: int) -> Tensor:
-    """The symmetric part of the used rows and columns, ``(size, size)``, in float64."""
+    """Return the symmetric part of the used rows and columns, shape ``(size, size)``, in float64."""
     if size < len(matrix):
         rows = _order(used)[:size]
         matrix = matrix[rows.unsqueeze(1), rows]
@@ -238,7 +239,7 @@ def _used_part(matrix: Tensor, used: Tensor, size: int) -> Tensor:
 
 
 def _whole(part: Eigen, matrix: Tensor, used: Tensor) -> Eigen:
-    """The decomposition of the whole matrix, on its device and in its dtype, from that of its used part."""
+    """Extend the decomposition of the used part to the whole matrix, on its device and in its dtype."""
     values, vectors = part.values.to(matrix.device, matrix.dtype), part.vectors.to(matrix.device, matrix.dtype)
     n, size = len(used), len(values)
     if size == n:
@@ -252,22 +253,22 @@ def _whole(part: Eigen, matrix: Tensor, used: Tensor) -> Eigen:
 
 
 def _eigh(stack: Tensor) -> Eigen:
-    """Eigendecompositions of ``(k, n, n)``; NaN where they do not converge."""
+    """Return the eigendecompositions of a stack ``(k, n, n)``, with NaN where they do not converge."""
     try:
         return Eigen(*torch.linalg.eigh(stack))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if len(stack) == 1:
             nowhere = torch.full_like(stack, torch.nan)
             return Eigen(nowhere[..., 0], nowhere)
-        parts = [_eigh(matrix.unsqueeze(0)) for matrix in stack]  # one that fails takes the others with it
+        parts = [_eigh(matrix.unsqueeze(0)) for matrix in stack]  # one failure makes the whole batch fail
         return Eigen(torch.cat([part.values for part in parts]), torch.cat([part.vectors for part in parts]))
 
 
 @torch.no_grad()
 def _is_right(stack: Tensor, parts: Eigen) -> Tensor:
-    """Whether ``Q diag(d) Qᵀ`` is the matrix and ``Q`` orthogonal, to rounding, and ``d`` ascending: shape ``(k,)``.
+    """Return whether ``Q diag(d) Qᵀ`` is the matrix, ``Q`` orthogonal (up to rounding), and ``d`` ascending, shape ``(k,)``.
 
-    By largest entries and row sums: squares could overflow. Comparisons with NaN are false.
+    Errors are measured by largest entries and row sums, since squares could overflow. Comparisons with NaN are false.
     """
     values, vectors, _ = parts
     count, n = values.shape
@@ -283,7 +284,7 @@ def _is_right(stack: Tensor, parts: Eigen) -> Tensor:
 
 
 def _by_other_drivers(matrices: Sequence[Named]) -> list[Eigen]:
-    """Decompositions by ``scipy.linalg.eigh`` of matrices that ``torch.linalg.eigh`` failed on, with a warning."""
+    """Decompose matrices on which ``torch.linalg.eigh`` failed with ``scipy.linalg.eigh``, and warn."""
     results, failed, drivers = [], [], []
     for name, matrix in matrices:
         part, driver = _by_scipy(matrix)
@@ -295,22 +296,22 @@ def _by_other_drivers(matrices: Sequence[Named]) -> list[Eigen]:
     if failed:
         raise RuntimeError(
             f"no eigendecomposition of {', '.join(failed)} in float64: the entries are finite, but torch.linalg.eigh and "
-            f"scipy.linalg.eigh (drivers {', '.join(_DRIVERS)}; not for a matrix that carries a gradient, which they do not "
-            'pass on) did not converge or gave wrong results. Leave the layer out (layers=), use the estimator "diagonal", '
-            "which decomposes nothing, or try torch.set_num_threads(1), which sums in another order."
+            f"scipy.linalg.eigh (drivers {', '.join(_DRIVERS)}; not tried for matrices that carry a gradient, which it "
+            "would lose) did not converge or gave wrong results. Leave the layer out (layers=), use the estimator "
+            '"diagonal", which decomposes nothing, or try torch.set_num_threads(1), which sums in a different order.'
         )
     if not matrices:
         return results
     warn(
         f"torch.linalg.eigh did not converge or gave a wrong result for {', '.join(name for name, _ in matrices)}. "
-        f"scipy.linalg.eigh decomposed on the CPU, in float64, by its driver: {', '.join(drivers)}. These results were "
-        "checked and are right."
+        f"scipy.linalg.eigh decomposed on the CPU, in float64, with the driver in parentheses: {', '.join(drivers)}. These "
+        "results were checked and are correct."
     )
     return results
 
 
 def _by_scipy(matrix: Tensor) -> tuple[Eigen | None, str]:
-    """The first right result and the driver that gave it; None if there is none."""
+    """Return the first correct result, or None if there is none, and the driver that gave it."""
     if matrix.requires_grad:
         return None, ""
     for driver in _DRIVERS:

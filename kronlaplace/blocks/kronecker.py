@@ -14,15 +14,15 @@ __all__ = ["KroneckerBlock"]
 
 
 class KroneckerBlock(RotatedBlock):
-    """``scale · G ⊗ A``, acting on a ``(q, p)`` matrix as ``scale · G M A``.
+    """A block ``scale · G ⊗ A``, which acts on a ``(q, p)`` matrix as ``scale · G M A``.
 
-    Layers with ``K`` groups of rows (grouped convolutions, attention's input projections) are block diagonal over the
-    groups, with factors of their own.
+    For layers with ``K`` groups of rows (grouped convolutions, attention's input projections), the block is block diagonal
+    over the groups, and each group has its own factors.
 
     Args:
-        gradient_factor: ``G``, symmetric positive semidefinite, shape ``(q, q)``, or ``(K, q/K, q/K)``.
-        activation_factor: ``A``, symmetric positive semidefinite, shape ``(p, p)``, or ``(K, p, p)``.
-        scale: A factor in front: a number, 0-dim tensor, or one for each group, shape ``(K,)``.
+        gradient_factor: The symmetric positive semidefinite ``G``, shape ``(q, q)`` or ``(K, q/K, q/K)``.
+        activation_factor: The symmetric positive semidefinite ``A``, shape ``(p, p)`` or ``(K, p, p)``.
+        scale: A factor in front: a number, a 0-dim tensor, or one value per group, shape ``(K,)``.
         name: The layer's name, for errors.
     """
 
@@ -43,14 +43,14 @@ class KroneckerBlock(RotatedBlock):
 
     @property
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """With the axis of the groups."""
+        """The factors ``G`` and ``A`` with the axis of the groups."""
         if self.gradient_factor.ndim == 2:
             return self.gradient_factor.unsqueeze(0), self.activation_factor.unsqueeze(0)
         return self.gradient_factor, self.activation_factor
 
     @property
     def _scales(self) -> Tensor:
-        """One for each group, shape ``(K, 1, 1)``."""
+        """The scale of each group, shape ``(K, 1, 1)``."""
         return self.scale.expand(len(self._factors[0])).view(-1, 1, 1)
 
     @property
@@ -76,16 +76,16 @@ class KroneckerBlock(RotatedBlock):
         return torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in parts))
 
     def trace(self) -> Tensor:
-        """``scale · tr G · tr A``, 0-dim."""
+        """Return ``scale · tr G · tr A``, summed over the groups, 0-dim."""
         return self.group_traces().sum()
 
     def group_traces(self) -> Tensor:
-        """``scale · tr G · tr A`` of each group, shape ``(K,)``."""
+        """Return ``scale · tr G · tr A`` of each group, shape ``(K,)``."""
         gradient, activation = self._factors
         return self._scales[:, 0, 0] * trace(gradient) * trace(activation)
 
     def frobenius_norm(self) -> Tensor:
-        """``|scale| · ‖G‖ · ‖A‖``, 0-dim."""
+        """Return ``|scale| · ‖G‖ · ‖A‖``, combined over the groups, 0-dim."""
         gradient, activation = self._factors
         by_group = self._scales[:, 0, 0] * torch.linalg.matrix_norm(gradient) * torch.linalg.matrix_norm(activation)
         return torch.linalg.norm(by_group)
@@ -115,7 +115,7 @@ class KroneckerBlock(RotatedBlock):
         ]
 
     def eigen(self) -> tuple[Eigen, Eigen]:
-        """Eigendecompositions of ``G`` and of ``A``, computed once, with an axis of groups in front.
+        """Return the eigendecompositions of ``G`` and ``A``, which are computed once, with a leading axis of groups.
 
         Raises:
             ValueError: If a factor has NaN or infinite entries.
@@ -138,7 +138,7 @@ class KroneckerBlock(RotatedBlock):
 
     def eigenvalues(self) -> Tensor:
         gradient, activation = self.eigen()
-        # In float64: the smallest eigenvalues and the damping often differ from the largest by 1e10 and more.
+        # In float64: the smallest eigenvalues and the damping often differ from the largest by a factor of 1e10 or more.
         outer = gradient.values.double().unsqueeze(2) * activation.values.double().unsqueeze(1)
         return (self._scales.double() * outer).flatten(0, 1)
 

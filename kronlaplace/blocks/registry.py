@@ -1,4 +1,4 @@
-"""The kinds of blocks by name, as files call them."""
+"""The kinds of blocks, by their names in files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ for _kind in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock):
 
 
 def block_from_tensors(kind: str, tensors: Mapping[str, Tensor], name: str) -> Block:
-    """Inverse of `Block.to_tensors`.
+    """Make a block from its tensors, as the inverse of `Block.to_tensors`.
 
     Raises:
-        ValueError: If there is no such kind of block.
+        ValueError: If the kind of block is unknown.
     """
     if kind not in BLOCKS:
         raise ValueError(

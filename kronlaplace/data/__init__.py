@@ -1,1 +1,1 @@
-"""What comes in: batches of a loader, the inputs in them, and checks of their values."""
+"""Incoming data: batches of a loader, the inputs in them, and checks of their values."""

@@ -22,20 +22,20 @@ class Batch:
 
 
 class DeferredChecks:
-    """Conditions on tensor values that are looked at without stalling an accelerator.
+    """Conditions on tensor values, checked without stalling an accelerator.
 
-    On the CPU a broken condition is raised at once. On other devices the first batch that broke it is remembered
-    in a tensor there, and `settle` reads it once, at the end of the pass.
+    On the CPU, a violated condition raises an error at once. On other devices, the first batch that violated it is recorded
+    in a tensor there, which `settle` reads once, at the end of the pass.
     """
 
     def __init__(self) -> None:
         self._first_broken: dict[str, Tensor] = {}
 
     def require(self, holds: Tensor, batch: Batch, message: str) -> None:
-        """Note that ``holds`` (a boolean 0-dim tensor) must be true for this batch.
+        """Require that ``holds``, a boolean 0-dim tensor, be true for this batch.
 
         Raises:
-            ValueError: At once on the CPU, in `settle` elsewhere: ``batch <index>: <message>``.
+            ValueError: If it is false on the CPU, as ``batch <index>: <message>``; on other devices, `settle` raises it.
         """
         if holds.device.type == "cpu":
             if not holds:
@@ -47,7 +47,11 @@ class DeferredChecks:
         self._first_broken[message] = torch.where(holds | (first >= 0), first, batch.index)
 
     def settle(self) -> None:
-        """Raise the first condition that was broken, if one was."""
+        """Raise an error for the first condition that was violated, if any.
+
+        Raises:
+            ValueError: If a condition was violated.
+        """
         broken = [(int(first), message) for message, first in self._first_broken.items() if int(first) >= 0]
         if broken:
             index, message = min(broken)
@@ -55,7 +59,7 @@ class DeferredChecks:
 
 
 def all_finite(values: Tensor) -> Tensor:
-    """Whether no value is NaN or infinite, as a boolean 0-dim tensor, in one pass over them."""
+    """Return whether no value is NaN or infinite, as a boolean 0-dim tensor, in one pass over the values."""
     if values.dtype in (torch.float32, torch.float16, torch.bfloat16) and values.device.type in ("cpu", "cuda"):
         return torch.isfinite(values.sum(dtype=torch.float64))  # cannot overflow
     return torch.isfinite(values).all()

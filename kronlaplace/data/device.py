@@ -1,4 +1,4 @@
-"""Where a network is, and the random state there."""
+"""A network's device, and the random state there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's parameters.
+    """Return the device of the model's parameters.
 
     Raises:
-        ValueError: If the model has no parameters, has them on several devices, or has them nowhere (``meta``).
+        ValueError: If the model has no parameters, or has them on several devices or on the ``meta`` device.
     """
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or devices == {torch.device("meta")}:

@@ -1,4 +1,4 @@
-"""What a network is called with: a tensor, several, or named ones."""
+"""The inputs of a network: one tensor, several tensors, or named tensors."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["Inputs", "leaves", "tensors_of", "with_one_more"]
 
 
 class Inputs:
-    """What the network is called with: a tensor, several, or named ones.
+    """The inputs of a network: one tensor, several tensors, or named tensors.
 
-    A tuple or list is unpacked, ``model(*inputs)``. A mapping is given as keywords if the model's ``forward`` takes
-    those, ``model(**inputs)``, and else as it is, ``model(inputs)``.
+    A tuple or list is unpacked, ``model(*inputs)``. A mapping is passed as keywords if the model's ``forward`` takes them,
+    ``model(**inputs)``, and otherwise as one argument, ``model(inputs)``.
 
     Args:
-        value: A tensor, or a tuple, list or mapping of tensors (and other values, which are handed through).
+        value: A tensor, or a tuple, list or mapping of tensors (and other values, which are passed through).
     """
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a call of the network."""
+        """Return the positional and keyword arguments for calling the network."""
         if isinstance(self.value, Tensor):
             return (self.value,), {}
         if isinstance(self.value, Mapping):
@@ -37,10 +37,10 @@ class Inputs:
         return tuple(self.value), {}
 
     def run(self, model: nn.Module, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Call the network, with other values for some of its parameters if they are given.
+        """Call the network, with ``parameters`` in place of its own, if given.
 
         Raises:
-            TypeError: If the output is not a tensor, nor an object with a tensor ``logits``.
+            TypeError: If the output is neither a tensor nor an object with a tensor ``logits``.
         """
         args, kwargs = self.arguments(model)
         with callers_autocast():
@@ -50,47 +50,47 @@ class Inputs:
         outputs = getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(
-                f"the model must return a tensor of outputs (or an object with a tensor `logits`), it returned "
+                f"the model must return a tensor of outputs (or an object with a tensor `logits`), but it returned "
                 f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
             )
         return outputs
 
     def count(self, axis: int) -> int:
-        """Number of examples, if ``axis`` counts them."""
+        """Return the number of examples, given that ``axis`` indexes them."""
         return tensors_of(self)[0].shape[axis]
 
     def examples(self, axis: int, start: int, stop: int, shared: Collection[str] = ()) -> Inputs:
-        """Some of the examples; tensors without that many entries on the axis are not cut, nor are those in ``shared``."""
+        """Return the examples ``start:stop``; tensors in ``shared``, or without one entry per example, are not cut."""
         n = self.count(axis)
         index = (slice(None),) * axis + (slice(start, stop),)
         return self.map_by_path(lambda t, path: t[index] if path not in shared and counts_examples(t, axis, n) else t)
 
     def by_example(self, axis: int, shared: Collection[str] = ()) -> list[str]:
-        """Paths of the tensors that `examples` cuts."""
+        """Return the paths of the tensors that `examples` cuts."""
         n = self.count(axis)
         return [path for path, t in leaves(self.value) if path not in shared and counts_examples(t, axis, n)]
 
     def of_other_length(self, axis: int) -> list[str]:
-        """Paths of the tensors whose ``axis`` is there but does not count the examples."""
+        """Return the paths of the tensors that have the axis ``axis``, but not one entry per example on it."""
         n = self.count(axis)
         return [path for path, t in leaves(self.value) if t.ndim > axis and t.shape[axis] != n]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with every tensor changed."""
+        """Return the inputs with a function applied to every tensor."""
         return self.map_by_path(lambda t, _: change(t))
 
     def map_by_path(self, change: Callable[[Tensor, str], Tensor]) -> Inputs:
-        """The same with every tensor changed, by a function of the tensor and its path, such as ``"0"`` or ``"mask"``."""
+        """Return the inputs with a function of each tensor and its path, such as ``"0"`` or ``"mask"``, applied."""
         return Inputs(_mapped(self.value, change))
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """All tensors that have axes, the one that counts the examples first."""
+    """Return all tensors except 0-dim ones; the first one determines the number of examples."""
     return [t for _, t in leaves(inputs.value) if t.ndim]
 
 
 def with_one_more(inputs: Inputs, axis: int, shared: Collection[str] = ()) -> Inputs:
-    """The inputs with their first example once more at the end."""
+    """Return the inputs with their first example repeated at the end."""
     n = inputs.count(axis)
 
     def longer(t: Tensor, path: str) -> Tensor:
@@ -102,12 +102,12 @@ def with_one_more(inputs: Inputs, axis: int, shared: Collection[str] = ()) -> In
 
 
 def counts_examples(tensor: Tensor, axis: int, n: int) -> bool:
-    """Whether an axis of a tensor has the length that counts the examples."""
+    """Return whether a tensor has one entry per example on an axis."""
     return tensor.ndim > axis and tensor.shape[axis] == n
 
 
 def _parts(value: Any, path: str) -> list[tuple[Any, Any, str]]:
-    """Key, value and path of the parts of a container; none of anything else."""
+    """Return the key, value and path of each part of a container, or nothing for any other object."""
     prefix = f"{path}." if path else ""
     if isinstance(value, Mapping):
         return [(key, part, f"{prefix}{key}") for key, part in value.items()]
@@ -115,7 +115,7 @@ def _parts(value: Any, path: str) -> list[tuple[Any, Any, str]]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in nested tuples, lists and mappings, with their paths."""
+    """Yield all tensors in nested tuples, lists and mappings, with their paths."""
     if isinstance(value, Tensor):
         yield path, value
     for _, part, where in _parts(value, path):
@@ -132,10 +132,10 @@ def _mapped(value: Any, change: Callable[[Tensor, str], Tensor], path: str = "")
 
 
 def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
-    """Whether a mapping is given to the model as keywords.
+    """Return whether to pass a mapping to the model as keywords.
 
     Raises:
-        TypeError: If the model's ``forward`` takes some of them as keywords, but not all.
+        TypeError: If the model's ``forward`` takes some but not all of them as keywords.
     """
     signature = inspect.signature(model.forward)
     try:
@@ -144,8 +144,8 @@ def _takes_keywords(model: nn.Module, value: Mapping[str, Any]) -> bool:
         taken = [name for name in signature.parameters if name in value]
         if taken:
             raise TypeError(
-                f"the model's forward takes {list(signature.parameters)}; the batch has {list(value)}: {error}. Give "
-                "batches with the keys that it takes (and the targets), by a generator over the loader."
+                f"the model's forward takes {list(signature.parameters)}; the batch has {list(value)}: {error}. Pass "
+                "batches with only the keys that it takes (and the targets), for example from a generator over the loader."
             ) from None
         return False
     return True

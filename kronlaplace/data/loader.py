@@ -1,4 +1,4 @@
-"""What a loader yields: batches of inputs and perhaps targets, moved to the network's device."""
+"""Batches from a loader: inputs and optional targets, moved to the network's device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Rewind", "is_loader", "iterate", "warn_of_share"]
 
 
 class Rewind:
-    """Lets a loader that shuffles give the same batches in every pass, as long as torch draws the order.
+    """Context manager that lets a shuffling loader yield the same batches in every pass, if torch draws the order.
 
-    Notes the state of torch's global generator and of the loader's own, if it has one; both are as noted after the
+    It records the state of torch's global generator and of the loader's own generators, if any, and restores it after the
     ``with`` block.
 
     Args:
@@ -40,15 +40,17 @@ class Rewind:
         self.restore()
 
     def restore(self) -> None:
-        """Back to where it began."""
+        """Restore the recorded states."""
         torch.set_rng_state(self._global)
         for generator, state in self._own:
             generator.set_state(state)
 
 
 def is_loader(x: Any) -> bool:
-    """Whether ``x`` yields batches, and is not itself the inputs of one: neither a tensor nor a tuple, list or mapping of
-    tensors. A list of anything else holds batches.
+    """Return whether ``x`` yields batches.
+
+    It does not if it is itself the inputs of one: a tensor, or a tuple, list or mapping of tensors. A list of anything else
+    holds batches.
     """
     if isinstance(x, (Tensor, Mapping, tuple, str)) or hasattr(x, "__array__") or not isinstance(x, Iterable):
         return False
@@ -56,10 +58,9 @@ def is_loader(x: Any) -> bool:
 
 
 def warn_of_share(data: Any) -> None:
-    """Say so where a loader gives one process of several its share of the data only.
+    """Warn if a loader yields only one process's share of the data.
 
-    Torch's `DistributedSampler` and what is made like it say how many shares there are; so do the loaders of Hugging Face's
-    accelerate.
+    Torch's `DistributedSampler`, similar samplers, and the loaders of Hugging Face's accelerate report the number of shares.
     """
     batch_sampler = getattr(data, "batch_sampler", None)
     owners = (getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -68,19 +69,19 @@ def warn_of_share(data: Any) -> None:
             shares = getattr(owner, count, None)
             if isinstance(shares, int) and shares > 1:
                 warn(
-                    f"the data are one of {shares} shares (number {getattr(owner, index, '?')}, by a "
-                    f"{type(owner).__name__}), and are taken for all there are: nothing is exchanged between processes. "
-                    "Give a loader of all data to every process, or to one. Or let each process estimate and save a Fisher "
-                    "of its share, and in one of them add them up: posterior.fit(fisher=..., add=True) for each."
+                    f"the data are one of {shares} shares (number {getattr(owner, index, '?')}, from a "
+                    f"{type(owner).__name__}) but are treated as the whole data set: processes exchange nothing. Pass a "
+                    "loader over all data, in every process or in one. Or let each process estimate and save a Fisher of "
+                    "its share, and add them up in one process: posterior.fit(fisher=..., add=True) for each."
                 )
                 return
 
 
 class Alignment(Protocol):
-    """Moves labels to the outputs that they belong to, such as `kronlaplace.network.alignment.Alignment`."""
+    """Callable that aligns labels with the outputs they belong to, such as `kronlaplace.network.alignment.Alignment`."""
 
     def __call__(self, inputs: Any, targets: Tensor, *, in_pair: bool, batch: int) -> Tensor:
-        """Return the targets of the outputs."""
+        """Return the targets, aligned with the outputs."""
 
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -89,32 +90,32 @@ _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 def iterate(
     data: Iterable[Any], device: torch.device, *, alignment: Alignment | None, progress: bool, description: str
 ) -> Iterator[Batch]:
-    """Yield the batches of ``data`` on ``device``, checked as far as shapes and types go.
+    """Yield the batches of ``data`` on ``device``, after checking their shapes and types.
 
     Args:
         data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
             ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
             ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
-            mapping of tensors (see `Inputs`). Labels of tokens in a mapping are those that Hugging Face's models take,
-            and are shifted for models that predict the next token (see `kronlaplace.network.alignment`); targets in a pair
-            are taken as they are.
-        device: Where the batches are needed.
-        alignment: Moves labels to the outputs that they belong to; None where targets are not looked at.
-        progress: Whether to show a progress bar (never where the output is not a terminal).
-        description: What the bar says.
+            mapping of tensors (see `Inputs`). Token labels in a mapping are treated as Hugging Face's models treat them:
+            they are shifted for models that predict the next token (see `kronlaplace.network.alignment`). Targets in a pair
+            are used as they are.
+        device: The device on which the batches are needed.
+        alignment: Function that aligns labels with the outputs they belong to; None if the targets are not used.
+        progress: Whether to show a progress bar; it is never shown unless the output is a terminal.
+        description: Text of the progress bar.
 
     Raises:
-        TypeError: If ``data`` or a batch has another form.
-        ValueError: If there is no batch, or a batch has no examples.
+        TypeError: If ``data`` or a batch has an unsupported form.
+        ValueError: If there are no batches, or a batch has no examples.
     """
     if isinstance(data, (Tensor, tuple, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data must be an iterable of (inputs, targets) batches, such as a DataLoader or a list; got "
-            f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], a Dataset in a DataLoader."
+            f"{type(data).__name__}. Wrap a single batch in a list, [(inputs, targets)], and a Dataset in a DataLoader."
         )
     total = _length(data) if progress else None
     seen = 0
-    # The bar is moved by hand: given the data, tqdm.auto would ask it for an iterator twice, and workers start twice.
+    # The bar is advanced by hand: given the data, tqdm.auto would ask for an iterator twice, starting the workers twice.
     with tqdm(total=total, desc=description, leave=False, disable=None if progress else True) as bar:
         for index, raw in enumerate(data):
             value, targets = _split(raw, index)
@@ -122,7 +123,7 @@ def iterate(
             tensors = tensors_of(inputs)
             if not tensors or tensors[0].numel() == 0:
                 shape = tuple(tensors[0].shape) if tensors else ()
-                raise ValueError(f"batch {index}: has no examples (inputs of shape {shape}).")
+                raise ValueError(f"batch {index}: the batch has no examples (inputs of shape {shape}).")
             inputs = inputs.map(lambda t: t.to(device, non_blocking=True))
             if targets is not None:
                 targets = targets.to(device, non_blocking=True)
@@ -133,11 +134,11 @@ def iterate(
             seen += 1
             bar.update()
     if not seen:
-        raise ValueError("the data is empty: no batch came out of the loader. (An iterator can be read only once.)")
+        raise ValueError("the data is empty: the loader yielded no batches. (An iterator can be read only once.)")
 
 
 def _length(data: Any) -> int | None:
-    """Number of batches, if it is known; a `DataLoader` has a length that raises if its dataset or sampler has none."""
+    """Return the number of batches if known; a `DataLoader`'s length raises if its dataset or sampler has none."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):
@@ -151,7 +152,7 @@ def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
         keys = [key for key in _TARGET_KEYS if isinstance(raw.get(key), Tensor)]
         if len(keys) > 1:
             raise TypeError(
-                f"batch {index}: {keys} could all be the targets; give pairs (inputs, targets), for example by a "
+                f"batch {index}: any of {keys} could be the targets; pass pairs (inputs, targets), for example from a "
                 "generator over the loader."
             )
         rest = {key: value for key, value in raw.items() if key not in keys}
@@ -165,9 +166,9 @@ def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
     if isinstance(raw, (tuple, list)):
         got += f" of {len(raw)}: {', '.join(type(part).__name__ for part in raw)}"
     raise TypeError(
-        f"batch {index}: expected a pair (inputs, targets), a tensor of inputs, or a mapping; got {got}. Turn arrays into "
-        "tensors with torch.from_numpy; give several inputs as ((x1, x2), targets) or ({...}, targets), by a generator: "
-        "(((x1, x2), y) for x1, x2, y in loader)."
+        f"batch {index}: expected a pair (inputs, targets), a tensor of inputs, or a mapping; got {got}. Convert arrays to "
+        "tensors with torch.from_numpy; pass several inputs as ((x1, x2), targets) or ({...}, targets), for example from a "
+        "generator: (((x1, x2), y) for x1, x2, y in loader)."
     )
 
 

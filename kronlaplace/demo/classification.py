@@ -43,7 +43,7 @@ _DRAWS = 1000
 
 
 def describe(data: ImageData) -> str:
-    """One line: data set and network."""
+    """Describe data set and network in one line."""
     network, _, name = _NETWORKS[data.name]
     model = build(network, 0, torch.device("cpu"))
     return (
@@ -53,7 +53,7 @@ def describe(data: ImageData) -> str:
 
 
 def train_on(data: ImageData, device: torch.device, seed: int) -> nn.Sequential:
-    """The network of the data set, trained to its MAP, in evaluation mode."""
+    """Train the network of the data set to its MAP, and return it in evaluation mode."""
     network, recipe, _ = _NETWORKS[data.name]
     weight_seed, batch_seed = seeds_of(seed)
     model = build(network, weight_seed, device)
@@ -101,14 +101,14 @@ def _notes(posteriors: Mapping[str, KronLaplace]) -> list[str]:
     ]
     return [
         *tuned,
-        f"Laplace probabilities: softmax averaged over {_DRAWS} draws of the linearised outputs",
+        f"Laplace probabilities: softmax averaged over {_DRAWS} draws of the linearized outputs",
         "OOD AUROC: test images rotated by 90 degrees against test images, told apart by predictive entropy",
         "NLL in nats; Brier summed over classes; ECE of the top label in 15 bins of equal width",
     ]
 
 
 def _averaged(posterior: KronLaplace, seed: int) -> Callable[[Tensor], Tensor]:
-    """The linearised predictive, averaged over draws: the probit formula sees no correlation between the outputs."""
+    """Average the linearized predictive over draws: the probit formula sees no correlation between the outputs."""
 
     def predict(inputs: Tensor) -> Tensor:
         probabilities = posterior.predict(inputs, link=Link.MC, n_samples=_DRAWS, seed=seed)
@@ -119,7 +119,7 @@ def _averaged(posterior: KronLaplace, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def _scores(inside: FloatArray, outside: FloatArray, labels: npt.NDArray[np.int64]) -> FloatArray:
-    """One row of the table, in the order of `COLUMNS`."""
+    """Return one row of the table, in the order of `COLUMNS`."""
     return np.array(
         [
             metrics.accuracy(inside, labels),

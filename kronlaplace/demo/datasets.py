@@ -58,7 +58,7 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images to classify, standardised by the mean and standard deviation of the training pixels.
+    """Images to classify, standardized by the mean and standard deviation of the training pixels.
 
     Shapes: images `(N, 1, H, W)` float32, labels `(N,)` int64.
     """
@@ -79,9 +79,9 @@ class ImageData:
 
 @dataclass(frozen=True)
 class RegressionSplit:
-    """One train/test split, features and target standardised by the training part.
+    """One train/test split, features and target standardized by the training part.
 
-    Shapes: features `(N, D)` float32, targets `(N, 1)` float32. A standardised target `y` reads
+    Shapes: features `(N, D)` float32, targets `(N, 1)` float32. A standardized target `y` reads
     `target_mean + target_std * y` in original units.
     """
 
@@ -109,7 +109,7 @@ class RegressionData:
     splits: Sequence[tuple[IntArray, IntArray]]
 
     def split(self, index: int) -> RegressionSplit:
-        """Rows of split `index`, standardised by its training part; constant features are only centred."""
+        """Rows of split `index`, standardized by its training part; constant features are only centered."""
         train, test = self.splits[index]
         mean, std = self.inputs[train].mean(axis=0), self.inputs[train].std(axis=0)
         std = np.where(std > 0, std, 1.0)
@@ -164,7 +164,7 @@ def load(
 
 
 def sine_function(x: FloatArray) -> FloatArray:
-    """The function behind the `sine` data set, without its noise."""
+    """Evaluate the function behind the `sine` data set, without its noise."""
     return np.sin(1.5 * x)
 
 
@@ -206,7 +206,7 @@ def _make_sine(seed: int, n_train: int = 100, n_test: int = 400, noise_std: floa
 
 
 def _folder(data_dir: str | Path | None, name: str, relative: str, expected: str, source: str) -> Path:
-    """The folder of a data set, or an error that says what is expected where and where to get it."""
+    """Return the folder of a data set, or raise an error that says what is expected where and where to get it."""
     root = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE) or None
     contents = f"with {expected} (plain or .gz); get them from {source}"
     if root is None:

@@ -47,7 +47,7 @@ def read_bytes(path: Path, source: str) -> bytes:
 
 
 def read_idx(path: Path, n_dims: int, source: str) -> npt.NDArray[np.uint8]:
-    """An IDX file of unsigned bytes.
+    """Read an IDX file of unsigned bytes.
 
     The layout: two zero bytes, the type code `0x08`, the number of dimensions, one big-endian 32-bit size per
     dimension, then the bytes in row-major order.
@@ -82,11 +82,11 @@ def read_idx(path: Path, n_dims: int, source: str) -> npt.NDArray[np.uint8]:
 
 
 def read_table(path: Path, source: str) -> npt.NDArray[np.float64]:
-    """A table of numbers separated by white space, `(rows, columns)`.
+    """Read a table of numbers separated by white space, `(rows, columns)`.
 
     Raises:
         MissingDataError: The file is not there.
-        CorruptDataError: It is empty, a row has another length than the first, or an entry is no finite number.
+        CorruptDataError: It is empty, a row has another length than the first, or an entry is not a finite number.
     """
     lines = read_bytes(path, source).decode("utf-8", errors="replace").splitlines()
     rows = [(number, line.split()) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -114,7 +114,7 @@ def read_index(path: Path, upper: int, source: str) -> npt.NDArray[np.int64]:
 
     Raises:
         MissingDataError: The file is not there.
-        CorruptDataError: An entry is no whole number from 0 to `upper - 1`.
+        CorruptDataError: An entry is not a whole number from 0 to `upper - 1`.
     """
     values = read_table(path, source).ravel()
     wrong = (values < 0) | (values >= upper) | (values != np.floor(values))

@@ -52,7 +52,7 @@ def seeds_of(seed: int, split: int = 0) -> tuple[int, int]:
 
 
 def build(network: Callable[[], nn.Sequential], seed: int, device: torch.device) -> nn.Sequential:
-    """A network with initial weights drawn from `seed`, on any device the same; global random state untouched."""
+    """Build a network with initial weights drawn from `seed`, the same on any device; the global random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network()
@@ -68,7 +68,7 @@ def fit_posterior(
     *,
     progress: bool = True,
 ) -> KronLaplace:
-    """The main job: fit the posterior on the training data, then tune it by the evidence.
+    """Do the main job: fit the posterior on the training data, then tune it by the evidence.
 
     Args:
         model: Trained network, in evaluation mode.

@@ -86,7 +86,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One CPU thread inside, as many as before after.
+    """Use one CPU thread inside, and as many as before afterwards.
 
     Sums over a batch are split among threads, so their rounding, and with it the table, would depend on the number of
     cores. The networks are small: on busy cores more threads are slower, up to twenty times.

@@ -28,7 +28,7 @@ def lenet5(n_classes: int = 10) -> nn.Sequential:
 
 
 def small_lenet(n_classes: int = 10) -> nn.Sequential:
-    """The same build for images `(N, 1, 8, 8)`: two convolutions of 3x3, one hidden layer."""
+    """Build the same for images `(N, 1, 8, 8)`: two convolutions of 3x3, one hidden layer."""
     return nn.Sequential(
         nn.Conv2d(1, 8, kernel_size=3, padding=1),
         nn.ReLU(),
@@ -46,5 +46,5 @@ def small_lenet(n_classes: int = 10) -> nn.Sequential:
 def one_hidden_layer(
     n_features: int, n_hidden: int = 50, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> nn.Sequential:
-    """One hidden layer and one output, rows `(N, n_features)`: with 50 ReLU units the network of the UCI tables."""
+    """Build one hidden layer and one output for rows `(N, n_features)`; 50 ReLU units make that of the UCI tables."""
     return nn.Sequential(nn.Linear(n_features, n_hidden), activation(), nn.Linear(n_hidden, 1))

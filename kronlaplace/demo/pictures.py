@@ -24,7 +24,7 @@ _MAP_COLOUR, _LAPLACE_COLOUR, _GAP_COLOUR = "#d1701f", "#1f6fb4", "#c0392b"
 
 
 def available() -> bool:
-    """Whether matplotlib can be imported."""
+    """Tell whether matplotlib can be imported."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

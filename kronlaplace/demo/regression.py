@@ -58,7 +58,7 @@ class Gaussians:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One split: the trained network, its posterior, and the maximum-likelihood noise, all in standardised units."""
+    """One split: the trained network, its posterior, and the maximum-likelihood noise, all in standardized units."""
 
     split: RegressionSplit
     model: nn.Sequential
@@ -66,7 +66,7 @@ class Fitted:
     posterior: KronLaplace
 
     def predict(self, x: Tensor) -> dict[str, Gaussians]:
-        """Predictions of both methods at standardised inputs, in original units."""
+        """Predictions of both methods at standardized inputs, in original units."""
         offset, unit = self.split.target_mean, self.split.target_std
         with torch.no_grad():
             mean = offset + unit * _column(self.model(x))
@@ -82,7 +82,7 @@ class Fitted:
 
 
 def describe(data: RegressionData) -> str:
-    """One line: data set and network."""
+    """Describe data set and network in one line."""
     train_rows, test_rows = data.splits[0]
     model = build(lambda: _network(data), 0, torch.device("cpu"))
     splits = f", {len(data.splits)} splits" if len(data.splits) > 1 else ""
@@ -136,7 +136,7 @@ def run(data: RegressionData, settings: Settings, folder: Path) -> Outcome:
 
 
 def _network(data: RegressionData) -> nn.Sequential:
-    """One hidden layer of 50 units: ReLU for tables, tanh for the smooth function of `sine`."""
+    """Build one hidden layer of 50 units: ReLU for tables, tanh for the smooth function of `sine`."""
     return one_hidden_layer(data.inputs.shape[1], activation=nn.Tanh if data.name == "sine" else nn.ReLU)
 
 
@@ -160,8 +160,8 @@ def _notes(tuned: dict[str, list[float]], several: bool) -> list[str]:
         f"prior precision tuned by the evidence: {text('prior_precision')}",
         f"noise standard deviation: MAP {text('map_noise_std')} (maximum likelihood on the training residuals), "
         f"Laplace {text('noise_std')} (tuned by the evidence)",
-        f"log marginal likelihood (standardised targets): {text('evidence')}",
-        "RMSE and test log-likelihood (nats per target) in the target's units; Laplace: linearised predictive",
+        f"log marginal likelihood (standardized targets): {text('evidence')}",
+        "RMSE and test log-likelihood (nats per target) in the target's units; Laplace: linearized predictive",
     ]
     return [*notes, "mean ± standard error over the splits"] if several else notes
 
@@ -185,5 +185,5 @@ def _draw_band(path: Path, data: RegressionData, fitted: Fitted, settings: Setti
 
 
 def _column(values: Tensor) -> FloatArray:
-    """The one column of `(N, 1)` as float64 on the CPU, `(N,)`."""
+    """Return the one column of `(N, 1)` as float64 on the CPU, `(N,)`."""
     return np.asarray(values.detach().double().cpu().squeeze(1).numpy())

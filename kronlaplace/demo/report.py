@@ -60,13 +60,13 @@ class Table:
         return "\n".join(lines)
 
     def to_markdown(self, title: str, notes: Sequence[str] = ()) -> str:
-        """A titled Markdown table with the notes as a list below."""
+        """Format a titled Markdown table with the notes as a list below."""
         heading, *rows = self.cells()
         lines = [f"# {title}", "", _row(heading), _row(["---", *["---:"] * len(self.columns)]), *map(_row, rows)]
         return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
     def write_csv(self, path: Path) -> None:
-        """One row per method; with several splits each score has a second column, `<key>_standard_error`."""
+        """Write one row per method; with several splits each score has a second column, `<key>_standard_error`."""
         several = self.n_splits > 1
         header = ["method"]
         for column in self.columns:
@@ -82,7 +82,7 @@ class Table:
                 writer.writerow(row)
 
     def write_splits_csv(self, path: Path, extra: Mapping[str, Sequence[float]]) -> None:
-        """One row per split and method, and columns of `extra` that belong to the split."""
+        """Write one row per split and method, and columns of `extra` that belong to the split."""
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["split", "method", *(column.key for column in self.columns), *extra])

@@ -29,7 +29,7 @@ class Recipe:
 
 
 class GaussianNLL(nn.Module):
-    """Mean Gaussian negative log-likelihood (but for the constant) whose noise is learned beside the weights.
+    """Mean Gaussian negative log-likelihood (except for the constant) whose noise is learned along with the weights.
 
     With the noise learned, one prior precision serves tables whose noise differs by a factor of hundreds; under a plain
     squared error each would need a weight decay of its own. At the minimum the noise variance is the mean squared

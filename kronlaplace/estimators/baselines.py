@@ -17,7 +17,7 @@ __all__ = ["Diagonal", "ExactBlock"]
 
 @dataclass(frozen=True)
 class Diagonal(Estimator):
-    """The exact diagonal of each block, ``E[Σ_v X ∘ X]``."""
+    """Exact diagonal of each block, ``E[Σ_v X ∘ X]``."""
 
     name: ClassVar[str] = "diagonal"
     for_any_layer: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class Diagonal(Estimator):
 
 @dataclass(frozen=True)
 class ExactBlock(Estimator):
-    """The block itself, ``E[Σ_v vec(X) vec(X)ᵀ]``: the ground truth for small layers.
+    """Exact block ``E[Σ_v vec(X) vec(X)ᵀ]``, the ground truth for small layers.
 
     Args:
         max_size: Maximum number of parameters of a layer; the memory of a block grows with the square of that number.

@@ -8,7 +8,7 @@ are the rearranged Fisher as an operator between the spaces of the two factors (
 Eq. 13–15). Applied to the identity, they are TKFAC's sums; applied repeatedly, they are K-FOC's power iteration.
 
 If each example uses the weights once, they are second moments of ``a`` with weights ``gᵀ G g`` and of ``g`` with weights
-``aᵀ A a``. Otherwise either ``X`` is formed or, if there are few positions, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ``.
+``aᵀ A a``. Otherwise ``X`` is formed or, if there are few positions, ``Σ_tt' (g_tᵀ G g_t') a_t a_t'ᵀ``.
 """
 
 from __future__ import annotations

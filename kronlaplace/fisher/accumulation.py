@@ -34,7 +34,7 @@ class Accumulation:
         self._ema_decay = ema_decay
         self._pass = 1
         self._received: set[str] = set()
-        self._final_weights: dict[str, float] = {}  # of layers that needed fewer passes
+        self._final_weights: dict[str, float] = {}  # for layers that needed fewer passes
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
 

@@ -120,7 +120,7 @@ def estimate_fisher(
             'sampling="empirical" uses the labels in the data: this gives the empirical Fisher, not the Fisher, and it '
             'vanishes where the network fits its data. Use "mc" or "exact" unless this is what you want.'
         )
-    with torch.inference_mode(False):  # so that the evidence can be differentiated through the blocks
+    with torch.inference_mode(False):  # the evidence must be differentiable through the blocks
         accumulation = Accumulation(estimator, search.layers, ema_decay)
         passed = accumulate(
             model,

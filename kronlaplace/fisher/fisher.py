@@ -51,12 +51,12 @@ class KroneckerFisher(Mapping[str, Block]):
 
     @property
     def has_metadata(self) -> bool:
-        """Whether it is known how the Fisher was estimated."""
+        """Whether the Fisher has metadata on how it was estimated."""
         return self._metadata is not None
 
     @property
     def metadata(self) -> FisherMetadata:
-        """How the Fisher was estimated.
+        """Metadata on how the Fisher was estimated.
 
         Raises:
             ValueError: If the Fisher was built from blocks alone.

@@ -65,7 +65,7 @@ class Evidence:
         self._sums = torch.stack([prior.unit_penalty(deviation, name) for name, deviation in deviations.items()])
 
     def belongs_to(self, prior: Prior) -> bool:
-        """Whether a prior differs from that of this evidence in its multiples only."""
+        """Tell whether a prior differs from that of this evidence only in its multiples."""
         return prior.same_unit(self._prior)
 
     @property
@@ -91,7 +91,7 @@ class Evidence:
     def __call__(
         self, precision: Tensor, noise_std: Tensor | float | None = None, temperature: Tensor | float = 1.0
     ) -> Tensor:
-        """The evidence in nats, 0-dim, float64, differentiable in its arguments.
+        """Return the evidence in nats, 0-dim, float64, differentiable in its arguments.
 
         Args:
             precision: ``μ``, 0-dim, one per block, ``(L,)``, or one per weight, ``(P,)`` (if the unit is the identity),
@@ -118,7 +118,7 @@ class Evidence:
 
     @torch.no_grad()
     def derivatives(self, logs: Tensor, temperature: float) -> tuple[float, Tensor, Tensor]:
-        """The evidence and its first two derivatives in closed form, for one precision in all or one per block.
+        """Return the evidence and its first two derivatives in closed form, for one precision in all or one per block.
 
         With ``t = c λ / δ`` and the effective number of parameters ``γ = Σ t / (1 + t)`` (MacKay 1992):
         ``∂/∂u = −½ (δ ‖θ − m‖² − γ)``, ``∂²/∂u² = −½ (δ ‖θ − m‖² + B)`` with ``B = Σ t / (1 + t)²``. The noise enters by
@@ -167,7 +167,7 @@ class Evidence:
         return float(self.occam(at, scale) if index is None else self.block_term(index, at, scale))
 
     def block_term(self, index: int, precision: Tensor, scale: Tensor) -> Tensor:
-        """One block's share of `occam`, for its precision, 0-dim or ``(q, p)``, and ``c``."""
+        """Return one block's share of `occam`, for its precision, 0-dim or ``(q, p)``, and ``c``."""
         if precision.ndim == 0:
             log_det_ratio = torch.log1p(self._eigenvalues[index] * (scale / precision)).sum()
             return precision * self._sums[index] + log_det_ratio
@@ -189,12 +189,12 @@ def check_has_evidence(likelihood: Likelihood) -> None:
 
 
 def noise_exponent(fisher: KroneckerFisher) -> int:
-    """The power of the noise that a Fisher is proportional to."""
+    """Return the power of the noise to which a Fisher is proportional."""
     return fisher.metadata.likelihood.noise_exponent(fisher.metadata.sampling)
 
 
 def noise_rescaling(fisher: KroneckerFisher, noise_std: Tensor | float | None) -> Tensor | float:
-    """The factor ``r`` by which a Fisher changes when the noise goes from that of its estimation to ``noise_std``."""
+    """Return the factor ``r`` by which a Fisher changes when the noise becomes ``noise_std``."""
     estimated_at = fisher.metadata.likelihood.noise_std
     if noise_std is None or estimated_at is None:
         return 1.0

@@ -118,7 +118,7 @@ class KroneckerPrior(Prior):
         return self._part("factor", name) if isinstance(self.factor, Mapping) else self.multiples
 
     def _eigenvalues(self, name: str) -> Tensor:
-        """Those of the unit ``s F₁ + δ I``, in the block's own eigenbasis."""
+        """Return the eigenvalues of the unit ``s F₁ + δ I``, in the block's own eigenbasis."""
         return self._part("scale", name) * self.fisher[name].eigenvalues() + self._part("plus", name)
 
     def _penalty(self, name: str, deviation: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class KroneckerPrior(Prior):
         return joint.curvature / joint.prior
 
     def _joint_with(self, name: str, block: Block) -> JointBasis:
-        """The basis that a Fisher block shares with the prior; the last one is kept, for all multiples of the prior."""
+        """Return the basis that a Fisher block shares with the prior; the last one is kept for all multiples."""
         kept = self._joint.get(name)
         if kept is not None and kept[0] is block:
             return kept[1]
@@ -225,7 +225,7 @@ def _eps(block: Block) -> float:
 
 
 def _by_layer(value: object, layers: Sequence[Layer], what: str, above: float | None) -> dict[str, Tensor]:
-    """One number for each layer, float64, checked to be above a bound or, without one, not negative."""
+    """Return one number for each layer, float64, checked to be above a bound or, without a bound, not negative."""
     result = {}
     for layer in layers:
         given = value

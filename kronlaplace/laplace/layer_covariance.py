@@ -63,17 +63,17 @@ class LayerCovariance(Protocol):
         """Take the gradients of the next output."""
 
     def result(self) -> Tensor:
-        """The layer's part for the ``C`` outputs since the last result.
+        """Return the layer's part for the ``C`` outputs since the last result.
 
         Shape ``(N, C, C)``, or ``(N, C)`` if only variances are wanted, or ``(N·C, N·C)`` between examples, too.
         """
 
     def kept_per_example(self, n_outputs: int) -> int:
-        """How many numbers are kept for each example."""
+        """Return the number of numbers that are kept for each example."""
 
 
 def covariance_of_layer(inverse: DampedInverse, batch: LayerBatch, wanted: OutputCovariance) -> LayerCovariance:
-    """The term of a layer, from its calls in the forward pass."""
+    """Make the term of a layer from its inputs in the forward pass."""
     bases = inverse.bases()
     if bases is None or batch.layer.groups > 1:
         return _AnyBlock(inverse, wanted)
@@ -86,7 +86,7 @@ def covariance_of_layer(inverse: DampedInverse, batch: LayerBatch, wanted: Outpu
 def output_layer_part(
     inverse: DampedInverse, batch: LayerBatch, outputs: Tensor, wanted: OutputCovariance
 ) -> Tensor | None:
-    """What a linear layer adds to the covariance of its own outputs; None where that needs the general way.
+    """Return what a linear layer adds to the covariance of its own outputs, or None where that takes backward passes.
 
     Args:
         inverse: The layer's posterior covariance.

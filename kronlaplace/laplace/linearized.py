@@ -47,7 +47,7 @@ class ShapeCache:
         """How many numbers are kept for each example."""
 
     def chunk(self) -> int:
-        """How many examples are processed at a time."""
+        """Return the number of examples to process at a time."""
         kept = self.kept_per_example
         return _FIRST_CHUNK if kept is None else max(1, min(_MAX_CHUNK, layer_covariance.BUDGET // max(kept, 1)))
 
@@ -83,7 +83,7 @@ class Linearized:
     def outputs_and_covariance(
         self, x: Inputs, wanted: OutputCovariance, *, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The network's outputs and what is wanted of their covariance.
+        """Return the network's outputs and the wanted part of their covariance.
 
         Args:
             x: Inputs.
@@ -156,7 +156,7 @@ class Linearized:
         wanted: OutputCovariance,
         class_axis: int | None,
     ) -> tuple[Tensor, int]:
-        """The parts of all layers that gradients are propagated back to, and how many numbers they kept per example."""
+        """Return the parts of all layers that need gradients, and the number of numbers that they kept per example."""
         n, shape = len(f), f.shape[1:]
         elements = torch.arange(shape.numel()).view(shape)
         if class_axis is None:

@@ -127,7 +127,7 @@ class KronLaplace(PosteriorPredictions):
         return self
 
     def _following(self, state: State) -> State:
-        """The state on the network's device and in its dtype."""
+        """Return the state on the network's device and in its dtype."""
         if not state.layers:
             return state
         layers = find_layers(self.model, [layer.name for layer in state.layers])
@@ -228,7 +228,7 @@ class KronLaplace(PosteriorPredictions):
 
     @in_full_precision
     def covariance(self) -> dict[str, DampedInverse]:
-        """The posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
+        """Return the posterior covariance ``H⁻¹`` by layer, as the damped inverse of ``N · F / temperature + D``.
 
         Computed once for given hyperparameters, from the eigendecompositions that `fit` made.
 
@@ -264,11 +264,11 @@ class KronLaplace(PosteriorPredictions):
         noise_std: float | Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """The Laplace evidence ``log p(D)``, see `kronlaplace.laplace.evidence`.
+        """Return the Laplace evidence ``log p(D)``; see `kronlaplace.laplace.evidence`.
 
         Args:
             prior_precision: A `Prior`, or ``δ`` as in the constructor, with the mean of the posterior's prior; None is the
-            posterior's own. Tensors may carry a gradient.
+                posterior's own. Tensors may carry a gradient.
             noise_std: ``σ``, Gaussian likelihood only; None is the posterior's own. A tensor may carry a gradient.
             temperature: ``τ``; None is the posterior's own. A tensor may carry a gradient.
 
@@ -407,7 +407,7 @@ class KronLaplace(PosteriorPredictions):
         return posterior
 
     def _at_its_weights(self) -> State:
-        """The state, which is of the network at its present weights: predicting with others would be silently wrong."""
+        """Return the state, after checking that the network still has the weights that it belongs to."""
         state = self._state
         changed = None if state.fit is None else state.fit.guard.changed()
         if changed is not None:

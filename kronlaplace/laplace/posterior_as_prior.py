@@ -51,7 +51,7 @@ def posterior_as_prior(state: State) -> KroneckerPrior:
 
 
 def _sum(block: Block, earlier: Block) -> tuple[Block, bool]:
-    """The sum of two blocks as one, and whether it is exact."""
+    """Return the sum of two blocks as one, and whether it is exact."""
     if isinstance(block, DiagonalBlock) and isinstance(earlier, DiagonalBlock):
         return DiagonalBlock(block.values + earlier.values, block.name), True
     if math.prod(block.shape) <= LARGEST_DENSE:

@@ -44,7 +44,7 @@ class PosteriorPredictions(PosteriorSettings):
     ) -> Tensor:
         """Covariance of the network's outputs under the linearized model; the noise is not in it.
 
-        Takes one backward pass per output of an example, but for the part of a last layer that is linear.
+        Takes one backward pass per output of an example, except for the part of a last layer that is linear.
 
         Args:
             x: Inputs as in the fit, first axis examples; or a loader, as in `predict`.

@@ -89,7 +89,7 @@ class Predictive:
         return _DRAWS if self.n_samples is None else self.n_samples
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The source of the draws."""
+        """Make the source of the draws."""
         return torch.Generator(device=device).manual_seed(self.seed)
 
     def check(self, likelihood: Likelihood) -> None:
@@ -108,7 +108,7 @@ class Predictive:
             raise ValueError(f"link {Link(self.link).value!r} is not for {likelihood}; allowed are {allowed}.")
 
     def linearized(self, outputs: Tensor, covariance: Tensor, likelihood: Likelihood) -> Tensor | Prediction:
-        """The prediction when the outputs are Gaussian.
+        """Return the prediction when the outputs are Gaussian.
 
         Args:
             outputs: Their mean, as the network gives it.
@@ -132,7 +132,7 @@ class Predictive:
         return prediction.reshape(outputs.shape) if axis is None else prediction.movedim(-1, axis)
 
     def output_covariance(self, likelihood: Likelihood) -> OutputCovariance:
-        """The covariances that `linearized` needs."""
+        """Return which covariances `linearized` needs."""
         if self.link is Link.CENTERED_PROBIT:
             return OutputCovariance.CENTERED_VARIANCES
         of_classes = Link.BRIDGE in likelihood.links and self.link in (Link.MC, Link.BRIDGE)
@@ -171,7 +171,7 @@ class JointPrediction(Prediction):
 
 
 def joined(parts: Sequence[Tensor | Prediction]) -> Tensor | Prediction:
-    """The predictions of batches as one."""
+    """Join the predictions of batches."""
     if isinstance(parts[0], Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
     predictions = [part for part in parts if isinstance(part, Prediction)]

@@ -123,7 +123,7 @@ class Prior(ABC):
         """
 
     def inexact(self, name: str, block: Block) -> bool:
-        """Whether `damped` is an approximation, because the layer is large."""
+        """Tell whether `damped` is an approximation because the layer is large."""
         return False
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Prior(ABC):
 
     @abstractmethod
     def least(self, name: str) -> Tensor:
-        """The smallest precision in a layer, 0-dim, float64."""
+        """Return the smallest precision in a layer, 0-dim, float64."""
 
     # -- as multiples of a unit --------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Prior(ABC):
         """Return the prior with the precision ``μ B`` for the same unit ``B``, and the same mean."""
 
     def same_unit(self, other: Prior) -> bool:
-        """Whether another prior has the same unit and mean, so that they differ in their multiples only."""
+        """Tell whether another prior has the same unit and mean, so that the two differ only in their multiples."""
         return self.kind in DIAGONAL_KINDS and other.kind in DIAGONAL_KINDS and self.mean is other.mean
 
     @property

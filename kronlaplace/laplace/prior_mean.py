@@ -62,7 +62,7 @@ def _from_mapping(value: Mapping[str, Tensor], layer: Layer) -> Tensor:
 
 
 def is_matrix_of(layer: Layer, value: Mapping[str, Tensor]) -> bool:
-    """Whether a mapping holds the layer's matrix under the layer's own name, which no parameter can have."""
+    """Tell whether a mapping holds the layer's matrix under the layer's own name, which no parameter can have."""
     return isinstance(value.get(layer.name), Tensor) and value[layer.name].shape == layer.shape
 
 

@@ -61,7 +61,7 @@ class WeightSampler:
         return draws
 
     def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
-        """The likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
+        """Return the likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
         network = Replica(model).model  # drawn weights are put into a network that nobody else sees
         moments, of_pairs, noise = _Moments(), _Moments(), _Moments()
         for _ in range(0, n, self._step):

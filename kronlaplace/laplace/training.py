@@ -44,7 +44,7 @@ class EvidenceRecord:
 
     Attributes:
         epoch: Number of epochs before it.
-        log_marginal_likelihood: The evidence in nats, at the hyperparameters that maximise it.
+        log_marginal_likelihood: The evidence in nats, at the hyperparameters that maximize it.
         log_likelihood: Its first term, of the training data at the weights.
         prior: The prior that training goes on with.
         likelihood: The likelihood, with its noise.
@@ -224,7 +224,7 @@ def _epoch(
     n_examples: int,
     epoch: int,
 ) -> None:
-    """One pass of gradient steps on the negative log-posterior, per example."""
+    """Make one pass of gradient steps on the negative log-posterior per example."""
     total: Tensor | None = None
     for batch in iterate(data, device_of(model), alignment=alignment, progress=False, description=""):
         assert batch.targets is not None
@@ -247,7 +247,7 @@ def _epoch(
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """One that autograd can keep."""
+    """Return a tensor that autograd can keep."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 

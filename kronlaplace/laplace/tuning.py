@@ -78,7 +78,7 @@ class NoiseTuning(Choice):
 
 
 def known_noise(noise: NoiseTuning | str, likelihood: Likelihood) -> float | None:
-    """The likelihood's noise if it is to stay as it is; None if it is tuned, or if there is none.
+    """Return the likelihood's noise if it is to stay as it is; None if it is tuned, or if there is none.
 
     Raises:
         ValueError: For an unknown option, or a fixed noise where there is none.
@@ -210,7 +210,7 @@ def maximize_evidence(
 def _newton(
     derivatives: Callable[[Tensor], tuple[float, Tensor, Tensor]], u: Tensor, bounds: list[tuple[float, float]]
 ) -> Tensor:
-    """The maximum of a concave function inside bounds, by Newton's method; every step goes up.
+    """Maximize a concave function inside bounds by Newton's method; every step goes up.
 
     Args:
         derivatives: Value, gradient ``(n,)`` and Hessian ``(n, n)``.
@@ -261,7 +261,7 @@ def _at_the_edge(
     temperature: float,
     known_noise: float | None,
 ) -> tuple[str, ...]:
-    """The hyperparameters that could as well be at one of their bounds."""
+    """Return the hyperparameters that might as well be at one of their bounds."""
     names = []
     noise = float(u[-1].exp()) if len(u) > n else None
     scale = evidence.scale(known_noise if noise is None else noise, temperature)
@@ -280,7 +280,7 @@ def _at_the_edge(
 
 
 def _by_weight(evidence: Evidence, temperature: float, start: Tuned, known_noise: float | None) -> Tuned:
-    """One precision per weight, by L-BFGS-B with gradients by autograd."""
+    """Tune one precision per weight by L-BFGS-B, with gradients from autograd."""
     device = evidence.statistics.device
     count = evidence.n_weights
     center = math.log(float(start.multiples))

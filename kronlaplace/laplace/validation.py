@@ -239,7 +239,7 @@ class Validator:
 def best_of_grid(
     grid: Sequence[Tensor], evaluate: Callable[[Tensor], Candidate], progress: bool
 ) -> tuple[int, Candidate]:
-    """The point with the smallest finite loss, and its place.
+    """Return the point with the smallest finite loss, and its index.
 
     Raises:
         ValueError: If no loss is finite.

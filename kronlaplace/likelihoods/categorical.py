@@ -184,7 +184,7 @@ class Categorical(Likelihood):
         if targets is None:
             if last > 2:
                 return 1
-            reason = "there are no targets whose shape would determine it"
+            reason = "there are no targets to infer it from"
         else:
             fitting = [axis for axis in (1, last) if targets.shape == drop_axis(outputs.shape, axis)]
             if len(fitting) == 1:

@@ -101,7 +101,7 @@ def mean_over_samples(
     if whole:
         root = symmetric_root(covariance)
     else:
-        positive = covariance > 0  # the root of zero has no derivative
+        positive = covariance > 0  # the square root has no derivative at zero
         root = torch.where(positive, covariance, 1).sqrt() * positive
     total = torch.zeros_like(mean)
     at_a_time = max(1, _BUDGET // max(mean.numel(), 1))

@@ -1,9 +1,9 @@
-"""Which output a label belongs to: language models predict the *next* token.
+"""Alignment of labels with outputs: language models predict the *next* token.
 
-A causal language model of Hugging Face's transformers takes the tokens themselves as labels and shifts them inside its own
-loss: the output at position ``t`` is compared with the label at ``t + 1``, and the last output with nothing. Whoever works
-on the outputs has to do the same. Neither names nor configurations tell reliably which models shift (`GPT2LMHeadModel` does,
-`XLNetLMHeadModel` and `BartForCausalLM` do not), so the model itself is asked, once: a loss that shifts never looks at the
+Causal language models in Hugging Face's transformers take the tokens themselves as labels and shift them inside their own
+loss: the output at position ``t`` is compared with the label at ``t + 1``, and the last output with nothing. Code that works
+on the outputs has to do the same. Neither names nor configurations reliably show which models shift (`GPT2LMHeadModel` does,
+`XLNetLMHeadModel` and `BartForCausalLM` do not), so the model itself is tested once: a loss that shifts never looks at the
 label of the first position.
 """
 
@@ -26,21 +26,21 @@ __all__ = ["Alignment"]
 _IGNORED_BY_THE_MODEL = -100  # what transformers' own losses ignore
 
 _AS_PAIRS = (
-    "Give pairs (inputs, targets) with the target of every position, by a generator over the loader; for the next token: "
+    "Pass pairs (inputs, targets) with the target of every position, from a generator over the loader; for the next token: "
     "(({k: v for k, v in batch.items() if k != 'labels'}, F.pad(batch['labels'][:, 1:], (0, 1), value=-100)) "
     "for batch in loader)."
 )
 
 
 class Alignment:
-    """Moves the labels of causal language models to the outputs that they belong to; decided by the first labels seen.
+    """Alignment of the labels of causal language models with the outputs they belong to, as decided by the first labels.
 
-    Labels in a batch that is a mapping are taken as the model's own loss takes them, but where they have been shifted
-    already. Targets in a pair ``(inputs, targets)`` belong to the outputs as they stand.
+    Labels in a mapping are treated as the model's own loss treats them, unless they have already been shifted. Targets in a
+    pair ``(inputs, targets)`` are used as they are.
 
     Args:
         model: The network.
-        likelihood: The likelihood; only targets some of which may be ignored can be labels of tokens.
+        likelihood: The likelihood; only likelihoods that ignore some targets can have token labels.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood) -> None:
@@ -49,16 +49,16 @@ class Alignment:
         self._shift: dict[bool, bool] = {}  # by whether targets come in pairs
 
     def __call__(self, inputs: Any, targets: Tensor, *, in_pair: bool, batch: int) -> Tensor:
-        """The targets of the outputs.
+        """Return the targets, aligned with the outputs.
 
         Args:
             inputs: The inputs of the batch, on the model's device.
-            targets: Its targets, there too.
-            in_pair: Whether they came in a pair ``(inputs, targets)``, not in a mapping with everything.
-            batch: Which batch it is.
+            targets: The targets of the batch, also on the model's device.
+            in_pair: Whether inputs and targets came in a pair ``(inputs, targets)`` rather than in one mapping.
+            batch: The index of the batch, for errors.
 
         Raises:
-            ValueError: If the targets are the tokens themselves, and should not be, or may not be.
+            ValueError: If the targets are the input tokens themselves and must not be, or if that cannot be determined.
         """
         if self._ignore_index is None or targets.ndim != 2 or targets.is_floating_point():
             return targets
@@ -81,16 +81,16 @@ class Alignment:
             if shifts:
                 raise ValueError(
                     "the targets are the input tokens themselves, but the model predicts the next ones: its own loss "
-                    "shifts its labels, and targets in a pair are taken as they are. Shift them, "
-                    "F.pad(targets[:, 1:], (0, 1), value=-100), or give mappings with 'labels', which are shifted as the "
-                    "model's own loss does it."
+                    "shifts its labels, whereas targets in a pair are used as they are. Shift them, "
+                    "F.pad(targets[:, 1:], (0, 1), value=-100), or pass mappings with 'labels', which are shifted as in "
+                    "the model's own loss."
                 )
             return False
         if shifts is None:
             if copied:
                 raise ValueError(
                     "the labels are the input tokens themselves. A causal language model predicts the next ones, and "
-                    "whether this model does cannot be asked: its forward takes no labels, or returns no loss for them. "
+                    "whether this model does cannot be determined: its forward takes no labels, or returns no loss. "
                     + _AS_PAIRS
                 )
             return False
@@ -98,14 +98,14 @@ class Alignment:
         return shifts and not already
 
     def _agree(self, labels: Tensor, tokens: Tensor) -> bool:
-        """Whether all labels that count, of which there are some, are these tokens."""
+        """Return whether there are labels that are not ignored, and all of these are equal to the tokens."""
         counts = (labels != self._ignore_index) & (labels != _IGNORED_BY_THE_MODEL)
         return bool(counts.any() & ((labels == tokens) | ~counts).all())
 
 
 @torch.no_grad()
 def _loss_skips_first(model: nn.Module, inputs: Any, labels: Tensor) -> bool | None:
-    """Whether the model's own loss makes nothing of the labels at the first position; None if there is no such loss."""
+    """Return whether the model's own loss ignores the labels at the first position, or None if there is no such loss."""
     accepted = inspect.signature(model.forward).parameters
     if "labels" not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return None
@@ -117,7 +117,7 @@ def _loss_skips_first(model: nn.Module, inputs: Any, labels: Tensor) -> bool | N
     try:
         with _evaluating(model), callers_autocast():
             outputs = model(*args, **keywords, labels=first)
-    except Exception:  # the model's, whatever it is: without labels it is called in a moment, and may say it again
+    except Exception:  # whatever the model raises: it is about to be called without labels, and may raise it again
         return None
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -127,7 +127,7 @@ def _loss_skips_first(model: nn.Module, inputs: Any, labels: Tensor) -> bool | N
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and then every module in its own again."""
+    """Put the model into evaluation mode, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

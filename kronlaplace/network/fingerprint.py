@@ -1,4 +1,4 @@
-"""Whether a network still has the weights that something was computed at."""
+"""Detection of changed weights: whether a network still has the weights at which something was computed."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ __all__ = ["WeightsGuard", "difference", "fingerprint"]
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter and buffer by name; equal values in the same dtype, on any device, are equal."""
+    """Return a digest of every parameter and buffer by name; it depends on values and dtypes, but not on devices."""
     return {name: digest(tensor) for name, tensor in _tensors(model)}
 
 
 def difference(expected: dict[str, str], actual: dict[str, str]) -> str | None:
-    """Name of the first tensor that differs, or None if all are equal."""
+    """Return the name of the first tensor that differs, or None if all are equal."""
     names = [*expected, *(name for name in actual if name not in expected)]
     return next((name for name in names if expected.get(name) != actual.get(name)), None)
 
 
 _BEGINNING = 2**14
-"""Numbers of a tensor that are kept and compared as they are."""
+"""How many numbers at the beginning of a tensor are kept and compared as they are."""
 
 
 class WeightsGuard:
-    """Notices changed weights at the price of one pass over them; digests are compared only if something differs there.
+    """Detector of changed weights that takes one pass over them; digests are compared only if that pass finds a difference.
 
-    Version counters alone, which cost less, miss what goes past them: ``weight.data``, arrays that share the memory, fused
-    kernels. So the beginning of every tensor, which is all of most, is compared bit by bit, and the rest by the sum of its
-    bits as 64-bit integers. That sees the smallest change of one number; what it misses past the counters are numbers that
-    trade places there, and changes that cancel modulo 2^64 (an even number of signs in float64).
+    Version counters alone, which cost less, miss changes that bypass them: through ``weight.data``, arrays that share the
+    memory, or fused kernels. So the beginning of every tensor, which is all of most tensors, is compared bit by bit, and the
+    rest by the sum of its bits as 64-bit integers. This detects the smallest change of one number. Among the changes in the
+    rest that bypass the counters, it misses numbers that swap places, and changes that cancel modulo 2^64 (an even number of
+    signs in float64).
 
     Args:
         model: The network.
-        expected: Its `fingerprint` when something was computed at its weights.
+        expected: The network's `fingerprint` when something was computed at its weights.
     """
 
     def __init__(self, model: nn.Module, expected: dict[str, str]) -> None:
@@ -47,7 +48,7 @@ class WeightsGuard:
         self._seen = _look(model)
 
     def changed(self) -> str | None:
-        """Name of the first parameter or buffer that changed, or None; waits for an accelerator once."""
+        """Return the name of the first parameter or buffer that changed, or None; waits for an accelerator once."""
         seen = _look(self._model)
         if _same(seen, self._seen):
             return None
@@ -73,7 +74,7 @@ def _same(a: _Look, b: _Look) -> bool:
 
 @torch.no_grad()
 def _look(model: nn.Module) -> _Look:
-    """What is compared: of all tensors where they are and their version counters, and on each device some of their bits."""
+    """Return what is compared: the address and version counter of every tensor, and some of the bits on each device."""
     versions = []
     exact: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
     sums: dict[torch.device, list[Tensor]] = {}
@@ -96,14 +97,14 @@ def _look(model: nn.Module) -> _Look:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The values in one row, without a copy if they lie side by side in any order of the axes."""
+    """Return the values in one row, without a copy if they are contiguous in some order of the axes."""
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
     return tensor.reshape(-1).contiguous()
 
 
 def _as_words(values: dict[torch.dtype, list[Tensor]], sums: list[Tensor]) -> Tensor:
-    """All of it as 64-bit integers, filled up with zeros; they compare fast, and equal where NaN would not be."""
+    """Return everything as 64-bit integers, zero-padded; these compare fast, and are equal even where values are NaN."""
     parts = [torch.cat(some).view(torch.uint8) for some in values.values()]
     if sums:
         parts.append(torch.stack(sums).view(torch.uint8))

@@ -1,7 +1,7 @@
-"""What went wrong in the network's forward pass, in terms of what it was given.
+"""Errors of the network's forward pass, explained in terms of its inputs.
 
-Torch's own errors speak of matrices somewhere inside. Here they get what the caller can act on: which batch, the inputs'
-shapes and dtypes, and the module that could not take them.
+Torch's own errors refer to matrices somewhere inside. Here they are extended with what the caller can act on: the batch,
+the inputs' shapes and dtypes, and the module that could not handle them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _OF_DTYPES = re.compile(r"dtype|scalar type|input type", re.IGNORECASE)
 
 @contextmanager
 def explained_errors(model: nn.Module, inputs: Any, batch: int | None = None) -> Iterator[None]:
-    """Give errors of torch that come out of the model's forward pass what the caller needs to know.
+    """Add what the caller needs to know to torch errors from the model's forward pass.
 
-    Errors that the model raises on its own account, and ours, pass as they are; others are chained to the new one.
+    Errors that the model itself or this package raises pass unchanged; others are chained to the new one.
 
     Args:
         model: The model that is called.
-        inputs: What it is called with: tensors, or tuples, lists and mappings of them.
-        batch: Which batch it is, if there are several.
+        inputs: The model's inputs: tensors, or tuples, lists and mappings of tensors.
+        batch: The index of the batch, if there are several.
 
     Raises:
-        ValueError: If a layer cannot take the inputs' shapes or dtypes.
-        TypeError: If the model takes another number of inputs.
+        ValueError: If a layer cannot handle the inputs' shapes or dtypes.
+        TypeError: If the model takes a different number of inputs.
         NotImplementedError: If torch has no kernel for what the model does in half precision.
-        RuntimeError: For other errors of torch.
+        RuntimeError: For other torch errors.
     """
     try:
         yield
@@ -68,17 +68,17 @@ def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | N
     if isinstance(error, TypeError):
         if isinstance(inputs, (list, tuple)) and modules[-1] is root and "positional argument" in str(error):
             return TypeError(
-                f"the model was called with {len(inputs)} inputs, of shape {given}: {error}. A list or tuple of tensors is "
-                "the several inputs of one batch. Batches come from a DataLoader or as a list of tuples, [(x1,), (x2,)]; "
-                "examples are joined by torch.cat or torch.stack."
+                f"the model was called with {len(inputs)} inputs, of shape {given}: {error}. A list or tuple of tensors "
+                "holds the separate inputs of one batch. Pass batches from a DataLoader or as a list of tuples, "
+                "[(x1,), (x2,)]; join examples with torch.cat or torch.stack."
             )
         return None
     dtype = next((p.dtype for p in modules[-1].parameters()), next(p.dtype for p in model.parameters()))
     if _NO_KERNEL.search(str(error)):
         return NotImplementedError(
             f"torch has no kernel for what module {names[id(modules[-1])]!r} ({type(modules[-1]).__name__}) does in half "
-            f"precision on this device: {error}. Use float32 there: model.float() before the fit, "
-            "posterior.to(torch.float32) after it, or with torch.autocast(..., enabled=False) around that module."
+            f"precision on this device: {error}. Use float32 there: call model.float() before the fit or "
+            "posterior.to(torch.float32) after it, or run that module under torch.autocast(..., enabled=False)."
         )
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
     if dtypes and dtype not in dtypes and _OF_DTYPES.search(str(error)):
@@ -88,7 +88,8 @@ def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | N
     if not dtypes and _OF_DTYPES.search(str(error)):
         return ValueError(
             f"the model failed on inputs of dtype {tensors[0].dtype}; its parameters are {dtype}. Use inputs.to({dtype}) if "
-            "they are numbers; indices need an embedding first. If they are targets, batches are pairs: [(inputs, targets)]."
+            "they are numbers; indices need an embedding first. If they are targets, pass pairs instead: "
+            "[(inputs, targets)]."
         )
     if _TORCH not in where.parents and _PACKAGE not in where.parents and not _OF_SHAPES.search(str(error)):
         return None
@@ -99,7 +100,7 @@ def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | N
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
-    """From the outermost to the one in which it was raised."""
+    """Yield the error's frames, from the outermost to the one in which it was raised."""
     traceback = error.__traceback__
     while traceback is not None:
         yield traceback.tb_frame

@@ -1,4 +1,4 @@
-"""What an observer leaves on the modules that it observes, and what becomes of it in copies of them."""
+"""Hooks that an observer attaches to the modules it observes, and their behavior in copies of these modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Hook", "WrittenOut"]
 
 
 class Hook:
-    """A hook that does not keep the observer alive, and does nothing in copies of its module."""
+    """A hook that does not keep the observer alive and does nothing in copies of its module."""
 
     def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
         self._observer = None if observer is None else weakref.ref(observer)
@@ -35,7 +35,7 @@ class Hook:
 
 
 class WrittenOut:
-    """The forward pass of a module that runs written out while it is observed; copies of it run as they always do."""
+    """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
 
     def __init__(
         self,

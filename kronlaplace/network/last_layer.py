@@ -1,8 +1,8 @@
-"""Where a network's outputs come from: its last layer, and what stands behind that.
+"""The origin of a network's outputs: its last layer, and what comes after it.
 
-Neither the order of registration nor names tell which layer is the last; a forward pass does. The outputs' history is
-followed back through what only arranges numbers anew (views, indexing, copies, other dtypes) to the operation that made
-them.
+Neither names nor the order of registration show which layer is the last; a forward pass does. The outputs' history is
+traced back through operations that only rearrange numbers (views, indexing, copies, conversions to other dtypes) to the
+operation that computed them.
 """
 
 from __future__ import annotations
@@ -49,39 +49,39 @@ _ARRANGEMENTS = frozenset(
         ),
     )
 )
-"""Operations that give the numbers that they get, or some of them, in another shape, order or dtype."""
+"""Operations that return their input, or parts of it, in a different shape, order or dtype."""
 
 LOG_SOFTMAX = "LogSoftmaxBackward"
-"""It changes neither the probabilities nor their derivatives, wherever the outputs are the logits of classes."""
+"""The operation of a log-softmax, which changes neither the probabilities nor their derivatives if outputs are logits."""
 
 
 LAST = "last"
-"""What ``layers=`` calls the last layer."""
+"""The name of the last layer in ``layers=``."""
 
 
 def check_last(model: nn.Module, exclude: Sequence[str] | str) -> None:
-    """Check what can be checked of ``layers="last"`` without data.
+    """Check ``layers="last"`` as far as possible without data.
 
     Raises:
-        ValueError: If something is excluded too, or if no layer can be the last.
+        ValueError: If ``exclude`` is not empty, or if no layer can be the last.
     """
     if entries_of(exclude, "exclude"):
-        raise ValueError(f'layers="last" is one layer, and exclude={exclude!r} has no meaning with it.')
+        raise ValueError(f'layers="last" is a single layer, so exclude={exclude!r} does not apply; omit it.')
     found = find_layers(model, unsupported=Unsupported.FIXED)
     if not any(can_be_last(layer) for layer in found):
         raise ValueError(
             'layers="last" is the linear layer or convolution whose output is the network\'s, and the model has none with '
-            f"trainable parameters. Name the layer, layers=[...]; there are {[layer.name for layer in found]}."
+            f"trainable parameters. Name the layer, layers=[...]; available names are {[layer.name for layer in found]}."
         )
 
 
 def operation(node: Any) -> str:
-    """The name of an autograd node without its number."""
+    """Return the name of an autograd node without its number."""
     return re.sub(r"\d+$", "", node.name())
 
 
 def maker_of(tensor: Tensor, also: Collection[str] = ()) -> Any:
-    """The autograd node that made a tensor's numbers, past what only arranges them, or operations in ``also``."""
+    """Return the autograd node that computed a tensor, skipping operations that only rearrange it or are in ``also``."""
     node: Any = tensor.grad_fn
     while node is not None and (operation(node) in _ARRANGEMENTS or operation(node) in also):
         before = [following for following, _ in node.next_functions if following is not None]
@@ -92,18 +92,18 @@ def maker_of(tensor: Tensor, also: Collection[str] = ()) -> Any:
 
 
 def can_be_last(layer: Layer) -> bool:
-    """Whether a layer can be the last: its output is that of its module, as a product with a weight of its own."""
+    """Return whether a layer can be the last: whether its module's output is a product with an untied weight."""
     return layer.has_kronecker_factors and not layer.tied_modules and written_out(layer.module) is None
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What `module_of_outputs` has found.
+    """Result of `module_of_outputs`.
 
     Attributes:
-        module: Name of the module that the outputs come from, or None.
-        operation: What they come from otherwise.
-        called: The modules that were watched, in the order of their last calls.
+        module: Name of the module from which the outputs come, or None.
+        operation: The operation from which the outputs come otherwise.
+        called: The watched modules, in the order of their last calls.
     """
 
     module: str | None
@@ -112,9 +112,9 @@ class _Origin:
 
 
 def module_of_outputs(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn.Module]) -> _Origin:
-    """Run the network and find the module whose output is the network's, as it is or arranged anew.
+    """Run the network and find the watched module whose output, possibly rearranged, is the network's.
 
-    The outputs of all watched modules are cut off from what was before, so that hardly any graph is kept.
+    The outputs of all watched modules are detached from what came before, so that hardly any graph is kept.
     """
     replica = Replica(model)
     marks: list[tuple[str, Tensor]] = []
@@ -133,25 +133,27 @@ def module_of_outputs(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn
         try:
             outputs = copies.run(replica.model)
         except RuntimeError:
-            inputs.map(lambda t: t.detach().clone()).run(Replica(model).model)  # fails as well if it is not the cuts
+            inputs.map(lambda t: t.detach().clone()).run(
+                Replica(model).model
+            )  # also fails unless the cuts are to blame
             return _Origin(None, "Derivatives inside the forward pass", _in_order(marks))
     maker = maker_of(outputs, also=(LOG_SOFTMAX,))
-    origin = getattr(maker, "variable", None)  # of a node that stands for a tensor that was not computed
+    origin = getattr(maker, "variable", None)  # only nodes for tensors that were not computed have one
     found = next((name for name, cut in marks if cut is origin), None)
     made_by = "nothing that can be differentiated" if maker is None else operation(maker)
     return _Origin(found, made_by, _in_order(marks))
 
 
 def _in_order(marks: Sequence[tuple[str, Tensor]]) -> list[str]:
-    """The names in the order of their last marks."""
+    """Return the names in the order of their last marks."""
     return list(dict.fromkeys(name for name, _ in reversed(marks)))[::-1]
 
 
 def find_last_layer(model: nn.Module, inputs: Inputs) -> str:
-    """The name of the layer whose output is the network's, in a pass over these inputs.
+    """Return the name of the layer whose output is the network's, in a pass over these inputs.
 
     Raises:
-        ValueError: If there is none, with the candidates.
+        ValueError: If there is none, naming the candidates.
     """
     candidates = [layer.name for layer in find_layers(model, unsupported=Unsupported.FIXED) if can_be_last(layer)]
     watched = {name: module for name, module in model.named_modules() if _is_a_leaf(module)}
@@ -160,23 +162,23 @@ def find_last_layer(model: nn.Module, inputs: Inputs) -> str:
         return origin.module
     if origin.module is None:
         made = origin.operation.removesuffix("Backward")
-        reason = f"its outputs are made by an operation behind its layers ({made})"
+        reason = f"the outputs are computed by an operation after the last layer ({made})"
     else:
         module = watched[origin.module]
-        reason = f"its outputs are those of {origin.module!r} ({type(module).__name__})"
+        reason = f"the outputs are those of {origin.module!r} ({type(module).__name__})"
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             reason += ", whose parameters are frozen"
         elif (found := family_of(module)) is not None and found[1].has_kronecker_factors:
             reason += ", which shares its weight, or cannot have a block"
     ran = [name for name in origin.called if name in candidates]
     raise ValueError(
-        'layers="last" is the linear layer or convolution whose output is the network\'s. Here no such layer is: '
+        'layers="last" is the linear layer or convolution whose output is the network\'s. Here there is no such layer: '
         f"{reason}. Name the layer that you mean, layers=[...]; the last candidates that ran are {ran[-5:]}."
     )
 
 
 def _is_a_leaf(module: nn.Module) -> bool:
-    """Whether a module has parameters, and none of them in a module inside."""
+    """Return whether a module has parameters, none of them in submodules."""
     return any(True for _ in module.parameters(recurse=False)) and not any(
         True for child in module.children() for _ in child.parameters()
     )

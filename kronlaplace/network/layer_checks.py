@@ -1,9 +1,9 @@
-"""What the first batch must show of every layer before anything is estimated: that its calls are all there is to it.
+"""Checks on the first batch, before anything is estimated: that a layer's recorded calls are its parameters' only uses.
 
-Two directions are propagated back, a random one and the same with every example's part divided by a power of two of its
-own, which is exact in floating point. The calls that were recorded must explain the gradient that autograd has for the
-parameters, and where an example's direction is smaller, its rows of the layer's output gradients must be smaller by the
-same factor: else they are not its own.
+Two directions are propagated back: a random one, and the same one with each example's part divided by its own power of two,
+which is exact in floating point. The recorded calls must account for the gradient that autograd computes for the parameters.
+If an example's direction is smaller by some factor, its rows of the layer's output gradients must be smaller by the same
+factor; otherwise, these rows do not belong to that example alone.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from kronlaplace.network.forward import NetworkForward
 __all__ = ["check_layers"]
 
 _TOLERANCE = 1e-3
-"""Relative error of gradients beyond the bound for rounding; real faults are larger by far."""
+"""Relative error of gradients allowed beyond the bound for rounding; real faults are far larger."""
 
 _SCALES = 8
-"""How many powers of two there are."""
+"""Number of different powers of two."""
 
 
 def check_layers(forward: NetworkForward, outputs: Tensor, generator: torch.Generator) -> None:
-    """Check the layers of an observed pass; the graph is kept. Waits for the device, once.
+    """Check the layers of an observed pass and keep the graph; waits for the device once.
 
     Raises:
-        UnusableLayersError: If a layer's parameters are also used in another way than by its calls, if its rows do not
-            belong to examples, or if the outputs do not depend on it.
+        UnusableLayersError: If a layer's parameters are used other than by its calls, if its rows do not each belong to one
+            example, or if the outputs do not depend on it.
     """
     bypassed = forward.bypassed(outputs)
     if bypassed:
@@ -76,25 +76,25 @@ def _refuse(unexplained: dict[str, Tensor], mixed: dict[str, Tensor]) -> None:
     bad = [name for name, flag in zip(unexplained, flags[len(mixed) :], strict=True) if flag]
     if rows:
         raise UnusableLayersError(
-            f"in these layers the rows do not belong to the examples, one by one and in their order: {rows}. The forward "
-            "pass mixes examples, or gives the layer as many rows as there are examples by coincidence (selected tokens, a "
+            f"in these layers, the rows do not belong to the examples one by one and in order: {rows}. The forward pass "
+            "mixes examples, or by coincidence gives the layer as many rows as there are examples (selected tokens, a "
             "table that is the same for all). Keep the examples on the first axis.",
             dict.fromkeys(rows, "its rows do not belong to the examples one by one"),
         )
     if bad:
         raise UnusableLayersError(
             "\n".join(
-                f"the calls of layer {name!r} do not explain the gradient of its parameters: they are also used elsewhere, "
-                "by a function such as F.linear(x, layer.weight), or a hook changed the layer. Use the module itself in "
-                "both places."
+                f"the calls of layer {name!r} do not account for the gradient of its parameters: they are also used "
+                "elsewhere, by a function such as F.linear(x, layer.weight), or a hook changed the layer. Use the module "
+                "itself in both places."
                 for name in bad
             ),
-            dict.fromkeys(bad, "its parameters are also used by a function, or it was changed by a hook"),
+            dict.fromkeys(bad, "its parameters are also used by a function, or a hook changed it"),
         )
 
 
 def _row_norms(gradients: LayerGradients, n: int) -> Tensor:
-    """Norms of each example's part of the gradients, shape ``(calls, n)``, in at least float32."""
+    """Return the norms of each example's part of the gradients, shape ``(calls, n)``, in at least float32."""
     rows = [grad.reshape(n, -1) for grad in gradients.tensors]
     return torch.stack(
         [torch.linalg.vector_norm(r.to(torch.promote_types(r.dtype, torch.float32)), dim=1) for r in rows]
@@ -102,7 +102,7 @@ def _row_norms(gradients: LayerGradients, n: int) -> Tensor:
 
 
 def _probe(matrix: Tensor) -> Tensor:
-    """A vector of unit norm that a ``(q, p)`` matrix is multiplied with, so that not all of it must be kept."""
+    """Return a unit vector to multiply a ``(q, p)`` matrix by, so that not the whole matrix must be kept."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
     return (vector / torch.linalg.vector_norm(vector)).to(matrix)

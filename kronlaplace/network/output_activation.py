@@ -1,7 +1,7 @@
-"""Refuses outputs that are probabilities already where the likelihood makes probabilities of logits.
+"""Refusal of outputs that are already probabilities, for likelihoods that compute probabilities from logits.
 
-``softmax(softmax(f))`` is a probability vector, too, so nothing else would tell: predictions, curvature and evidence come
-out, and are wrong.
+``softmax(softmax(f))`` is also a probability vector, so nothing else would reveal the mistake: predictions, curvature and
+evidence would be computed, but wrong.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _ACTIVATIONS: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
     "LogSigmoidBackward": ("log-sigmoid", (nn.LogSigmoid,)),
     LOG_SOFTMAX: ("log-softmax", (nn.LogSoftmax,)),
 }
-"""By autograd node what it is called, and the modules that do the same."""
+"""The name of each activation and the modules that compute it, by autograd node."""
 
 
 def check_outputs_are_logits(model: nn.Module, inputs: Inputs, outputs: Tensor, likelihood: Likelihood) -> None:
-    """Refuse outputs that come out of a softmax or sigmoid, with a likelihood that takes logits.
+    """Refuse outputs of a softmax or sigmoid if the likelihood takes logits.
 
     A log-softmax is accepted with `Categorical`: ``softmax(log_softmax(f)) = softmax(f)``, and the curvature is the same,
-    as ``(diag(π) − ππᵀ) (I − 1πᵀ) = diag(π) − ππᵀ``. The outputs, whose variances predictions start from, are then the
+    since ``(diag(π) − ππᵀ) (I − 1πᵀ) = diag(π) − ππᵀ``. The outputs, whose variances enter predictions, are then
     log-probabilities.
 
     Args:
         model: The network.
-        inputs: The inputs that it was called with; looked at for the error only.
-        outputs: What it returned, with its graph.
+        inputs: The inputs with which the network was called, used only for the error.
+        outputs: The outputs of the network, with their graph.
         likelihood: The likelihood.
 
     Raises:
-        ValueError: Naming the module, with what to do.
+        ValueError: If the outputs come from such an activation, naming the module and what to do.
     """
     if not likelihood.accepts_logits:
         return
@@ -49,11 +49,11 @@ def check_outputs_are_logits(model: nn.Module, inputs: Inputs, outputs: Tensor, 
     modules = {n: module for n, module in model.named_modules() if isinstance(module, types)}
     found = module_of_outputs(model, inputs, modules).module if modules else None
     if found is None:
-        where, cure = f"a {name} in its forward", f"Let the forward return what goes into the {name}"
+        where, cure = f"a {name} in its forward", f"Return the input of the {name} from the forward instead"
     else:
         where = f"module {found!r} ({type(modules[found]).__name__})"
-        cure = f"Remove {found!r} from the model (put a torch.nn.Identity() in its place)"
+        cure = f"Remove {found!r} from the model (replace it with torch.nn.Identity())"
     raise ValueError(
-        f"the network ends with {where}, and {likelihood} takes logits: it makes the probabilities itself, and would make "
-        f"them twice. {cure}; predictions come out as probabilities."
+        f"the network ends with {where}, and {likelihood} takes logits: it computes the probabilities itself, so that they "
+        f"would be computed twice. {cure}; predictions are still probabilities."
     )

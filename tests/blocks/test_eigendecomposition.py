@@ -212,7 +212,7 @@ def test_if_all_fail_the_matrices_are_named(monkeypatch):
 
 def test_a_gradient_is_not_lost_silently(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", raises)
-    with pytest.raises(RuntimeError, match="not for a matrix that carries a gradient"):
+    with pytest.raises(RuntimeError, match="not tried for matrices that carry a gradient"):
         eigendecompose([("m", bad(0).requires_grad_())])
 
 

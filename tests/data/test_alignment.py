@@ -183,7 +183,7 @@ class LosesTheLoss(LogitsOnly):
 def test_models_that_cannot_be_asked(wrapper):
     """The tokens as labels are refused, with a way out that works; anything else is taken as it is."""
     model = wrapper()
-    with pytest.raises(ValueError, match="whether this model does cannot be asked") as error:
+    with pytest.raises(ValueError, match="whether this model does cannot be determined") as error:
         estimate(model, [BATCH])
     way_out = str(error.value).partition("for the next token: ")[2].rstrip(".")
     data = list(eval(way_out, {"F": F, "loader": [BATCH]}))

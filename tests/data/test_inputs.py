@@ -197,7 +197,7 @@ class Images(Dataset):
         return X[i], Y[i]
 
 
-WRAP = r"Wrap a single batch in a list, \[\(inputs, targets\)\], a Dataset in a DataLoader"
+WRAP = r"Wrap a single batch in a list, \[\(inputs, targets\)\], and a Dataset in a DataLoader"
 BATCH = r"batch 0: expected a pair \(inputs, targets\), a tensor of inputs, or a mapping; got "
 REFUSED = {
     "a tensor": (X, TypeError, rf"data must be an iterable of .* batches.*; got Tensor. {WRAP}"),
@@ -205,18 +205,18 @@ REFUSED = {
     "a mapping": ({"x": X}, TypeError, rf"got dict. {WRAP}"),
     "a dataset": (Images(), TypeError, rf"got Images. {WRAP}"),
     "nothing": (None, TypeError, rf"got NoneType. {WRAP}"),
-    "no batch": ([], ValueError, "the data is empty: no batch came out of the loader"),
+    "no batch": ([], ValueError, "the data is empty: the loader yielded no batches"),
     "three tensors": (
         [(X, X, Y)],
         TypeError,
-        BATCH + r"tuple of 3: Tensor, Tensor, Tensor.*give several inputs as \(\(x1, x2\), targets\)",
+        BATCH + r"tuple of 3: Tensor, Tensor, Tensor.*pass several inputs as \(\(x1, x2\), targets\)",
     ),
     "arrays": (
         [(np.zeros((4, 5)), Y)],
         TypeError,
-        BATCH + "tuple of 2: ndarray, Tensor. Turn arrays into tensors with",
+        BATCH + "tuple of 2: ndarray, Tensor. Convert arrays to tensors with",
     ),
-    "targets in an array": ([(X, np.zeros(4))], TypeError, BATCH + "tuple of 2: Tensor, ndarray. Turn arrays into"),
+    "targets in an array": ([(X, np.zeros(4))], TypeError, BATCH + "tuple of 2: Tensor, ndarray. Convert arrays to"),
     "targets in a list": ([(X, [0, 1, 2, 0])], TypeError, BATCH + "tuple of 2: Tensor, list"),
     "text": (["ab"], TypeError, BATCH + "str"),
     "a mapping of text": ([{"a": "b"}], TypeError, BATCH + "dict"),
@@ -224,9 +224,9 @@ REFUSED = {
     "two keys for targets": (
         [{"x": X, "y": Y, "labels": Y}],
         TypeError,
-        r"batch 0: \['labels', 'y'\] could all be the targets",
+        r"batch 0: any of \['labels', 'y'\] could be the targets",
     ),
-    "no example": ([(X[:0], Y[:0])], ValueError, r"batch 0: has no examples \(inputs of shape \(0, 5\)\)"),
+    "no example": ([(X[:0], Y[:0])], ValueError, r"batch 0: the batch has no examples \(inputs of shape \(0, 5\)\)"),
     "targets of some": ([(X, Y), (X,)], ValueError, "batch 1: either every batch must have targets or none"),
     "infinite": ([(X, Y), (X / 0, Y)], ValueError, "batch 1: the inputs contain NaN or infinite values"),
     "infinite among several": (
@@ -265,7 +265,7 @@ def test_posteriors_predict_from_what_they_were_fitted_to(call):
 
 # -- one process of several ----------------------------------------------------------------------------------
 
-SHARE = "the data are one of 2 shares .number 1, by a DistributedSampler., and are taken for all there are"
+SHARE = "the data are one of 2 shares .number 1, from a DistributedSampler. but are treated as the whole data set"
 
 
 def share(rank, shares=2):
@@ -311,5 +311,5 @@ def test_shares_of_accelerate():
             yield [1, 3]
 
     model = OneTensor()
-    with pytest.warns(UserWarning, match="the data are one of 2 shares .number 1, by a BatchSamplerShard"):
+    with pytest.warns(UserWarning, match="the data are one of 2 shares .number 1, from a BatchSamplerShard"):
         fisher_of(model, DataLoader(TensorDataset(X, Y), batch_sampler=BatchSamplerShard()))

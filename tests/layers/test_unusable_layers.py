@@ -75,7 +75,7 @@ CASES = {
     "also as a function": (
         also_as_a_function,
         nn.Linear,
-        "its parameters are also used by a function, or it was changed by a hook",
+        "its parameters are also used by a function, or a hook changed it",
     ),
     "unused head": (unused_head, nn.Linear, NO_EFFECT),
     "no grad": (under_no_grad, nn.Linear, "it runs without gradients, inside torch.no_grad() for example"),

@@ -46,7 +46,7 @@ def test_class_axis_is_inferred_where_shapes_tell(outputs, targets, axis):
     [
         ((5, 4, 4), (5, 4), r"targets of shape \(5, 4\) fit both"),
         ((5, 2, 2, 2), (5, 2, 2), r"targets of shape \(5, 2, 2\) fit both"),
-        ((5, 4, 2), None, "there are no targets whose shape would determine it"),
+        ((5, 4, 2), None, "there are no targets to infer it from"),
     ],
 )
 def test_ambiguous_class_axis(outputs, targets, message, sampling):
@@ -105,7 +105,7 @@ def test_outputs_of_other_likelihoods_have_no_class_axis(likelihood):
 @pytest.mark.parametrize(
     ("class_axis", "outputs", "message"),
     [
-        (None, (5, 4, 2), "cannot determine.*there are no targets whose shape would determine it"),
+        (None, (5, 4, 2), "cannot determine.*there are no targets to infer it from"),
         (None, (5,), r"needs one logit per class.*returned \(5,\)"),
         (1, (5, 1, 2), "needs one logit per class"),
         (2, (5, 4), "class_axis=2 is not the last axis"),

@@ -65,7 +65,7 @@ def test_the_batch_is_named():
 
 def test_targets_that_come_as_a_batch():
     with pytest.raises(
-        ValueError, match=r"batch 1: .* dtype torch.int64; .* batches are pairs: \[\(inputs, targets\)\]"
+        ValueError, match=r"batch 1: .* dtype torch.int64; .* pass pairs instead: \[\(inputs, targets\)\]"
     ):
         kl.KronLaplace(network(), "classification").fit([X, Y])
 

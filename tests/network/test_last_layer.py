@@ -92,11 +92,11 @@ def derivative(self, h):
 
 SEVERAL = {
     "derivatives": (derivative, {}, "Derivatives inside the forward pass"),
-    "multiplied": (lambda s, h: 2 * s.head(h), {}, r"an operation behind its layers \(Mul\)"),
+    "multiplied": (lambda s, h: 2 * s.head(h), {}, r"an operation after the last layer \(Mul\)"),
     "a temperature": (
         lambda s, h: s.head(h) / s.temperature.weight.squeeze(),
         {"temperature": nn.Linear(1, 1, bias=False)},
-        r"an operation behind its layers \(Div\)",
+        r"an operation after the last layer \(Div\)",
     ),
     "two heads": (
         lambda s, h: s.head(h) + s.other(h),
@@ -106,7 +106,7 @@ SEVERAL = {
     "heads side by side": (
         lambda s, h: torch.cat([s.head(h), s.other(h)], 1),
         {"other": nn.Linear(4, 3)},
-        r"behind its layers \(Cat\)",
+        r"after the last layer \(Cat\)",
     ),
     "a norm": (lambda s, h: s.norm(s.head(h)), {"norm": nn.LayerNorm(3)}, r"are those of 'norm' \(LayerNorm\)"),
     "frozen": (
@@ -237,7 +237,7 @@ def test_priors_of_single_weights():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match=r'layers="last" is one layer, and exclude=.* has no meaning'):
+    with pytest.raises(ValueError, match=r'layers="last" is a single layer, so exclude=.* does not apply'):
         kl.KronLaplace(Network(FOUND["as it is"]), "classification", layers="last", exclude="body")
     with pytest.raises(ValueError, match="the model has none with trainable parameters"):
         kl.KronLaplace(nn.Sequential(nn.LayerNorm(3)), "classification", layers="last")

@@ -43,7 +43,7 @@ REFUSED = {
     "softmax function": (
         Network(lambda s, h: h.softmax(1)),
         "classification",
-        r"with a softmax in its forward.*Let the forward return what goes into the softmax",
+        r"with a softmax in its forward.*Return the input of the softmax from the forward",
     ),
     "squeezed": (Network(lambda s, h: h[:, None].softmax(-1).squeeze(1)), "classification", "with a softmax in"),
     "another dtype": (Network(lambda s, h: h.softmax(1).float()), "classification", "with a softmax in"),

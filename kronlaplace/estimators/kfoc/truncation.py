@@ -114,7 +114,7 @@ def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name
         right = leading_eigenvector(values, vectors, root.sum(1)).unsqueeze(2)
     left = scaled @ right
     images = gram_g @ left
-    squares = (left * images).sum(1, keepdim=True).clamp_min(0)  # of the singular values
+    squares = (left * images).sum(1, keepdim=True).clamp_min(0)  # squared singular values
     tiny, eps = torch.finfo(squares.dtype).tiny, torch.finfo(squares.dtype).eps
     # A singular value below rounding does not belong to a real term, and the division must not amplify it.
     squares_above_rounding = squares.clamp_min(squares.amax(2, keepdim=True) * (eps * len(left[0]))).clamp_min(tiny)
@@ -183,7 +183,7 @@ def _best_of_two(terms: Terms) -> Terms:
         torch.linalg.vecdot(some[:, 0].flatten(1), some[:, 1].flatten(1)).double().clamp_min(0)
         for some in (terms.gradients, terms.activations)
     )
-    half = (s.square() - t.square()) / 2  # half the difference of the map's diagonal entries
+    half = (s.square() - t.square()) / 2  # half the difference of the map's diagonal entries; the others are:
     upper, lower = s * (s * a + t * g), t * (t * a + s * g)
     root = torch.sqrt(half.square() + upper * lower)
     # (half + root, lower) and (upper, root - half) are both eigenvectors, or zero, and so is their sum. The sum is zero if
