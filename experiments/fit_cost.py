@@ -1,4 +1,4 @@
-"""What an estimate of the Fisher costs beside training: time and peak memory against plain forward and backward passes.
+"""What an estimate of the Fisher costs: time and peak memory relative to plain forward and backward passes.
 
     python -m experiments.fit_cost --data-dir DATA --out experiment-results/fit_cost
 

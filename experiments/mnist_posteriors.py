@@ -1,10 +1,10 @@
-"""Which Laplace posterior of LeNet-5 on MNIST: estimators and ways of tuning side by side, on familiar and foreign digits.
+"""Which Laplace posterior of LeNet-5 on MNIST: estimators and ways of tuning side by side, in and out of distribution.
 
     python -m experiments.mnist_posteriors --data-dir DATA --out experiment-results/mnist_posteriors
 
 The network is trained as in the demo, on the first 55,000 training digits; the last 5,000 are the validation digits. The
 Fisher of each estimator is estimated once, `sampling="exact"`, and tuned three ways: one prior precision or one per layer
-by the evidence, and one by the likelihood of the validation digits on a grid. Two kinds of foreign digits are to be told
+by the evidence, and one by the likelihood of the validation digits on a grid. Two kinds of other digits are to be told
 from the test digits by the predictive entropy: the test digits turned by 90 degrees, and scikit-learn's 8x8 digits scaled
 to 28x28. The table is of one link; the CSV has all four, every seed and the prior precisions. Trained networks are kept in
 `--out` and taken from there the next time; delete them to train again.

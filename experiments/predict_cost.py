@@ -1,4 +1,4 @@
-"""What fitting, tuning and predicting with a Laplace posterior cost, beside laplace-torch 0.3; and thousands of classes.
+"""What fitting, tuning and predicting with a Laplace posterior cost next to laplace-torch 0.3; and thousands of classes.
 
     python -m experiments.predict_cost --data-dir DATA --out experiment-results/predict_cost
 

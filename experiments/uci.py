@@ -8,7 +8,7 @@ than the methods do. Only the rows "trained by the evidence" have a network of t
 with as many steps.
 
 laplace-torch's K-FAC is over all weights, with the GLM predictive and variance f_var + sigma². Its prior precision and
-noise are tuned in two ways: by 1000 steps of Adam, as in the regression example of its documentation, and by maximising the
+noise are tuned in two ways: by 1000 steps of Adam, as in the regression example of its documentation, and by maximizing the
 same evidence without gradients. They differ, because `KronDecomposed.__mul__` of laplace-torch 0.3 takes the noise out of
 the graph (`math.pow`): the gradient misses the log-determinant, and Adam ends at the maximum-likelihood noise.
 

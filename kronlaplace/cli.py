@@ -1,6 +1,6 @@
 """The command line: `kronlaplace demo`, `kronlaplace --version`.
 
-Whatever the user can put right is one line on standard error and exit code 2, without a traceback.
+User errors are reported in one line on standard error and exit code 2, without a traceback.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 if all went well, 2 for something the user can put right, 130 if interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without "±" is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # a terminal without "±" should not stop the program
     parser = _make_parser()
     try:
         arguments = parser.parse_args(argv)
-    except SystemExit as end:  # argparse has printed what there was to say
+    except SystemExit as end:  # argparse has printed its message
         return end.code if isinstance(end.code, int) else 0
     if arguments.command is None:
         parser.print_help(sys.stderr)
@@ -79,7 +79,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="train a network, fit and tune its Laplace posterior, compare it with the MAP",
         description=(
             "Train a network, fit its Kronecker-factored Laplace posterior, tune prior precision (and noise) by the "
-            f"evidence, and print one table, MAP beside Laplace. Data sets that need no file: {', '.join(EMBEDDED)}. "
+            f"evidence, and print one table, MAP next to Laplace. Data sets that need no file: {', '.join(EMBEDDED)}. "
             f"From a data directory: mnist, {', '.join(UCI)}."
         ),
     )
@@ -88,7 +88,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--dataset", nargs="+", action="extend", metavar="NAME", help=f"data sets (default: {defaults})")
     add("--estimator", default="kfac", metavar="NAME", help=f"one of {', '.join(SHORTHANDS)} (default: kfac)")
     add("--data-dir", metavar="DIR", help=f"folder with mnist/ and uci/ (default: ${DATA_VARIABLE})")
-    add("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="decides all that is random (default: 0)")
+    add("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers (default: 0)")
     add("--out", default="demo-results", metavar="DIR", help="results, one folder each (default: demo-results)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
     add(

@@ -1,10 +1,10 @@
 """Scores for predictive distributions: numpy in, numpy out, no state.
 
 Shapes, the same in every function: `N` examples, `C` classes, `B` bins. Logarithms are natural, so
-likelihoods and entropies are in nats. Every average over examples is a plain mean. Whatever `numpy.asarray`
-takes is taken: lists, and tensors on the CPU that need no gradient.
+likelihoods and entropies are in nats. Every average over examples is a plain mean. Every input that `numpy.asarray`
+takes is allowed: lists, and tensors on the CPU that need no gradient.
 
-Classification functions want probabilities `(N, C)` and integer labels `(N,)`; regression functions want the
+Classification functions take probabilities `(N, C)` and integer labels `(N,)`; regression functions take the
 mean and the variance of Gaussian predictions and the targets, all of one shape.
 """
 
@@ -81,7 +81,7 @@ def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """What a reliability diagram draws, per bin of the top-label confidence."""
+    """The data of a reliability diagram, per bin of the top-label confidence."""
 
     confidence: FloatArray
     """Mean confidence in the bin, `(B,)`; NaN where the bin is empty."""
@@ -139,7 +139,7 @@ def predictive_entropy(probabilities: npt.ArrayLike) -> FloatArray:
 
 
 def ood_auroc(in_scores: npt.ArrayLike, out_scores: npt.ArrayLike) -> float:
-    """Area under the ROC curve of telling out-of-distribution inputs by their larger score.
+    """Area under the ROC curve of detecting out-of-distribution inputs by their larger score.
 
     It is the probability that a random out-of-distribution input scores above a random in-distribution one,
     ties counted half: 0.5 is chance, 1 is perfect.
@@ -227,7 +227,7 @@ def _check_probabilities(probabilities: npt.ArrayLike) -> FloatArray:
     if worst > _SUM_TOLERANCE:
         raise ValueError(
             f"each row of probabilities must sum to 1 within {_SUM_TOLERANCE:g}, one is off by {worst:.4g}. "
-            "Normalise over axis 1."
+            "Normalize over axis 1."
         )
     return p
 

@@ -156,7 +156,7 @@ def test_posterior_file_of_another_architecture(tmp_path):
         ValueError, match=r"a different network: its block for layer '0' .* \(6, 5\) matrix, .* as \(9, 5\)"
     ):
         kl.KronLaplace.load(path, wider)
-    with pytest.raises(ValueError, match="it has a layer '2', the model has not; the model's layers are"):
+    with pytest.raises(ValueError, match="it has a layer '2', which the model does not have; the model's layers are"):
         kl.KronLaplace.load(path, nn.Sequential(nn.Linear(4, 6)).double())
     with pytest.raises(ValueError, match=r"block for layer '0' .* \(6, 5\) matrix, .* as \(3, 19\)"):
         kl.KronLaplace.load(path, cnn().model)

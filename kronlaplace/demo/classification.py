@@ -102,7 +102,7 @@ def _notes(posteriors: Mapping[str, KronLaplace]) -> list[str]:
     return [
         *tuned,
         f"Laplace probabilities: softmax averaged over {_DRAWS} draws of the linearized outputs",
-        "OOD AUROC: test images rotated by 90 degrees against test images, told apart by predictive entropy",
+        "OOD AUROC: test images rotated by 90 degrees against test images, distinguished by predictive entropy",
         "NLL in nats; Brier summed over classes; ECE of the top label in 15 bins of equal width",
     ]
 

@@ -1,4 +1,4 @@
-"""What can go wrong before a demo starts, each with a message of one line that says what to do."""
+"""Errors found before a demo starts, each with a one-line message that says what to do."""
 
 from __future__ import annotations
 

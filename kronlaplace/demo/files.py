@@ -34,7 +34,7 @@ def read_bytes(path: Path, source: str) -> bytes:
     packed = path.with_name(path.name + ".gz")
     found = next((candidate for candidate in (path, packed) if candidate.is_file()), None)
     if found is None:
-        raise MissingDataError(f"no file {path} (nor {packed.name} beside it); get it from {source}.")
+        raise MissingDataError(f"no file {path} (nor {packed.name} next to it); get it from {source}.")
     try:
         content = found.read_bytes()
         return gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content

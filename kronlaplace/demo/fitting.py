@@ -1,4 +1,4 @@
-"""What classification and regression share: seeds, initial weights, and the Laplace posterior after training."""
+"""The parts that classification and regression share: seeds, initial weights, and the Laplace posterior after training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIT_BATCH = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose, the same for every data set."""
+    """The user's choices, the same for every data set."""
 
     estimator: str
     device: torch.device
@@ -30,13 +30,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one data set gave.
+    """The results of one data set.
 
     Attributes:
         title: One line: the data set and the network.
-        table: MAP beside Laplace.
+        table: MAP next to Laplace.
         notes: One line each: what was tuned, and how the columns are meant.
-        files: What was written beside the table.
+        files: Other files that were written.
     """
 
     title: str

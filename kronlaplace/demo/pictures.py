@@ -1,7 +1,7 @@
 """The pictures of a demo, drawn through matplotlib's object interface: no pyplot, no global state, no window.
 
 matplotlib comes with the `experiments` extra only; `available` says whether it is there. The MAP has one color and
-every Laplace posterior the other, in all pictures; they are told apart without color too, by panel or line style.
+every Laplace posterior the other, in all pictures; they can also be distinguished without color, by panel or line style.
 """
 
 from __future__ import annotations

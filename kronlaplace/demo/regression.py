@@ -38,7 +38,7 @@ RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=0.01, prior_precision=1
 """One recipe for all tables, chosen on validation parts of the training splits (log-likelihood and RMSE)."""
 
 SINE_RECIPE = replace(RECIPE, prior_precision=0.3)
-"""Of four prior precisions and of ReLU and tanh, this and tanh have the largest evidence on `sine`."""
+"""Chosen, together with tanh, by the evidence on `sine` among four prior precisions and ReLU or tanh."""
 
 _CURVE = np.linspace(0.01, 0.99, 99)
 
@@ -58,7 +58,7 @@ class Gaussians:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One split: the trained network, its posterior, and the maximum-likelihood noise, all in standardized units."""
+    """The result of a split: the network, its posterior, and the maximum-likelihood noise, all in standardized units."""
 
     split: RegressionSplit
     model: nn.Sequential

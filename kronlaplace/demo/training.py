@@ -19,7 +19,7 @@ __all__ = ["GaussianNLL", "Recipe", "train"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained."""
+    """The settings of the training of a network."""
 
     steps: int
     batch_size: int

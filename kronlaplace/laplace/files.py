@@ -24,7 +24,7 @@ __all__ = ["Stored", "read", "write"]
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds.
+    """The contents of a posterior's file.
 
     Attributes:
         fisher: The Fisher.
@@ -42,7 +42,7 @@ class Stored:
 
 
 def write(path: str | PathLike[str], stored: Stored) -> None:
-    """Write the file; one that is there is replaced when the new one is complete."""
+    """Write the file; an existing one is replaced when the new one is complete."""
     tensors = {f"fisher/{name}": tensor for name, tensor in stored.fisher.to_tensors().items()}
     tensors |= {f"mean/{name}": tensor for name, tensor in stored.mean.items()}
     tensors |= stored.prior.to_tensors()
@@ -59,7 +59,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     """Read a file and check that it is of this network, at these weights.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it is damaged, something else, or of another network, naming the first difference.
     """
     device = device_of(model)
@@ -76,8 +76,8 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
                 )
         if name not in known:
             raise ValueError(
-                f"{path} is a posterior of another network: it has a layer {name!r}, the model has not; the model's "
-                f"layers are {known}."
+                f"{path} is a posterior of another network: it has a layer {name!r}, which the model does not have; the "
+                f"model's layers are {known}."
             )
     mean = _with_prefix(tensors, "mean/")
     layers = find_layers(model, list(fisher))

@@ -25,7 +25,7 @@ class GivenPrior:
         mean: Its mean as `KronLaplace` takes it; a prior has its own.
 
     Raises:
-        TypeError: For a mean beside a prior that has one.
+        TypeError: If a mean is given in addition to a prior that has one.
         ValueError: For a number that is not positive and finite.
     """
 

@@ -34,7 +34,7 @@ class KroneckerPrior(Prior):
     Tuning finds ``μ``, one for all layers or one for each.
 
     Args:
-        fisher: ``F₁``; it may have more blocks than the posterior has layers.
+        fisher: ``F₁``; it may have blocks for more layers than the posterior has.
         mean: The prior mean, usually the weights that the Fisher was estimated at (a state dict of them).
         scale: ``s``, positive: one number or ``{layer: number}``; None is ``fisher.n_examples``.
         plus: ``δ``, not negative: one number or ``{layer: number}``. Zero needs positive definite blocks.

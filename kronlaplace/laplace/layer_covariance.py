@@ -1,4 +1,4 @@
-"""What one layer adds to the covariance of the outputs, in the eigenbasis of its posterior covariance.
+"""The contribution of one layer to the covariance of the outputs, in the eigenbasis of its posterior covariance.
 
 A layer's per-example Jacobian of output ``c`` is ``X_c = Σ_t g_c,t a_tᵀ``. With the posterior covariance
 ``Q_G ⊗ Q_A diag(w) (Q_G ⊗ Q_A)ᵀ``, ``h = g Q_G`` and ``b = a Q_A``, the layer adds
@@ -41,13 +41,13 @@ class OutputCovariance(Enum):
     BY_POSITION = auto()
     """The classes at one position of one example."""
     BY_EXAMPLE = auto()
-    """All outputs of one example."""
+    """Covariances between all outputs of one example."""
     JOINT = auto()
-    """All outputs of all examples."""
+    """Covariances between all outputs of all examples."""
 
     @property
     def variances(self) -> bool:
-        """Whether variances are all that is wanted."""
+        """Whether only variances are requested."""
         return self in (OutputCovariance.VARIANCES, OutputCovariance.CENTERED_VARIANCES)
 
     @property
@@ -57,7 +57,7 @@ class OutputCovariance(Enum):
 
 
 class LayerCovariance(Protocol):
-    """What one layer adds to the covariance; `add` is called once per output, in order."""
+    """The contribution of one layer to the covariance; `add` is called once per output, in order."""
 
     def add(self, gradients: LayerGradients) -> None:
         """Take the gradients of the next output."""
@@ -65,7 +65,7 @@ class LayerCovariance(Protocol):
     def result(self) -> Tensor:
         """Return the layer's part for the ``C`` outputs since the last result.
 
-        Shape ``(N, C, C)``, or ``(N, C)`` if only variances are wanted, or ``(N·C, N·C)`` between examples, too.
+        Shape ``(N, C, C)``, or ``(N, C)`` if only variances are wanted, or ``(N·C, N·C)`` with covariances between examples.
         """
 
     def kept_per_example(self, n_outputs: int) -> int:

@@ -34,7 +34,7 @@ _FIRST_CHUNK = 16
 
 
 class ShapeCache:
-    """What calls with inputs of the same shapes find out, so that the next one need not. Threads may share it.
+    """A cache of what a call learns about inputs of given shapes. Threads may share it.
 
     Args:
         layout: What is known from the fit.
@@ -44,7 +44,7 @@ class ShapeCache:
         self.layout = layout
         """Where the examples are."""
         self.kept_per_example: int | None = None
-        """How many numbers are kept for each example."""
+        """The number of values kept per example."""
 
     def chunk(self) -> int:
         """Return the number of examples to process at a time."""

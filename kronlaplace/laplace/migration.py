@@ -1,6 +1,6 @@
-"""Names that laplace-torch has for what `KronLaplace` can do: whoever comes from there is told ours.
+"""Names that laplace-torch uses for features of `KronLaplace`: errors that point to the names here.
 
-Nothing works under these names, and no signature has them.
+These names have no function of their own, and they are not part of any signature.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ VALUES: Mapping[str, str] = {
 
 
 def told_of(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Let a method answer a keyword of laplace-torch with ours, in a `TypeError`."""
+    """Make a method raise a `TypeError` that names the equivalent of a keyword of laplace-torch."""
     names = KEYWORDS[function.__name__]
 
     @functools.wraps(function)
@@ -102,7 +102,7 @@ def told_of(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
 
 
 class LaplaceTorchNames:
-    """Answers attributes of laplace-torch's posteriors, and calls, with ours."""
+    """Raises errors that name the equivalent of an attribute of laplace-torch's posteriors, or of a call."""
 
     if not TYPE_CHECKING:  # a type checker should go on to refuse them
 
@@ -111,4 +111,4 @@ class LaplaceTorchNames:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            raise TypeError(f"a {type(self).__name__} is not called; use posterior.predict(x).")
+            raise TypeError(f"a {type(self).__name__} is not callable; use posterior.predict(x).")

@@ -42,7 +42,7 @@ __all__ = ["KronLaplace", "TuningMethod"]
 
 
 class TuningMethod(Choice):
-    """What `KronLaplace.tune` goes by: the ``EVIDENCE``, or the likelihood of ``VALIDATION`` data."""
+    """The objective of `KronLaplace.tune`: the ``EVIDENCE``, or the likelihood of ``VALIDATION`` data."""
 
     EVIDENCE = "evidence"
     VALIDATION = "validation"
@@ -55,24 +55,24 @@ class KronLaplace(PosteriorPredictions):
     ``H = N · F / temperature + D``: ``F`` is the Fisher as a mean over the ``N`` examples, ``D`` the prior precision.
     Parameters without a block (see ``layers``) stay at their trained values.
 
-    The model is held by reference and never changed (but by `to`); keep its weights as they were at `fit`.
+    The model is held by reference and never changed (except by `to`); keep its weights as they were at `fit`.
 
     Args:
         model: The trained network, in the mode in which it predicts (``model.eval()``).
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, or ``"classification"``,
             ``"binary"``, ``"regression"``, ``"heteroscedastic"``.
-        estimator: How the Fisher's blocks are made, such as `KFAC`, or its shorthand.
+        estimator: How the Fisher's blocks are computed, such as `KFAC`, or its shorthand.
         prior_precision: A `Prior`, such as what `as_prior` of an earlier task's posterior returned; or ``δ``: one number;
             one per block, in the order of the blocks; or one per weight, as the
             row-major flattened matrices of all blocks joined, shape ``(P,)``, or ``{parameter name: tensor}``. Where
             weights have precisions of their own see `kronlaplace.damping.plus_diagonal.PlusDiagonal` for what is exact.
         prior_mean: Mean of the prior: one number, a flat tensor ``(P,)``, or ``{parameter name: tensor}`` (a state dict). A
-            `Prior` has a mean of its own.
+            `Prior` has its own mean.
         temperature: Divides the log-likelihood; below 1 the posterior is sharper than Bayes ("cold").
         layers: Which modules get a posterior: their names, or patterns that match these, such as ``"encoder.*.query"``, as
             in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
-            network's; `fit` finds it, and what belongs to single weights or layers is not known before.
-        exclude: Names or patterns of modules that get none.
+            network's; `fit` finds it, and anything specific to single weights or layers is unknown until then.
+        exclude: Names or patterns of modules that get no posterior.
         unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
             of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
             their entries in the prior; the Fisher's `coverage` has the reasons. They do not come back in later fits.
@@ -153,7 +153,7 @@ class KronLaplace(PosteriorPredictions):
     ) -> KronLaplace:
         """Fit the posterior: estimate the Fisher in one pass over ``data``, or take a ready-made one.
 
-        The posterior changes only when all has gone well.
+        The posterior changes only if everything succeeds.
 
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
@@ -347,7 +347,7 @@ class KronLaplace(PosteriorPredictions):
         if method is TuningMethod.EVIDENCE:
             if data is not None or predictive is not None or grid is not None:
                 raise TypeError(
-                    'data, predictive and grid are for method="validation"; the evidence needs none of them.'
+                    'data, predictive and grid are for method="validation"; the evidence does not use them.'
                 )
             tuned = by_evidence(self._at_its_weights(), structure, noise)
         else:

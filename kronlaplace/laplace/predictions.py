@@ -1,4 +1,4 @@
-"""What a fitted posterior predicts."""
+"""The predictions of a fitted posterior."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class PosteriorPredictions(PosteriorSettings):
         differentiable: bool = False,
         progress: bool = False,
     ) -> Tensor:
-        """Covariance of the network's outputs under the linearized model; the noise is not in it.
+        """Compute the covariance of the network's outputs under the linearized model, without the noise.
 
         Takes one backward pass per output of an example, except for the part of a last layer that is linear.
 
         Args:
             x: Inputs as in the fit, first axis examples; or a loader, as in `predict`.
-            diagonal: Whether only the variances are wanted.
-            joint: Whether covariances between examples are wanted, too; of a few inputs, all at once.
+            diagonal: Whether to compute only the variances.
+            joint: Whether to include covariances between examples; for a few inputs, passed at once.
             differentiable: Whether the result carries a graph to the inputs.
             progress: Whether to show a progress bar, with a loader.
 
@@ -93,17 +93,17 @@ class PosteriorPredictions(PosteriorSettings):
         progress: bool = False,
         seed: int = 0,
     ) -> Tensor | Prediction:
-        """Posterior predictive distribution.
+        """Compute the posterior predictive distribution.
 
         Args:
             x: Inputs as in the fit, a tensor or a tuple or dict of tensors, first axis examples; any number, they are
-                processed in chunks. Or a loader (any iterable of batches, with or without targets, but a list of tensors,
-                which is several inputs): the predictions of all of its batches, joined.
+                processed in chunks. Or a loader (any iterable of batches, with or without targets, except a list of tensors,
+                which counts as several inputs): the predictions of all of its batches, joined.
             method: ``"glm"``, the linearized model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
             link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs),
                 or, for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
-            n_samples: Number of draws, where there are any; 100 if not given.
+            n_samples: Number of draws, if any are made; 100 if not given.
             diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
                 much cheaper for many classes.
             antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.

@@ -1,4 +1,4 @@
-"""How predictions are made: the options that travel together, and what becomes of many batches' predictions."""
+"""The options of predictions, as one object, and the concatenation of predictions of several batches."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class PredictiveMethod(Choice):
 
 @dataclass(frozen=True)
 class Predictive:
-    """A posterior predictive distribution: all that `KronLaplace.predict` may be asked for.
+    """A posterior predictive distribution: the options of `KronLaplace.predict` as one object.
 
     Args:
         method: ``"glm"`` or ``"sample"``.
         link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs), or,
             for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
-        n_samples: Number of draws, where there are any; 100 if not given.
+        n_samples: Number of draws, if any are made; 100 if not given.
         diagonal: Whether ``"mc"`` and ``"bridge"`` take the outputs' variances only, without the covariances between
             classes; for thousands of classes.
         antithetic: With ``"sample"``, whether draws come in pairs that mirror each other about the mean.
@@ -85,7 +85,7 @@ class Predictive:
 
     @property
     def draws(self) -> int:
-        """Number of draws, where there are any."""
+        """The number of draws, if any are made."""
         return _DRAWS if self.n_samples is None else self.n_samples
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -93,10 +93,10 @@ class Predictive:
         return torch.Generator(device=device).manual_seed(self.seed)
 
     def check(self, likelihood: Likelihood) -> None:
-        """Check that the link is one of the likelihood's.
+        """Check that the likelihood supports the link.
 
         Raises:
-            ValueError: If it is not, with those that are.
+            ValueError: If it does not; the message lists the links that it supports.
         """
         links = likelihood.links
         if self.link is not None and not links:

@@ -40,7 +40,7 @@ __all__ = [
 
 
 class PriorStructure(Choice):
-    """What has a prior precision of its own: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each block,
+    """How prior precisions are shared: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each block,
     ``DIAGONAL`` one for each weight.
     """
 
@@ -151,7 +151,7 @@ class Prior(ABC):
 
     @property
     def precisions(self) -> Tensor:
-        """The precisions of a diagonal prior, 0-dim, ``(L,)`` or ``(P,)``, float64.
+        """Return the precisions of a diagonal prior, 0-dim, ``(L,)`` or ``(P,)``, float64.
 
         Raises:
             TypeError: If the precision is not diagonal.

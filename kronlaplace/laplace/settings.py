@@ -1,4 +1,4 @@
-"""What may be read and set on a posterior at any time: prior, noise, temperature."""
+"""The settings of a posterior that can be read and set at any time: prior, noise, temperature."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PosteriorSettings(LaplaceTorchNames):
 
     @property
     def prior(self) -> Prior:
-        """The prior over the weights, with its mean; may be set after the fit, which costs no new pass.
+        """The prior over the weights, with its mean; it can be set after the fit without another pass.
 
         Raises:
             RuntimeError: If ``layers="last"``, before the fit has found that layer.

@@ -1,4 +1,4 @@
-"""What a posterior is at one moment.
+"""The state of a posterior at one moment.
 
 A state is never changed, only replaced as a whole by the next one, and whatever follows from it is kept with it. So every
 method of a posterior reads one state and answers from that, whatever other threads do meanwhile, and an interrupt leaves the
@@ -32,7 +32,7 @@ __all__ = ["Fit", "State"]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What a posterior has from its data.
+    """The results of a fit to data.
 
     Attributes:
         fisher: The Fisher.
@@ -144,7 +144,7 @@ class State:
 
     @property
     def scale(self) -> Tensor | float:
-        """What the Fisher is multiplied with."""
+        """The factor that multiplies the Fisher."""
         fisher = self.fitted.fisher
         return fisher.n_examples / self.temperature * noise_rescaling(fisher, self.likelihood.noise_std)
 
@@ -185,8 +185,8 @@ class State:
             shown = ", ".join(repr(name) if name else "the model itself" for name in names)
             warn(
                 f"small eigenvalues of {shown}, though larger than the prior precision, are lost in "
-                "the rounding of float32 beside the largest, and their mean is used for each: evidence and variances are "
-                "approximate. Standardize the inputs, use a larger prior precision, or fit in double precision: "
+                "the rounding of float32 relative to the largest, and their mean is used for each: evidence and variances "
+                "are approximate. Standardize the inputs, use a larger prior precision, or fit in double precision: "
                 "model.double(), with inputs in float64."
             )
 

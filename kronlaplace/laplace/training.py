@@ -40,7 +40,7 @@ __all__ = ["EvidenceRecord", "EvidenceTraining", "train_by_evidence"]
 
 @dataclass(frozen=True)
 class EvidenceRecord:
-    """One look at the evidence during training.
+    """The evidence and the hyperparameters at one epoch of training.
 
     Attributes:
         epoch: Number of epochs before it.
@@ -64,7 +64,7 @@ class EvidenceRecord:
 
 @dataclass(frozen=True)
 class EvidenceTraining:
-    """What came of it.
+    """The result of `train_by_evidence`.
 
     Attributes:
         posterior: The posterior at the best weights, tuned.
@@ -117,7 +117,7 @@ def train_by_evidence(
         structure: What has a prior precision of its own: ``"scalar"``, ``"layerwise"`` or ``"diagonal"``.
         noise: As in `KronLaplace.tune`: ``"tuned"``, or ``"fixed"`` where a Gaussian likelihood's is known.
         prior_precision: Until the first look.
-        temperature: As in `KronLaplace`; it divides the log-likelihood in training, too.
+        temperature: As in `KronLaplace`; it also divides the log-likelihood in training.
         unsupported: As in `KronLaplace`. Parameters without a block are trained without a prior.
         sampling: As in `KronLaplace.fit`.
         mc_samples: As in `KronLaplace.fit`.
@@ -242,7 +242,7 @@ def _epoch(
     if not math.isfinite(float(total)):
         raise FloatingPointError(
             f"the training loss is {float(total)} in epoch {epoch}: the training diverged. Take a smaller learning rate, or "
-            "a burn_in, so that the evidence is not looked at before the network has learnt anything."
+            "a burn_in, so that the evidence is not evaluated before the network has learned anything."
         )
 
 

@@ -53,7 +53,7 @@ of the ``n`` targets.
 """
 
 NEGLIGIBLE = 1e-3
-"""Differences of the evidence, in nats, that mean nothing."""
+"""Differences of the evidence, in nats, that are negligible."""
 
 _TOLERANCE = 1e-9
 """Gain of a Newton step, in nats, at which the maximum is reached."""
@@ -64,14 +64,14 @@ _GAIN_BY_WEIGHT = 1e-4
 _STEPS_BY_WEIGHT = 500
 
 _LONGEST_STEP = 3.0
-"""Of a Newton step, in any logarithm: far from the maximum the evidence is nearly straight, and steps are very long."""
+"""Largest Newton step, in log units: far from the maximum the evidence is nearly straight, and steps are very long."""
 
 _HALVINGS = 40
-"""Of a step, until one goes up; if none does, the maximum is reached."""
+"""Maximum number of step halvings; if no step increases the evidence, the maximum is reached."""
 
 
 class NoiseTuning(Choice):
-    """Whether a Gaussian likelihood's noise is found with the prior, ``TUNED``, or is known and stays, ``FIXED``."""
+    """How a Gaussian likelihood's noise is treated: ``TUNED`` with the prior, or known and ``FIXED``."""
 
     TUNED = "tuned"
     FIXED = "fixed"
@@ -97,7 +97,8 @@ class Tuned:
     Attributes:
         multiples: Multiples of the prior's unit, 0-dim, ``(L,)`` or ``(P,)``.
         noise_std: The noise, or None if there is none or it was known.
-        at_the_edge: The hyperparameters that could as well be at a bound: the evidence has no maximum inside.
+        at_the_edge: The hyperparameters for which a bound is as good as the value found: the evidence has no interior
+            maximum.
     """
 
     multiples: Tensor
@@ -110,14 +111,14 @@ def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | st
 
     Args:
         state: A fitted posterior's state.
-        structure: What has a precision, or a multiple of the prior's unit, of its own.
-        noise: Whether the noise is tuned, too, or known.
+        structure: Which groups of weights have a precision, or a multiple of the prior's unit, of their own.
+        noise: Whether the noise is also tuned, or known.
 
     Raises:
         ValueError: For a fixed noise where there is none, or weights of a prior whose unit is not the identity.
 
     Warns:
-        UserWarning: If the optimum is at the edge of what was searched, or the noise is much larger than the errors.
+        UserWarning: If the optimum is at the edge of the range searched, or the noise is much larger than the errors.
     """
     known = known_noise(noise, state.likelihood)
     tuned = maximize_evidence(state.evidence, structure, state.temperature, known)
@@ -130,7 +131,7 @@ def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | st
         state,
         tuned.noise_std,
         "the network has nearly as many effective parameters as there are targets and follows their noise, so that "
-        "its training errors do not tell it",
+        "its training errors do not reveal it",
     )
     noise_std = state.likelihood.noise_std if tuned.noise_std is None else tuned.noise_std
     return Hyperparameters(state.prior.with_multiples(tuned.multiples), noise_std, state.temperature)

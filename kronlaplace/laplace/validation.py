@@ -40,7 +40,7 @@ def default_grid(relative: bool) -> list[float]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the grid.
+    """A point of the grid.
 
     Attributes:
         loss: Mean negative log-likelihood, in nats per target.
@@ -62,7 +62,7 @@ def by_validation(
     grid: Sequence[float] | None,
     progress: bool,
 ) -> Hyperparameters:
-    """Return the hyperparameters under which validation data are most likely; arguments as of `KronLaplace.tune`.
+    """Return the hyperparameters under which validation data are most likely; arguments as in `KronLaplace.tune`.
 
     Args:
         model: The network.
@@ -70,7 +70,7 @@ def by_validation(
         predictor: Predicts with the posterior at other hyperparameters.
         data: Batches with targets.
         structure: What has a precision of its own.
-        noise: Whether the noise is tuned, too, or known.
+        noise: Whether the noise is also tuned, or known.
         predictive: How predictions will be made.
         grid: Precisions or factors to try.
         progress: Whether to show a progress bar.

@@ -99,7 +99,7 @@ class TestMnist:
     def test_a_missing_file_is_named(self, tmp_path, digits_28):
         (write_mnist(tmp_path, *digits_28) / "t10k-labels-idx1-ubyte").unlink()
         with pytest.raises(
-            MissingDataError, match=r"no file .*t10k-labels-idx1-ubyte \(nor .*\.gz beside it\); get it"
+            MissingDataError, match=r"no file .*t10k-labels-idx1-ubyte \(nor .*\.gz next to it\); get it"
         ):
             load("mnist", tmp_path)
 

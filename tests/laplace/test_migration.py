@@ -49,7 +49,7 @@ def test_keywords(name, posterior):
 
 
 def test_calling_the_posterior(posterior):
-    with pytest.raises(TypeError, match=r"a KronLaplace is not called; use posterior\.predict\(x\)"):
+    with pytest.raises(TypeError, match=r"a KronLaplace is not callable; use posterior\.predict\(x\)"):
         posterior(X)
 
 
