@@ -221,7 +221,7 @@ def test_an_exception_in_the_network_changes_nothing(network):
 # -- memory --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac", "kfoc", "ekfac", "diagonal"])
 def test_a_second_fit_needs_no_more_memory_than_the_first(estimator):
     """Nothing of a fit outlives it but the posterior."""

@@ -227,7 +227,7 @@ class Interrupt(BaseException):
     """Comes like a Ctrl-C, at any moment."""
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("network", ["recurrent", "residual"])

@@ -98,7 +98,7 @@ class NoLength(Stream):
         raise NotImplementedError
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("stream", [Stream, NoLength])
 @pytest.mark.parametrize("progress", [False, True])
 def test_loaders_of_streams(stream, progress):
@@ -274,6 +274,7 @@ def share(rank, shares=2):
     return DataLoader(dataset, 2, sampler=DistributedSampler(dataset, shares, rank, shuffle=False))
 
 
+@pytest.mark.grid
 def test_a_share_of_the_data_is_not_taken_for_all_in_silence():
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     posterior = kl.KronLaplace(model, "classification").fit([(X, Y)])

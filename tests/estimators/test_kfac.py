@@ -150,7 +150,7 @@ def test_empirical_factors_use_the_gradients_of_the_labels():
     torch.testing.assert_close(fisher["0"].gradient_factor, G, rtol=RTOL, atol=0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("likelihood", ["classification", "binary", "regression"])
 def test_mc_factors_converge_to_the_exact_ones_as_one_over_root_samples(likelihood):
     """The root mean square error over ten seeds falls by 4 when samples grow by 16 (within its sampling error)."""

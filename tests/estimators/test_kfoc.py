@@ -265,7 +265,7 @@ def test_sweeps_converge_to_the_best_possible(network):
     assert_no_worse(many, best, factor=1.0005)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("likelihood", "outputs"), [("regression", 1), ("classification", 3)])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])

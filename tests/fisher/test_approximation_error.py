@@ -58,6 +58,7 @@ def test_dense_equals_its_definition(name, network, sampling):
             assert error < 1e-12
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("network", ["mlp", "cnn", "lstm"])
 @pytest.mark.parametrize("mc_samples", [1, 3])
 def test_sampled_labels_are_drawn_again(mc_samples, network):
@@ -124,6 +125,7 @@ def test_standard_error_falls_with_the_root_of_the_number_of_probes():
         assert few[layer].standard_error / many[layer].standard_error == pytest.approx(4, rel=0.2)
 
 
+@pytest.mark.grid
 def test_standard_error_covers_the_truth():
     """Over 200 seeds: 95 % within 1.96 standard errors, two binomial standard errors (and a little for few probes) off."""
     made, _ = problem("mlp")

@@ -111,7 +111,7 @@ def test_optimum_with_every_sampling(sampling):
     assert evidence(found) >= best - 1e-6
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @at_the_edge
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diagonal"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])

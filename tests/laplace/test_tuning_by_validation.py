@@ -17,7 +17,7 @@ from tests.support.validation import GRID, PREDICTIVES, independent_nll, shifted
 # -- validation, classification ------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
 @pytest.mark.parametrize("name", PREDICTIVES)
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_missing_data_are_refused():
 # -- validation, regression ----------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(1)
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge", "ignore:sampling=.empirical.")
 @pytest.mark.parametrize("sampling", ["exact", "empirical"])
 @pytest.mark.parametrize("network", ["mlp", "cnn", "tokens"])

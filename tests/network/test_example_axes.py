@@ -106,6 +106,7 @@ def test_positions_folded_the_other_way_round_are_refused(n):
         fisher_of(made.model, [(made.inputs, made.targets)])
 
 
+@pytest.mark.grid
 def test_folded_convolutions():
     """Frames of a film go through one convolution."""
 
