@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from kronlaplace._arguments import warn
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
-from kronlaplace.estimators.kfoc.truncation import Terms, truncated
+from kronlaplace.estimators.kfoc.truncation import concatenated, terms_of, truncated
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.prior import IsotropicPrior, LayerwisePrior
@@ -42,9 +41,8 @@ def posterior_as_prior(state: State) -> KroneckerPrior:
             truncations.append(f"{name!r}")
     if truncations:
         warn(
-            f"the posterior precision of {', '.join(truncations)} contains a sum of two Kronecker products; the prior "
-            "has the "
-            f"nearest single one. Sums are kept exactly for up to {LARGEST_DENSE:,} weights, and for diagonal blocks."
+            f"the posterior precision of {', '.join(truncations)} contains a sum of two Kronecker products; the prior has "
+            f"the nearest single one. Sums are kept exactly for up to {LARGEST_DENSE:,} weights, and for diagonal blocks."
         )
     fisher = KroneckerFisher(blocks, fit.fisher.n_examples, fit.fisher.metadata)
     return KroneckerPrior(fisher, mean=fit.mean, scale=1.0, plus=plus).over(state.layers)
@@ -66,24 +64,9 @@ def _sum(block: Block, earlier: Block) -> tuple[Block, bool]:
             f"{math.prod(block.shape):,} weights, which no single block equals; sums are kept exactly for up to "
             f"{LARGEST_DENSE:,} weights. Use Kronecker products for both tasks (kl.KFAC), or kl.Diagonal for both."
         )
-    parts = [_unit(some) for some in (block, earlier)]
-    terms = Terms(*(torch.stack(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+    terms = concatenated([terms_of(block), terms_of(earlier)])
     sizes, gradients, activations = truncated(terms, [], 1, f"the precision of layer {block.name!r}")
     gradient, activation, size = gradients[:, 0], activations[:, 0], sizes[:, 0].to(block.dtype)
     if block.gradient_factor.ndim == 2:
         gradient, activation, size = gradient[0], activation[0], size[0]
     return KroneckerBlock(gradient, activation, size, block.name), False
-
-
-def _unit(block: KroneckerBlock) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes ``(K,)`` in float64, and factors of unit Frobenius norm, or zero, with the axis of the groups."""
-    gradient, activation = block.gradient_factor, block.activation_factor
-    if gradient.ndim == 2:
-        gradient, activation = gradient.unsqueeze(0), activation.unsqueeze(0)
-    norms = [torch.linalg.matrix_norm(factor.double()) for factor in (gradient, activation)]
-    sizes = block.scale.double().expand(len(gradient)) * norms[0] * norms[1]
-    units = [
-        factor * torch.where(norm > 0, 1 / norm, 0.0).to(factor.dtype).view(-1, 1, 1)
-        for factor, norm in zip((gradient, activation), norms, strict=True)
-    ]
-    return sizes, units[0], units[1]

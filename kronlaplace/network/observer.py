@@ -63,6 +63,11 @@ class _Pass:
     differentiated: list[str] = field(default_factory=list)
     places: Mapping[tuple[str, int], Place] | None = None
 
+    @property
+    def all_calls(self) -> list[_ObservedCall]:
+        """The calls of all layers."""
+        return [call for by_layer in self.calls.values() for call in by_layer]
+
 
 class NetworkObserver:
     """Observer of the forward passes of a network; directions can be propagated back through the last observed pass.
@@ -103,6 +108,8 @@ class NetworkObserver:
         self._pass = _Pass()
         self._undo: list[Callable[[], None]] = []
         self._model = module_of(model)
+        parameters = (p for la in self.layers for p in (*la.parameters.values(), *la.merged_parameters.values()))
+        self._n_parameters = len(set(map(id, parameters)))
         self._attach(model, module_of)
 
     def __repr__(self) -> str:
@@ -125,10 +132,8 @@ class NetworkObserver:
 
     def clear(self) -> None:
         """Forget the last pass."""
-        for call in (call for by_layer in self._pass.calls.values() for call in by_layer):
-            call.edge = call.maker = (
-                None  # the graph's hooks hold the calls, and the garbage collector finds no cycles through the graph
-            )
+        for call in self._pass.all_calls:  # the graph's hooks hold the calls: a cycle that no garbage collector finds
+            call.edge = call.maker = None
         self._pass = _Pass()
         self._pending = {}
 
@@ -144,11 +149,6 @@ class NetworkObserver:
         """The outputs that are the same for all examples and were copied for each example in the last pass."""
         return self._pass.copies
 
-    @property
-    def differentiated(self) -> Sequence[str]:
-        """The layers through which the network took derivatives inside its forward pass."""
-        return self._pass.differentiated
-
     def doubt(self, n_examples: int) -> Doubt | None:
         """Determine where the examples are in each call of the last pass.
 
@@ -161,7 +161,7 @@ class NetworkObserver:
         Raises:
             UnusableLayersError: If a layer cannot have inputs of the shape that it had, or ran without gradients.
         """
-        calls = [call for by_layer in self._pass.calls.values() for call in by_layer]
+        calls = self._pass.all_calls
         without = next((call.layer.name for call in calls if call.edge is None), None)
         if without is not None:
             raise UnusableLayersError(
@@ -256,8 +256,7 @@ class NetworkObserver:
             UnusableLayersError: If the outputs do not depend on a layer. The gradients of all other layers have then been
                 received.
         """
-        calls = [call for by_layer in self._pass.calls.values() for call in by_layer]
-        edges = [(call.edge, call.is_source) for call in calls if call.edge is not None]
+        edges = [(call.edge, call.is_source) for call in self._pass.all_calls if call.edge is not None]
         # Asking for the gradients of calls that have no other layer before them visits all calls, and the engine skips
         # everything else, above all the gradients of the weights.
         sources = [] if self._pass.all_edges else [edge for edge, is_source in edges if is_source]
@@ -298,7 +297,7 @@ class NetworkObserver:
                 calls.append(LayerCall(call.x.movedim(axis, 0), rows, call.autocast))
         return LayerBatch(layer, calls)
 
-    def _take(self, call: _ObservedCall, index: int, observed: _Pass, grad: Tensor) -> None:
+    def _take(self, call: _ObservedCall, observed: _Pass, grad: Tensor) -> None:
         """Take the gradient at the output of a call, as the hook on that output."""
         layer = call.layer
         if self._receive is None or observed is not self._pass:  # somebody else's backward pass
@@ -306,11 +305,11 @@ class NetworkObserver:
                 observed.differentiated.append(layer.name)
             return
         assert observed.places is not None
-        axis, _ = observed.places[layer.name, index] or (0, 1)
+        axis, _ = observed.places[layer.name, call.index] or (0, 1)
         grad = self._kept(grad).reshape(call.output_shape).movedim(axis, 0)
         self._reported.add(layer.name)
         if layer.name in self._pending:
-            self._pending[layer.name][index] = grad
+            self._pending[layer.name][call.index] = grad
         else:
             self._receive(self._batch(layer).along([grad]))
 
@@ -352,11 +351,8 @@ class NetworkObserver:
         axis = self.layout.input_axis
         self._pass.n_inputs = tensors[0].shape[axis] if tensors and tensors[0].ndim > axis else None
         # No layer is the first if the inputs carry a gradient, nor if it comes after parameters that are not observed.
-        observed = {
-            id(p) for layer in self.layers for p in (*layer.parameters.values(), *layer.merged_parameters.values())
-        }
         trainable = sum(p.requires_grad for p in self._model.parameters())
-        self._pass.all_edges = trainable > len(observed) or any(t.requires_grad for t in tensors)
+        self._pass.all_edges = trainable > self._n_parameters or any(t.requires_grad for t in tensors)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Record that a forward pass of the network has ended, with or without an error."""
@@ -422,7 +418,7 @@ class NetworkObserver:
         call.is_source = written_out or self._differentiable or not x.requires_grad
         call.edge = get_gradient_edge(hooked)
         call.maker = maker_of(output)
-        hooked.register_hook(partial(self._take, call, len(calls) - 1, self._pass))
+        hooked.register_hook(partial(self._take, call, self._pass))
         return output
 
     def _kept(self, tensor: Tensor) -> Tensor:

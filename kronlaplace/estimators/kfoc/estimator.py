@@ -8,6 +8,7 @@ estimator in its own file, and `KFOC` chooses among them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from kronlaplace._arguments import choice, positive_integer, positive_number, seed_number
@@ -93,7 +94,7 @@ class KFOC(Estimator):
                 'init="normal" only applies to the power iteration of a batch; aggregation="sweeps" does not have one.'
             )
 
-    @property
+    @cached_property
     def _rule(self) -> Estimator:
         """Estimator that merges batches in the requested way."""
         if self.aggregation is Aggregation.SWEEPS:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of
 from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
 from kronlaplace.estimators.kfoc.options import Initialization
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
-from kronlaplace.estimators.kfoc.truncation import Examples, Terms, concatenated, factors_of, truncated
-from kronlaplace.estimators.second_moments import factors_by_group, frobenius, squeezed
+from kronlaplace.estimators.kfoc.truncation import Examples, Terms, concatenated, factors_of, terms_of, truncated
+from kronlaplace.estimators.second_moments import frobenius, squeezed
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Running"]
@@ -39,15 +37,9 @@ class Running(Estimator):
         return {"batch": [], "waiting": []}
 
     def state_from(self, block: Block, layer: Layer, weight: float) -> State:
-        block = kind_of(block, KroneckerBlock, layer)
-        gradient, activation, scale = (t.to(layer.device, layer.dtype) for t in factors_by_group(block))
-        norms = frobenius(gradient, torch.float64), frobenius(activation, torch.float64)
-        size = weight * scale.double() * norms[0] * norms[1]
-        gradient, activation = (
-            (f / norm.clamp_min(torch.finfo(f.dtype).tiny)).to(f.dtype)[:, None]
-            for f, norm in zip((gradient, activation), norms, strict=True)
-        )
-        return {**self.start(layer), "terms": Terms(size[:, :, 0], gradient, activation)}
+        sizes, gradients, activations = (t.to(layer.device) for t in terms_of(kind_of(block, KroneckerBlock, layer)))
+        terms = Terms(weight * sizes, gradients.to(layer.dtype), activations.to(layer.dtype))
+        return {**self.start(layer), "terms": terms}
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         state["batch"].append(kept_examples(gradients))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.blocks.eigendecomposition import Named, eigendecompose, trace
-from kronlaplace.estimators.second_moments import frobenius
+from kronlaplace.estimators.second_moments import factors_by_group, frobenius
 
 __all__ = [
     "Examples",
@@ -26,6 +27,7 @@ __all__ = [
     "concatenated",
     "factors_of",
     "leading_eigenvector",
+    "terms_of",
     "truncated",
     "unit",
 ]
@@ -69,6 +71,17 @@ class Examples:
     def scaled(self, factor: float) -> Examples:
         """Return a copy that counts ``factor`` times as much."""
         return replace(self, g=self.g * factor**0.5)
+
+
+def terms_of(block: KroneckerBlock) -> Terms:
+    """Return a Kronecker block as a sum with one term."""
+    gradient, activation, scale = factors_by_group(block)
+    norms = frobenius(gradient, torch.float64), frobenius(activation, torch.float64)
+    unit_gradient, unit_activation = (
+        (factor / norm.clamp_min(torch.finfo(factor.dtype).tiny)).to(factor.dtype)[:, None]
+        for factor, norm in zip((gradient, activation), norms, strict=True)
+    )
+    return Terms((scale.double() * norms[0] * norms[1])[:, :, 0], unit_gradient, unit_activation)
 
 
 def concatenated(parts: Sequence[Terms]) -> Terms:
