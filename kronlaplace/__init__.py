@@ -20,6 +20,7 @@ from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import (
     DiagonalPrior,
+    Draws,
     EvidenceTraining,
     Hyperparameters,
     IsotropicPrior,
@@ -29,6 +30,7 @@ from kronlaplace.laplace import (
     LayerwisePrior,
     Predictive,
     Prior,
+    Uncertainty,
     train_by_evidence,
 )
 from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
@@ -98,6 +100,8 @@ __all__ = [
     "Predictive",
     "Prediction",
     "JointPrediction",
+    "Draws",
+    "Uncertainty",
     "Link",
     "damping",
     "metrics",

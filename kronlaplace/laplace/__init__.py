@@ -1,5 +1,6 @@
 """The Laplace posterior: what is fitted, what it predicts, and how its hyperparameters are tuned."""
 
+from kronlaplace.laplace.draws import Draws
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
@@ -7,9 +8,11 @@ from kronlaplace.laplace.predictive import JointPrediction, Predictive, Predicti
 from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
+from kronlaplace.laplace.uncertainty import Uncertainty
 
 __all__ = [
     "DiagonalPrior",
+    "Draws",
     "EvidenceRecord",
     "EvidenceTraining",
     "Hyperparameters",
@@ -24,6 +27,7 @@ __all__ = [
     "Prior",
     "PriorStructure",
     "TuningMethod",
+    "Uncertainty",
     "train_by_evidence",
 ]
 

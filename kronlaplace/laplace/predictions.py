@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronlaplace._arguments import positive_integer, seed_number
+from kronlaplace._arguments import choice, positive_integer, seed_number
 from kronlaplace._precision import in_full_precision
 from kronlaplace.data.loader import is_loader
+from kronlaplace.laplace.draws import Draws, draw_outputs
 from kronlaplace.laplace.inputs import batches_of_inputs
 from kronlaplace.laplace.layer_covariance import OutputCovariance
-from kronlaplace.laplace.migration import told_of
+from kronlaplace.laplace.migration import VALUES, told_of
 from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, joined
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.settings import PosteriorSettings
 from kronlaplace.laplace.state import State
-from kronlaplace.likelihoods import Prediction
+from kronlaplace.laplace.uncertainty import Uncertainty, uncertainty_of
+from kronlaplace.likelihoods import Bernoulli, Prediction
 from kronlaplace.likelihoods.links import Link
 
 __all__ = ["PosteriorPredictions"]
@@ -67,13 +70,11 @@ class PosteriorPredictions(PosteriorSettings):
         if joint or diagonal:
             wanted = OutputCovariance.JOINT if joint else OutputCovariance.VARIANCES
         predictor = self._predictor()
-        if is_loader(x):
-            if joint:
-                raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
-            batches = batches_of_inputs(self.model, x, progress)
-            parts = [predictor.outputs_and_covariance(part, wanted, differentiable)[1] for part in batches]
-        else:
-            parts = [predictor.outputs_and_covariance(x, wanted, differentiable)[1]]
+        if joint and is_loader(x):
+            raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
+        parts = [
+            predictor.outputs_and_covariance(part, wanted, differentiable)[1] for part in self._batches(x, progress)
+        ]
         covariance = torch.cat(parts) if len(parts) > 1 else parts[0]
         return covariance.unsqueeze(1) if covariance.ndim == 1 else covariance
 
@@ -131,10 +132,103 @@ class PosteriorPredictions(PosteriorSettings):
                     "classifier use functional_variance(x, joint=True)."
                 )
             return predictor.predict_jointly(x, predictive, differentiable)
-        if is_loader(x):
-            batches = batches_of_inputs(self.model, x, progress)
-            return joined([predictor.predict(part, predictive, differentiable) for part in batches])
-        return predictor.predict(x, predictive, differentiable)
+        parts = [predictor.predict(part, predictive, differentiable) for part in self._batches(x, progress)]
+        return joined(parts) if len(parts) > 1 else parts[0]
+
+    @told_of
+    @in_full_precision
+    def draw(
+        self,
+        x: Any,
+        n: int = 100,
+        *,
+        method: PredictiveMethod | str = PredictiveMethod.GLM,
+        joint: bool = False,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> Draws:
+        """Draw outputs of the network from the posterior: functions, logits, and with them probabilities and observations.
+
+        Args:
+            x: Inputs, or a loader, as in `predict`.
+            n: Number of draws.
+            method: ``"glm"``, the linearized model: from ``N(f(x), J S Jᵀ)``, independently for every example, with the
+                covariances between all outputs of an example. ``"sample"``: the network itself, at ``n`` draws of its
+                weights; each is one function at all inputs.
+            joint: With ``"glm"``, whether draws have the covariances between examples too, so that each is one function;
+                for a few inputs, passed at once.
+            progress: Whether to show a progress bar, with a loader.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            A `Draws`, with ``outputs`` of shape ``(n, N, ...)``, ``predictions``, and ``observations()``.
+
+        Raises:
+            ValueError: For an unknown method, ``joint=True`` where it has no effect, or inputs that `predict` refuses.
+        """
+        method = choice(PredictiveMethod, method, "method", VALUES)
+        samples = method is PredictiveMethod.SAMPLE
+        n = positive_integer(n, "n")
+        predictive = Predictive(method, n_samples=n if samples else None, seed=seed)
+        if joint and samples:
+            raise ValueError(
+                'joint=True would have no effect: with method="sample" each draw is one network. Leave it out.'
+            )
+        if joint and is_loader(x):
+            raise ValueError("joint=True needs the inputs at once, as a tensor, not a loader.")
+        predictor = self._predictor()
+        outputs = draw_outputs(predictor, self._batches(x, progress), predictive, n, joint)
+        return Draws(outputs, predictor.likelihood)
+
+    @told_of
+    @in_full_precision
+    def uncertainty(
+        self,
+        x: Any,
+        *,
+        method: PredictiveMethod | str = PredictiveMethod.GLM,
+        n_samples: int | None = None,
+        diagonal: bool = False,
+        antithetic: bool = False,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> Uncertainty:
+        """Compute how uncertain predictions are, and how much of it more data would remove.
+
+        In classification the total is the entropy of the posterior predictive probabilities and the epistemic part the
+        mutual information between label and weights, BALD (Houlsby et al. 2011); in regression they are variances. See
+        `Uncertainty`. With ``"glm"`` the expectations over the outputs' Gaussian are exact for two classes and
+        `Bernoulli` (by quadrature), and for more classes means over ``n_samples`` draws, as with ``link="mc"``.
+
+        Args:
+            x: Inputs, or a loader, as in `predict`.
+            method: As in `predict`.
+            n_samples: Number of draws, if any are made; 100 if not given. It underestimates the mutual information by about
+                one part in ``n_samples``.
+            diagonal: `Categorical` with ``"glm"``: whether to take the variances of the outputs only, without their
+                covariances; for thousands of classes.
+            antithetic: With ``"sample"``, as in `predict`.
+            progress: Whether to show a progress bar, with a loader.
+            seed: Seed of the draws; the global random state is neither used nor changed.
+
+        Returns:
+            An `Uncertainty`, one number for each example or, with positions or several `Bernoulli` or regression outputs,
+            for each of these; in at least float32.
+
+        Raises:
+            ValueError: For an unknown method, options that have no effect together, or inputs that `predict` refuses.
+        """
+        predictor = self._predictor()
+        likelihood = predictor.likelihood
+        by_draws = bool(likelihood.links) and not isinstance(likelihood, Bernoulli)
+        linearized = choice(PredictiveMethod, method, "method", VALUES) is PredictiveMethod.GLM
+        link = Link.MC if by_draws and linearized else None
+        predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
+        return uncertainty_of(predictor, self._batches(x, progress), predictive)
+
+    def _batches(self, x: Any, progress: bool) -> Iterable[Any]:
+        """Return the inputs of every batch of a loader, or the inputs themselves as the only batch."""
+        return batches_of_inputs(self.model, x, progress) if is_loader(x) else [x]
 
     def _predictor(self) -> Predictor:
         return Predictor(self.model, self._at_its_weights())

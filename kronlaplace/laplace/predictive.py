@@ -15,7 +15,7 @@ from kronlaplace.laplace.migration import VALUES
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.likelihoods.links import Link, symmetric_root
 
-__all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "joined"]
+__all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "classes_last", "joined"]
 
 _DRAWS = 100
 
@@ -117,14 +117,9 @@ class Predictive:
         """
         axis = likelihood.class_axis_of(outputs)
         outputs = wide(outputs)
-        mean = outputs.unsqueeze(1) if outputs.ndim == 1 else outputs if axis is None else outputs.movedim(axis, -1)
-        if covariance.ndim == outputs.ndim:
-            covariance = covariance.unsqueeze(1) if outputs.ndim == 1 else covariance
-            covariance = covariance if axis is None else covariance.movedim(axis, -1)
+        mean, covariance = classes_last(outputs, covariance, axis)
         link = Link.PROBIT if self.link is None else Link(self.link)
-        prediction = likelihood.predictive(
-            mean, covariance.to(mean.dtype), link, self.draws, self.generator(outputs.device)
-        )
+        prediction = likelihood.predictive(mean, covariance, link, self.draws, self.generator(outputs.device))
         if isinstance(prediction, Prediction):
             if outputs.ndim == 1:
                 return replace(prediction, mean=prediction.mean[:, 0], variance=prediction.variance[:, 0])
@@ -168,6 +163,22 @@ class JointPrediction(Prediction):
         shape = (positive_integer(n, "n"), self.mean.numel())
         noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.covariance.dtype)
         return self.mean + (noise @ symmetric_root(self.covariance)).view(-1, *self.mean.shape)
+
+
+def classes_last(outputs: Tensor, covariance: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Return outputs and their covariance in at least float32, with the classes on the last axis of both.
+
+    Args:
+        outputs: The outputs as the network gives them, ``(N, ...)``; ``(N,)`` becomes ``(N, 1)``.
+        covariance: Variances of the outputs' shape, or covariances by position, ``(N, ..., C, C)``.
+        axis: The outputs' axis of the classes, or None if there are no classes.
+    """
+    outputs = wide(outputs)
+    mean = outputs.unsqueeze(1) if outputs.ndim == 1 else outputs if axis is None else outputs.movedim(axis, -1)
+    if covariance.ndim == outputs.ndim:
+        covariance = covariance.unsqueeze(1) if outputs.ndim == 1 else covariance
+        covariance = covariance if axis is None else covariance.movedim(axis, -1)
+    return mean, covariance.to(mean.dtype)
 
 
 def joined(parts: Sequence[Tensor | Prediction]) -> Tensor | Prediction:

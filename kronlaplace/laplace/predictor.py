@@ -16,7 +16,7 @@ from kronlaplace.laplace.linearized import Linearized
 from kronlaplace.laplace.predictive import JointPrediction, Predictive
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.state import State
-from kronlaplace.likelihoods import Prediction
+from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.forward_errors import explained_errors
 
@@ -34,6 +34,16 @@ class Predictor:
     def __init__(self, model: nn.Module, state: State) -> None:
         self._model = model
         self._state = state
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self._model
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The posterior's likelihood."""
+        return self._state.likelihood
 
     def predict(self, x: Any, predictive: Predictive, differentiable: bool = False) -> Tensor | Prediction:
         """Return the predictive distribution of one batch of inputs."""
@@ -69,6 +79,20 @@ class Predictor:
         network = Linearized(self._model, state.layers, state.inverses, state.likelihood, layout, fit.known)
         with _gradients(differentiable), explained_errors(self._model, inputs.value):
             return network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
+
+    def outputs(self, x: Any) -> Tensor:
+        """Return the network's outputs at its trained weights, without a graph."""
+        inputs = checked_inputs(self._model, x)
+        with _gradients(False), explained_errors(self._model, inputs.value):
+            return inputs.run(self._model)
+
+    @contextmanager
+    def sampled_outputs(self, x: Any, predictive: Predictive) -> Iterator[Iterator[Tensor]]:
+        """Return a context with the network's outputs at each draw of the weights, without a graph."""
+        inputs = checked_inputs(self._model, x)
+        sampler = self.sampler(predictive.seed, predictive.antithetic)
+        with _gradients(False), explained_errors(self._model, inputs.value):
+            yield sampler.outputs(self._model, inputs, predictive.draws)
 
     def sampler(self, seed: int, antithetic: bool) -> WeightSampler:
         """Return a source of draws of the weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +60,27 @@ class WeightSampler:
             draws |= {name: part.to(layer.parameters[name].dtype) for name, part in parts.items()}
         return draws
 
-    def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
-        """Return the likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
+    def outputs(self, model: nn.Module, inputs: Inputs, n: int) -> Iterator[Tensor]:
+        """Yield the network's outputs at each of ``n`` draws; the inputs may carry a graph."""
         network = Replica(model).model  # drawn weights are put into a network that nobody else sees
-        moments, of_pairs, noise = _Moments(), _Moments(), _Moments()
         for _ in range(0, n, self._step):
             draws = self.draw(self._step)
-            pair = []
             for k in range(self._step):
-                outputs = inputs.run(network, {name: draw[k] for name, draw in draws.items()})
-                pair.append(likelihood.sample_mean(outputs))
-                moments.add(pair[-1])
-                variance = likelihood.noise_variance(outputs)
-                if variance is not None:
-                    noise.add(variance)
-            of_pairs.add(torch.stack(pair).mean(0))
+                yield inputs.run(network, {name: draw[k] for name, draw in draws.items()})
+
+    def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
+        """Return the likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""
+        moments, of_pairs, noise = _Moments(), _Moments(), _Moments()
+        pair: list[Tensor] = []
+        for outputs in self.outputs(model, inputs, n):
+            pair.append(likelihood.sample_mean(outputs))
+            moments.add(pair[-1])
+            variance = likelihood.noise_variance(outputs)
+            if variance is not None:
+                noise.add(variance)
+            if len(pair) == self._step:
+                of_pairs.add(torch.stack(pair).mean(0))
+                pair = []
         if noise.count == 0:
             return moments.mean
         if self._step == 1:

@@ -96,14 +96,17 @@ def mean_over_samples(
     n_samples: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, shape ``(..., C)``."""
+    """Average ``inverse_link(f)`` over ``n_samples`` draws of ``f ~ N(mean, covariance)``, of the shape of its values.
+
+    ``inverse_link(f, dim=-1)`` takes several draws at a time, ``(S, ..., C)``, and keeps the axis of the draws.
+    """
     whole = is_whole(mean, covariance)
     if whole:
         root = symmetric_root(covariance)
     else:
         positive = covariance > 0  # the square root has no derivative at zero
         root = torch.where(positive, covariance, 1).sqrt() * positive
-    total = torch.zeros_like(mean)
+    total = mean.new_zeros(())
     at_a_time = max(1, _BUDGET // max(mean.numel(), 1))
     for start in range(0, n_samples, at_a_time):
         count = min(at_a_time, n_samples - start)
