@@ -19,6 +19,7 @@ from kronlaplace.fisher.curvature_pass import accumulate_batch
 from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import (
+    Comparison,
     DiagonalPrior,
     Draws,
     EvidenceTraining,
@@ -30,6 +31,7 @@ from kronlaplace.laplace import (
     LayerwisePrior,
     Predictive,
     Prior,
+    Report,
     Uncertainty,
     train_by_evidence,
 )
@@ -102,6 +104,8 @@ __all__ = [
     "JointPrediction",
     "Draws",
     "Uncertainty",
+    "Report",
+    "Comparison",
     "Link",
     "damping",
     "metrics",

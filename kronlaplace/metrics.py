@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import entr, ndtri
+from scipy.special import entr
+
+from kronlaplace import _scores
 
 __all__ = [
     "accuracy",
@@ -28,6 +30,7 @@ __all__ = [
     "ood_auroc",
     "rmse",
     "gaussian_log_likelihood",
+    "gaussian_crps",
     "interval_coverage",
 ]
 
@@ -60,8 +63,7 @@ def negative_log_likelihood(probabilities: npt.ArrayLike, labels: npt.ArrayLike)
         labels: True classes, integers in `0 .. C-1`, `(N,)`.
     """
     p, y = _check_classification(probabilities, labels)
-    with np.errstate(divide="ignore"):
-        return float(-np.log(p[np.arange(len(y)), y]).mean())
+    return float(_scores.log_losses(p, y).mean())
 
 
 def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -74,9 +76,7 @@ def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         labels: True classes, integers in `0 .. C-1`, `(N,)`.
     """
     p, y = _check_classification(probabilities, labels)
-    error = p.copy()
-    error[np.arange(len(y)), y] -= 1.0
-    return float(np.square(error).sum(axis=1).mean())
+    return float(_scores.brier_losses(p, y).mean())
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,9 @@ def reliability_curve(probabilities: npt.ArrayLike, labels: npt.ArrayLike, n_bin
         n_bins: Number of bins `B`.
     """
     p, y = _check_classification(probabilities, labels)
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, got {n_bins}. 15 is the usual choice.")
+    _check_bins(n_bins)
     confidence = p.max(axis=1)
-    edges = np.linspace(0.0, 1.0, n_bins + 1)
-    bins = np.searchsorted(edges[1:-1], confidence, side="left")
+    bins = _scores.bins_of(p, n_bins)
     count = np.bincount(bins, minlength=n_bins)
     with np.errstate(invalid="ignore"):
         mean_confidence = np.bincount(bins, weights=confidence, minlength=n_bins) / count
@@ -123,10 +121,9 @@ def expected_calibration_error(probabilities: npt.ArrayLike, labels: npt.ArrayLi
         labels: True classes, integers in `0 .. C-1`, `(N,)`.
         n_bins: Number of bins of equal width, see `reliability_curve`.
     """
-    curve = reliability_curve(probabilities, labels, n_bins)
-    filled = curve.count > 0
-    gap = np.abs(curve.accuracy[filled] - curve.confidence[filled])
-    return float(np.average(gap, weights=curve.count[filled]))
+    p, y = _check_classification(probabilities, labels)
+    _check_bins(n_bins)
+    return float(_scores.calibration_terms(p, y, n_bins).mean())
 
 
 def predictive_entropy(probabilities: npt.ArrayLike) -> FloatArray:
@@ -148,11 +145,8 @@ def ood_auroc(in_scores: npt.ArrayLike, out_scores: npt.ArrayLike) -> float:
         in_scores: Scores of in-distribution inputs, for example their predictive entropy, `(N_in,)`.
         out_scores: Scores of out-of-distribution inputs, `(N_out,)`.
     """
-    from sklearn.metrics import roc_auc_score  # here, because this import takes as long as all the others
-
     inside, outside = _check_vector("in_scores", in_scores), _check_vector("out_scores", out_scores)
-    is_outside = np.r_[np.zeros(len(inside)), np.ones(len(outside))]
-    return float(roc_auc_score(is_outside, np.r_[inside, outside]))
+    return float(_scores.auroc_terms(inside, outside)[1].mean())
 
 
 # -- regression ----------------------------------------------------------------------------------------------
@@ -178,7 +172,20 @@ def gaussian_log_likelihood(mean: npt.ArrayLike, variance: npt.ArrayLike, target
         target: Targets, the same shape.
     """
     m, v, y = _check_gaussian(mean, variance, target)
-    return float(-0.5 * (np.log(2.0 * np.pi * v) + np.square(y - m) / v).mean())
+    return float(-_scores.gaussian_log_losses(m, v, y).mean())
+
+
+def gaussian_crps(mean: npt.ArrayLike, variance: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Mean continuous ranked probability score of Gaussian predictions, in target units; smaller is better.
+
+    It is the mean absolute error of a prediction without variance (Gneiting and Raftery 2007).
+
+    Args:
+        mean: Predictive means, any shape.
+        variance: Predictive variances, positive, the same shape (or one number for all).
+        target: Targets, the same shape.
+    """
+    return float(_scores.gaussian_crps(*_check_gaussian(mean, variance, target)).mean())
 
 
 def interval_coverage(
@@ -201,12 +208,15 @@ def interval_coverage(
     nominal = _check_vector("levels", levels)
     if (nominal <= 0).any() or (nominal >= 1).any():
         raise ValueError(f"levels must lie strictly between 0 and 1, got {nominal.tolist()}. Write 90 % as 0.9.")
-    distance = np.abs(y - m) / np.sqrt(v)
-    half_width = ndtri((1.0 + nominal) / 2.0)
-    return np.array([np.mean(distance <= z) for z in half_width])
+    return np.array([_scores.inside_intervals(m, v, y, level).mean() for level in nominal])
 
 
 # -- checks --------------------------------------------------------------------------------------------------
+
+
+def _check_bins(n_bins: int) -> None:
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}. 15 is the usual choice.")
 
 
 def _check_probabilities(probabilities: npt.ArrayLike) -> FloatArray:

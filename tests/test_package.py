@@ -74,6 +74,8 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "_storage",
         "_memory_layout",
         "_replica",
+        "_scores",
+        "metrics",
         "data",
         "likelihoods",
         "blocks",
@@ -86,7 +88,6 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "extensions",
         "laplace",
         "integrations",
-        "metrics",
         "demo",
         "cli",
     ]

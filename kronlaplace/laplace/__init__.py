@@ -1,16 +1,19 @@
 """The Laplace posterior: what is fitted, what it predicts, and how its hyperparameters are tuned."""
 
+from kronlaplace.laplace.comparison import Comparison
 from kronlaplace.laplace.draws import Draws
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
 from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
+from kronlaplace.laplace.report import Report
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
 from kronlaplace.laplace.uncertainty import Uncertainty
 
 __all__ = [
+    "Comparison",
     "DiagonalPrior",
     "Draws",
     "EvidenceRecord",
@@ -26,6 +29,7 @@ __all__ = [
     "PredictiveMethod",
     "Prior",
     "PriorStructure",
+    "Report",
     "TuningMethod",
     "Uncertainty",
     "train_by_evidence",

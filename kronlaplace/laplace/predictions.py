@@ -16,8 +16,10 @@ from kronlaplace.laplace.draws import Draws, draw_outputs
 from kronlaplace.laplace.inputs import batches_of_inputs
 from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES, told_of
-from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, joined
+from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, checked_predictive, joined
 from kronlaplace.laplace.predictor import Predictor
+from kronlaplace.laplace.report import Report
+from kronlaplace.laplace.reporting import make_report
 from kronlaplace.laplace.settings import PosteriorSettings
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.uncertainty import Uncertainty, uncertainty_of
@@ -225,6 +227,45 @@ class PosteriorPredictions(PosteriorSettings):
         link = Link.MC if by_draws and linearized else None
         predictive = Predictive(method, link, n_samples, diagonal, antithetic, seed)
         return uncertainty_of(predictor, self._batches(x, progress), predictive)
+
+    @in_full_precision
+    def report(
+        self,
+        data: Iterable[Any],
+        foreign: Any = None,
+        *,
+        predictive: Predictive | None = None,
+        progress: bool = False,
+    ) -> Report:
+        """Compare the posterior's predictions with those of the network at its trained weights (the MAP), on the same data.
+
+        ``print(posterior.report(test_loader))`` is a table whose last line says whether the posterior helps. All scores
+        have standard errors over examples, by the delta method (the infinitesimal jackknife for the expected calibration
+        error, the structural components of DeLong et al. 1988 for the AUROC); the differences are paired. Several targets
+        of one example, such as pixels, are not counted as independent.
+
+        Args:
+            data: Batches ``(inputs, targets)``, best of test data: on training data the MAP looks better than it is.
+            foreign: Inputs of another kind, at once or as a loader, as in `predict`, which the network should be less sure
+                about: the report says how well entropies (in regression: standard deviations of an observation, averaged
+                over outputs) tell them from ``data``.
+            predictive: How the posterior predicts; None is `Predictive()`, as `predict` without options.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            A `Report`. Classification: negative log-likelihood in nats, Brier score, expected calibration error in 15 bins,
+            accuracy. Regression, for Gaussians with the noise: negative log-likelihood, continuous ranked probability score,
+            root mean square error, coverage of central intervals; the MAP's Gaussian has the noise only.
+
+        Raises:
+            ValueError: For fewer than two examples, targets that do not fit, or Bernoulli targets between 0 and 1.
+            TypeError: If there are no targets.
+            NotImplementedError: If the likelihood has no noise model.
+        """
+        predictor = self._predictor()
+        predictive = checked_predictive(predictive, predictor.likelihood)
+        batches = None if foreign is None else self._batches(foreign, progress)
+        return make_report(predictor, data, batches, predictive, progress)
 
     def _batches(self, x: Any, progress: bool) -> Iterable[Any]:
         """Return the inputs of every batch of a loader, or the inputs themselves as the only batch."""

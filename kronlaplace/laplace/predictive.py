@@ -15,7 +15,7 @@ from kronlaplace.laplace.migration import VALUES
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.likelihoods.links import Link, symmetric_root
 
-__all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "classes_last", "joined"]
+__all__ = ["JointPrediction", "Predictive", "PredictiveMethod", "checked_predictive", "classes_last", "joined"]
 
 _DRAWS = 100
 
@@ -163,6 +163,20 @@ class JointPrediction(Prediction):
         shape = (positive_integer(n, "n"), self.mean.numel())
         noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.covariance.dtype)
         return self.mean + (noise @ symmetric_root(self.covariance)).view(-1, *self.mean.shape)
+
+
+def checked_predictive(predictive: Predictive | None, likelihood: Likelihood) -> Predictive:
+    """Return how predictions are to be made, by default `Predictive()`, after checking it.
+
+    Raises:
+        TypeError: If it is not a `Predictive`.
+        ValueError: If the likelihood does not support it.
+    """
+    predictive = Predictive() if predictive is None else predictive
+    if not isinstance(predictive, Predictive):
+        raise TypeError(f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.')
+    predictive.check(likelihood)
+    return predictive
 
 
 def classes_last(outputs: Tensor, covariance: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:

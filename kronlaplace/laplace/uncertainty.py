@@ -4,7 +4,7 @@ In classification the entropy of the predicted probabilities is the sum of two p
 that single draws from the posterior give (aleatoric), and the mutual information between the label and the weights
 (epistemic), the score of Bayesian active learning by disagreement, BALD (Houlsby et al. 2011, Eq. 2). In regression the
 variance of an observation is the noise (aleatoric) plus the variance of the function (epistemic), by the law of total
-variance. Depeweg et al. (2018, Eqs. 3 and 5) give both decompositions side by side.
+variance. Depeweg et al. (2018) give both decompositions side by side.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.laplace.evidence import noise_exponent
 from kronlaplace.laplace.hyperparameters import Hyperparameters
-from kronlaplace.laplace.predictive import Predictive
+from kronlaplace.laplace.predictive import Predictive, checked_predictive
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
@@ -82,10 +82,7 @@ def by_validation(
     known = known_noise(noise, state.likelihood)
     values = _checked_grid(data, relative, grid)
     assert data is not None
-    predictive = Predictive() if predictive is None else predictive
-    if not isinstance(predictive, Predictive):
-        raise TypeError(f'predictive must be a kl.Predictive, such as kl.Predictive(link="mc"); got {predictive!r}.')
-    predictive.check(state.likelihood)
+    predictive = checked_predictive(predictive, state.likelihood)
     warn_of_share(data)
     base = torch.ones((), dtype=torch.float64)
     if structure is not PriorStructure.SCALAR:
