@@ -135,6 +135,15 @@ class TestRegression:
             stats.norm(mean, np.sqrt(0.3)).logpdf(target).mean()
         )
 
+    def test_crps_equals_the_integral_of_its_definition(self, rng):
+        mean, variance, target = rng.normal(size=5), rng.uniform(0.1, 2, size=5), 2 * rng.normal(size=5)
+        grid = np.linspace(-20, 20, 40_001)
+        cdf = stats.norm.cdf(grid, mean[:, None], np.sqrt(variance)[:, None])
+        squares = np.square(cdf - (grid >= target[:, None]))
+        expected = squares.sum(axis=1).mean() * (grid[1] - grid[0])
+        assert metrics.gaussian_crps(mean, variance, target) == pytest.approx(expected, abs=1e-3)
+        assert metrics.gaussian_crps(mean, 1e-16, target) == pytest.approx(np.abs(mean - target).mean())
+
     def test_rmse(self):
         assert metrics.rmse([[1.0], [2.0]], [[4.0], [6.0]]) == pytest.approx(np.sqrt((9 + 16) / 2))
 

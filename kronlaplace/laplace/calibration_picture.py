@@ -45,8 +45,10 @@ def pooled(curve: CalibrationCurve) -> CalibrationCurve:
         if min(count[starts[-1] : i].sum(), count[i:].sum()) >= _FEWEST:
             starts.append(i)
     together = np.add.reduceat(count, starts)
-    means = (np.add.reduceat(count * values, starts) / together for values in (curve.predicted, curve.observed))
-    return CalibrationCurve(*means, together)
+    predicted, observed = (
+        np.add.reduceat(count * values, starts) / together for values in (curve.predicted, curve.observed)
+    )
+    return CalibrationCurve(predicted, observed, together)
 
 
 _STYLES: Mapping[str, Mapping[str, Any]] = {
