@@ -28,6 +28,10 @@ def test_a_whole_life_changes_nothing(network):
         posterior.predict(case.inputs, **options)
     posterior.functional_variance(case.inputs)
     posterior.sample(2)
+    for method in ("glm", "sample"):
+        posterior.draw(case.inputs, 2, method=method).observations()
+        posterior.uncertainty(case.inputs, method=method)
+    posterior.report(case.batches(), case.inputs)
     assert_unchanged(case.model, before)
     copied = copy.deepcopy(case.model)
     assert torch.equal(copied(case.inputs), case.model(case.inputs))
