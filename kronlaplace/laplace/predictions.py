@@ -205,8 +205,8 @@ class PosteriorPredictions(PosteriorSettings):
         Args:
             x: Inputs, or a loader, as in `predict`.
             method: As in `predict`.
-            n_samples: Number of draws, if any are made; 100 if not given. It underestimates the mutual information by about
-                one part in ``n_samples``.
+            n_samples: Number of draws, if any are made; 100 if not given. With draws the mutual information is too small
+                by about one part in ``n_samples``.
             diagonal: `Categorical` with ``"glm"``: whether to take the variances of the outputs only, without their
                 covariances; for thousands of classes.
             antithetic: With ``"sample"``, as in `predict`.
