@@ -57,7 +57,7 @@ def test_draws_of_weights_are_one_function_each():
     made = problem("linear", "regression")
     posterior = made.fitted(prior_precision=0.5)
     mean, covariance = outputs_and_covariance(made, posterior)
-    draws = posterior.draw(made.inputs, N, method="sample").outputs.flatten(1)
+    draws = posterior.draw(made.inputs, 1500, method="sample").outputs.flatten(1)
     assert_moments(draws, mean.flatten(), covariance.reshape(draws.shape[1], -1))
 
 

@@ -343,7 +343,7 @@ def test_a_posterior_that_helps_is_recognized():
     x, y = torch.randn(400, 5).double(), torch.randint(3, (400,))
     model = nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 3)).double()
     optimizer = torch.optim.Adam(model.parameters(), 0.03)
-    for _ in range(150):
+    for _ in range(80):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[:200]), y[:200]).backward()
         optimizer.step()
@@ -382,7 +382,6 @@ def test_the_picture(likelihood, tmp_path):
     path = tmp_path / "report.png"
     own = report.plot(path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    report.plot(str(tmp_path / "report.pdf"))
     from matplotlib.figure import Figure
 
     figure = Figure()
