@@ -69,7 +69,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], Recipe, str]] = {
 """Per data set the network, its training until the loss hardly falls any more, and its name for readers."""
 
 _PREDICT_CHUNK = 1000
-_PLANE = np.linspace(-10.0, 10.0, 121)
+_PLANE = np.linspace(-10.0, 10.0, 201)
 _TURNED_DIGIT = 3
 _FINE_ANGLES, _COARSE_ANGLES = np.arange(0.0, 181.0, 5.0), np.arange(0.0, 181.0, 15.0)
 _MOST_TURNED = 500
@@ -202,7 +202,7 @@ def _draw_turned(path: Path, data: ClassificationData, predictors: Mapping[str, 
         )
     pictures.draw_turned(
         path,
-        f"{data.name}: the first {_TURNED_DIGIT} of the test images, turned",
+        f"{data.name}: the first test image of a {_TURNED_DIGIT}, turned counterclockwise",
         (_FINE_ANGLES, _COARSE_ANGLES),
         one[strip, 0].numpy(),
         lines,

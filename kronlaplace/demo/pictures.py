@@ -76,22 +76,18 @@ def draw_reliability(
         bar = {"width": 1.0 / n_bins, "align": "edge"}
         filled = curve.count > 0
         accuracy, confidence = curve.accuracy[filled], curve.confidence[filled]
-        top.bar(edges[filled], accuracy, color=_color(method), edgecolor="white", label="accuracy", **bar)
-        top.bar(
-            edges[filled],
-            confidence - accuracy,
-            bottom=accuracy,
-            color=_GAP_COLOUR,
-            alpha=0.25,
-            edgecolor=_GAP_COLOUR,
-            hatch="//",
-            label="gap to mean confidence",
-            **bar,
-        )
+        top.bar(edges[filled], accuracy, color=_color(method), alpha=0.7, edgecolor="white", label="accuracy", **bar)
+        gap = {"facecolor": "none", "edgecolor": _GAP_COLOUR, "hatch": "///", "linewidth": 0.8}
+        top.bar(edges[filled], confidence - accuracy, bottom=accuracy, label="gap to mean confidence", **gap, **bar)
         top.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="calibrated")
         top.set(title=f"{method}: ECE {errors[method]:.4f}", xlim=(0, 1), ylim=(0, 1))
         bottom.bar(edges, curve.count / curve.count.sum(), color="0.55", edgecolor="white", **bar)
-        bottom.set(xlabel="confidence", ylim=(0, 1))
+        bottom.set(
+            xlabel="confidence",
+            ylim=(0, 1),
+            xticks=[0, 0.25, 0.5, 0.75, 1],
+            xticklabels=["0", "0.25", "0.5", "0.75", "1"],
+        )
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("share of inputs")
     _legend(figure, axes[0, 0])
@@ -127,7 +123,7 @@ def draw_turned(
     for height, (method, line) in zip(heights, lines.items(), strict=True):
         for angle, label in zip(coarse, line.predicted, strict=True):
             strip.text(angle, height, str(label), color=_color(method), ha="center", va="center", weight="bold")
-    strip.set(ylim=(heights[-1] - 0.2, 1), yticks=[0.5, *heights], yticklabels=["input", *(f"{m}: " for m in lines)])
+    strip.set(ylim=(heights[-1] - 0.2, 1), yticks=[0.5, *heights], yticklabels=["input", *(f"{m} says" for m in lines)])
     strip.tick_params(length=0, labelbottom=False)
     strip.spines[:].set_visible(False)
     for method, line in lines.items():
@@ -174,7 +170,7 @@ def draw_plane(
             style = {"s": 9, "color": color, "edgecolor": "0.3", "linewidth": 0.3}
             axes.scatter(*of_class.T, marker=marker, label=f"training data, class {label}", **style)
         axes.set(title=f"{method}: mean confidence {confidence.mean():.2f}", xlabel="first feature, standardized")
-        axes.set(aspect="equal")
+        axes.set(aspect="equal", xticks=np.arange(-10, 11, 5), yticks=np.arange(-10, 11, 5))
     panels[0].set_ylabel("second feature, standardized")
     bar = figure.colorbar(filled, ax=list(panels), ticks=np.linspace(0.5, 1.0, 6), shrink=0.9)
     bar.set_label("confidence: probability of the predicted class")
@@ -278,7 +274,7 @@ def _line_style(method: str) -> str:
 def _legend(figure: Any, axes: Any, n_columns: int = 3) -> None:
     """One legend for the figure, below all axes."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns, frameon=False, markerscale=1.6)
 
 
 def _figure(width: float, height: float) -> Any:

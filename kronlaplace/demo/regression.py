@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,7 @@ EMBEDDED_RECIPES = {
 }
 """The usual training: the mean squared error, Adam and a small weight decay, for many epochs."""
 
+_PREFIXES = {LAST_LAYER: "last_layer_", ALL_LAYERS: ""}
 _CURVE = np.linspace(0.01, 0.99, 99)
 
 
@@ -113,7 +116,7 @@ def run(data: RegressionData, settings: Settings, folder: Path) -> Outcome:
     several = len(data.splits) > 1
     scores: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     curves: dict[str, list[FloatArray]] = {method: [] for method in METHODS}
-    tuned: dict[str, list[float]] = {name: [] for name in ("prior_precision", "map_noise_std", "noise_std", "evidence")}
+    tuned: defaultdict[str, list[float]] = defaultdict(list)
     files = []
     bar = tqdm(range(len(data.splits)), desc=f"{data.name} splits", disable=None if several else True, leave=False)
     for k in bar:
@@ -130,13 +133,14 @@ def run(data: RegressionData, settings: Settings, folder: Path) -> Outcome:
                 ]
             )
             curves[method].append(metrics.interval_coverage(p.mean, p.variance, target, _CURVE))
-        posterior = fitted.posteriors[ALL_LAYERS]
-        tuned["prior_precision"].append(prior_precision_of(posterior))
         tuned["map_noise_std"].append(predictions[MAP].noise_variance ** 0.5)
-        tuned["noise_std"].append(predictions[ALL_LAYERS].noise_variance ** 0.5)
-        tuned["evidence"].append(float(posterior.log_marginal_likelihood()))
+        for method, prefix in _PREFIXES.items():
+            posterior = fitted.posteriors[method]
+            tuned[f"{prefix}prior_precision"].append(prior_precision_of(posterior))
+            tuned[f"{prefix}noise_std"].append(predictions[method].noise_variance ** 0.5)
+            tuned[f"{prefix}evidence"].append(float(posterior.log_marginal_likelihood()))
         files.append(folder / (f"posterior_split_{k:02d}.safetensors" if several else "posterior.safetensors"))
-        posterior.save(files[-1])
+        fitted.posteriors[ALL_LAYERS].save(files[-1])
 
     table = Table(COLUMNS, {method: np.array(rows) for method, rows in scores.items()})
     if several:
@@ -169,18 +173,20 @@ def _fit(data: RegressionData, split: RegressionSplit, settings: Settings, index
     return Fitted(split, model, noise_variance, fit_posteriors(model, "regression", x, y, settings, progress=not quiet))
 
 
-def _notes(tuned: dict[str, list[float]], several: bool) -> list[str]:
+def _notes(tuned: Mapping[str, list[float]], several: bool) -> list[str]:
     def text(key: str) -> str:
         mean, error = mean_and_error(tuned[key])
         return f"{mean:.4g} ± {error:.2g}" if several else f"{mean:.4g}"
 
     notes = [
-        f"{ALL_LAYERS}: prior precision {text('prior_precision')}, log marginal likelihood {text('evidence')} "
-        "(standardized targets)",
-        f"noise standard deviation: MAP {text('map_noise_std')} (maximum likelihood on the training residuals), "
-        f"{ALL_LAYERS} {text('noise_std')}",
+        f"MAP: noise {text('map_noise_std')}, by maximum likelihood on the training residuals",
+        *(
+            f"{method}: prior precision {text(f'{prefix}prior_precision')}, noise {text(f'{prefix}noise_std')}, "
+            f"log marginal likelihood {text(f'{prefix}evidence')}"
+            for method, prefix in _PREFIXES.items()
+        ),
         "Laplace: fit, tune and predict with their defaults, no validation data",
-        "RMSE and test log-likelihood (nats per target) in the target's units",
+        "RMSE, noise (a standard deviation) and test log-likelihood (nats per target) in the target's units",
     ]
     return [*notes, "mean ± standard error over the splits"] if several else notes
 
