@@ -66,7 +66,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], Recipe, str]] = {
     ),
     "mnist": (networks.lenet5, Recipe(4700, 128, 2e-3, prior_precision=10.0), "LeNet-5"),
 }
-"""Per data set the network, its training until the loss hardly falls any more, and its name for readers."""
+"""Per data set the network, its training (the usual one: until it fits the training data), and its name for readers."""
 
 _PREDICT_CHUNK = 1000
 _PLANE = np.linspace(-10.0, 10.0, 201)

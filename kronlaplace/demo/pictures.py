@@ -123,7 +123,9 @@ def draw_turned(
     for height, (method, line) in zip(heights, lines.items(), strict=True):
         for angle, label in zip(coarse, line.predicted, strict=True):
             strip.text(angle, height, str(label), color=_color(method), ha="center", va="center", weight="bold")
-    strip.set(ylim=(heights[-1] - 0.2, 1), yticks=[0.5, *heights], yticklabels=["input", *(f"{m} says" for m in lines)])
+    strip.set(
+        ylim=(heights[-1] - 0.2, 1), yticks=[0.5, *heights], yticklabels=["input", *(f"class by {m}" for m in lines)]
+    )
     strip.tick_params(length=0, labelbottom=False)
     strip.spines[:].set_visible(False)
     for method, line in lines.items():
@@ -222,7 +224,8 @@ def draw_predictive_band(
 ) -> None:
     """Mean and two-standard-deviation bands over a one-dimensional input, one panel per method.
 
-    The widest interval between neighboring training inputs is shaded.
+    The widest interval between neighboring training inputs is shaded. The axes end 1.5 times the range of the data above
+    and below them, and cut off what is farther away.
 
     Args:
         path: The PNG file to write.
@@ -257,8 +260,12 @@ def draw_predictive_band(
         axes.scatter(*data, s=8, color="0.3", zorder=3, label="training data")
         axes.set(title=method, xlabel="input", xlim=(grid[0], grid[-1]))
     panels[0].set_ylabel("target")
-    margin = 0.5 * np.ptp(data[1])
-    panels[0].set_ylim(data[1].min() - margin, data[1].max() + margin)
+    deviation = 2.05 * np.max(list(total_std.values()), axis=0)
+    low, high, span = data[1].min(), data[1].max(), np.ptp(data[1])
+    panels[0].set_ylim(
+        np.clip((mean - deviation).min(), low - 1.5 * span, low - 0.25 * span),
+        np.clip((mean + deviation).max(), high + 0.25 * span, high + 1.5 * span),
+    )
     _legend(figure, panels[-1])
     _finish(figure, path, title)
 
