@@ -18,8 +18,6 @@ from kronlaplace.estimators import SHORTHANDS
 
 __all__ = ["main"]
 
-DEFAULT_DATASETS = ("digits", "diabetes")
-
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _USAGE_ERROR
     try:
         run_demo(
-            arguments.dataset or DEFAULT_DATASETS,
+            arguments.dataset or EMBEDDED,
             estimator=arguments.estimator,
             data_dir=arguments.data_dir,
             seed=arguments.seed,
@@ -78,15 +76,14 @@ def _make_parser() -> argparse.ArgumentParser:
         "demo",
         help="train a network, fit and tune its Laplace posterior, compare it with the MAP",
         description=(
-            "Train a network, fit its Kronecker-factored Laplace posterior, tune prior precision (and noise) by the "
-            f"evidence, and print one table, MAP next to Laplace. Data sets that need no file: {', '.join(EMBEDDED)}. "
+            "Train a network, fit and tune its Kronecker-factored Laplace posterior with the library's defaults, print one "
+            f"table, MAP next to Laplace, and draw pictures. Data sets that need no file: {', '.join(EMBEDDED)}. "
             f"From a data directory: mnist, {', '.join(UCI)}."
         ),
     )
     add = demo.add_argument
-    defaults = " ".join(DEFAULT_DATASETS)
-    add("--dataset", nargs="+", action="extend", metavar="NAME", help=f"data sets (default: {defaults})")
-    add("--estimator", default="kfac", metavar="NAME", help=f"one of {', '.join(SHORTHANDS)} (default: kfac)")
+    add("--dataset", nargs="+", action="extend", metavar="NAME", help="data sets (default: all that need no file)")
+    add("--estimator", metavar="NAME", help=f"one of {', '.join(SHORTHANDS)} (default: the library's)")
     add("--data-dir", metavar="DIR", help=f"folder with mnist/ and uci/ (default: ${DATA_VARIABLE})")
     add("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers (default: 0)")
     add("--out", default="demo-results", metavar="DIR", help="results, one folder each (default: demo-results)")

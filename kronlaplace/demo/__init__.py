@@ -1,7 +1,8 @@
 """The main job on real data: train a network, fit the Laplace posterior, tune it, compare MAP with Laplace.
 
 `kronlaplace demo` on the command line runs `run_demo`. The parts, in the order in which the data flows: `datasets`
-(with `files`), `networks`, `training`, `job`, `report`, `pictures`.
+(with `data`, `images`, `embedded`, `files`), `networks`, `training`, `fitting`, `classification` and `regression`,
+`report`, `pictures`, `job`.
 """
 
 from kronlaplace.demo.datasets import DATASETS

@@ -1,8 +1,9 @@
-"""Image classification: a LeNet at its MAP, and the Laplace posterior around it."""
+"""Classification: a network at its MAP, and the Laplace posterior around it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,29 @@ from tqdm.auto import tqdm
 
 from kronlaplace import metrics
 from kronlaplace.demo import networks, pictures
-from kronlaplace.demo.datasets import ImageData
-from kronlaplace.demo.fitting import Outcome, Settings, build, count, fit_posterior, seeds_of
+from kronlaplace.demo.data import ClassificationData
+from kronlaplace.demo.fitting import (
+    ALL_LAYERS,
+    LAST_LAYER,
+    MAP,
+    Outcome,
+    Settings,
+    build,
+    count,
+    fit_posteriors,
+    prior_precision_of,
+    seeds_of,
+)
+from kronlaplace.demo.images import turned
 from kronlaplace.demo.report import Column, Table
 from kronlaplace.demo.training import Recipe, train
 from kronlaplace.laplace import KronLaplace
-from kronlaplace.likelihoods.links import Link
 
 __all__ = ["describe", "run", "train_on"]
 
 FloatArray = npt.NDArray[np.float64]
-
-MAP, LAST_LAYER, ALL_LAYERS = "MAP", "Laplace, last layer", "Laplace, all layers"
+Predictor = Callable[[Tensor], FloatArray]
+"""From inputs `(N, ...)` on the CPU to probabilities of all classes, `(N, C)`."""
 
 COLUMNS = (
     Column("accuracy", "accuracy"),
@@ -34,52 +46,71 @@ COLUMNS = (
     Column("ood_auroc", "OOD AUROC"),
 )
 
+_DECAY = 1e-4
 _NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], Recipe, str]] = {
-    "digits": (networks.small_lenet, Recipe(2000, 64, 3e-3, prior_precision=10.0), "small LeNet"),
+    "digits": (networks.small_lenet, Recipe(2000, 64, 3e-3, weight_decay=_DECAY), "small LeNet"),
+    "moons": (
+        partial(networks.one_hidden_layer, 2),
+        Recipe(2000, 32, 1e-2, weight_decay=_DECAY),
+        "one hidden layer of 50 ReLU units",
+    ),
+    "breast-cancer": (
+        partial(networks.one_hidden_layer, 30),
+        Recipe(2000, 32, 1e-3, weight_decay=_DECAY),
+        "one hidden layer of 50 ReLU units",
+    ),
+    "wine": (
+        partial(networks.one_hidden_layer, 13, n_outputs=3),
+        Recipe(2000, 32, 1e-3, weight_decay=_DECAY),
+        "one hidden layer of 50 ReLU units",
+    ),
     "mnist": (networks.lenet5, Recipe(4700, 128, 2e-3, prior_precision=10.0), "LeNet-5"),
 }
+"""Per data set the network, its training (the usual one: until it fits the training data), and its name for readers."""
+
 _PREDICT_CHUNK = 1000
-_DRAWS = 1000
+_PLANE = np.linspace(-10.0, 10.0, 201)
+_TURNED_DIGIT = 3
+_FINE_ANGLES, _COARSE_ANGLES = np.arange(0.0, 181.0, 5.0), np.arange(0.0, 181.0, 15.0)
+_MOST_TURNED = 500
 
 
-def describe(data: ImageData) -> str:
+def describe(data: ClassificationData) -> str:
     """Describe data set and network in one line."""
     network, _, name = _NETWORKS[data.name]
     model = build(network, 0, torch.device("cpu"))
+    kind = "images" if data.has_images else "rows"
     return (
-        f"{data.title}, {len(data.train_x):,} training and {len(data.test_x):,} test images; "
+        f"{data.title}, {data.n_classes} classes, {len(data.train_x):,} training and {len(data.test_x):,} test {kind}; "
         f"{name}, {count(model)} parameters"
     )
 
 
-def train_on(data: ImageData, device: torch.device, seed: int) -> nn.Sequential:
+def train_on(data: ClassificationData, device: torch.device, seed: int) -> nn.Sequential:
     """Train the network of the data set to its MAP, and return it in evaluation mode."""
     network, recipe, _ = _NETWORKS[data.name]
     weight_seed, batch_seed = seeds_of(seed)
     model = build(network, weight_seed, device)
-    x, y = data.train_x.to(device), data.train_y.to(device)
-    train(model, nn.CrossEntropyLoss(), x, y, recipe, seed=batch_seed, description="Training")
+    loss = nn.BCEWithLogitsLoss() if data.n_classes == 2 else nn.CrossEntropyLoss()
+    train(
+        model, loss, data.train_x.to(device), _targets(data).to(device), recipe, seed=batch_seed, description="Training"
+    )
     return model
 
 
-def run(data: ImageData, settings: Settings, folder: Path) -> Outcome:
-    """Train, fit, tune, score, and write the posteriors and the reliability diagram to `folder`."""
+def run(data: ClassificationData, settings: Settings, folder: Path) -> Outcome:
+    """Train, fit, tune, score, and write the posteriors and the pictures to `folder`."""
     model = train_on(data, settings.device, settings.seed)
-    x, y = data.train_x.to(settings.device), data.train_y.to(settings.device)
-    everything = fit_posterior(model, "classification", x, y, settings)
-    last = KronLaplace(model, "classification", settings.estimator, layers=[str(len(model) - 1)])
-    posteriors = {LAST_LAYER: last.fit(fisher=everything.fisher).tune(), ALL_LAYERS: everything}
+    x, y = data.train_x.to(settings.device), _targets(data).to(settings.device)
+    likelihood = "binary" if data.n_classes == 2 else "classification"
+    posteriors = fit_posteriors(model, likelihood, x, y, settings)
 
-    def predict_map(inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(inputs).double().softmax(dim=1)
-
-    predictors = {MAP: predict_map} | {name: _averaged(p, settings.seed) for name, p in posteriors.items()}
+    predictors = {MAP: _predictor(partial(_at_map, model), settings.device)}
+    predictors |= {name: _predictor(partial(_averaged, p), settings.device) for name, p in posteriors.items()}
     labels = data.test_y.numpy()
     scores, curves, errors = {}, {}, {}
     for method, predict in predictors.items():
-        inside = _in_chunks(predict, data.test_x, settings.device, f"{method}: test images")
-        outside = _in_chunks(predict, data.rotated_test_x, settings.device, f"{method}: rotated images")
+        inside, outside = predict(data.test_x), predict(data.foreign_x)
         scores[method] = _scores(inside, outside, labels)[None]
         curves[method] = metrics.reliability_curve(inside, labels)
         errors[method] = metrics.expected_calibration_error(inside, labels)
@@ -90,32 +121,55 @@ def run(data: ImageData, settings: Settings, folder: Path) -> Outcome:
     if settings.pictures:
         files.append(folder / "reliability.png")
         pictures.draw_reliability(files[-1], f"{data.name}: reliability", curves, errors)
-    return Outcome(describe(data), Table(COLUMNS, scores), _notes(posteriors), files)
+        if data.has_images:
+            files.append(folder / "turned.png")
+            _draw_turned(files[-1], data, predictors)
+        if data.train_x.shape[1:] == (2,):
+            files.append(folder / "plane.png")
+            _draw_plane(files[-1], data, predictors)
+    return Outcome(describe(data), Table(COLUMNS, scores), _notes(data, posteriors), files)
 
 
-def _notes(posteriors: Mapping[str, KronLaplace]) -> list[str]:
+def _targets(data: ClassificationData) -> Tensor:
+    """Training labels as loss and likelihood take them: `(N, 1)` zeros and ones for two classes, else `(N,)`."""
+    return data.train_y.float().unsqueeze(1) if data.n_classes == 2 else data.train_y
+
+
+def _notes(data: ClassificationData, posteriors: Mapping[str, KronLaplace]) -> list[str]:
     tuned = [
-        f"{method}: prior precision {float(posterior.prior_precision):.4g} tuned by the evidence, "
+        f"{method}: prior precision {prior_precision_of(posterior):.4g}, "
         f"log marginal likelihood {float(posterior.log_marginal_likelihood()):.2f}"
         for method, posterior in posteriors.items()
     ]
     return [
         *tuned,
-        f"Laplace probabilities: softmax averaged over {_DRAWS} draws of the linearized outputs",
-        "OOD AUROC: test images rotated by 90 degrees against test images, distinguished by predictive entropy",
+        "Laplace: fit, tune and predict with their defaults, no validation data",
+        f"OOD AUROC: test inputs against {data.foreign}, by predictive entropy",
         "NLL in nats; Brier summed over classes; ECE of the top label in 15 bins of equal width",
     ]
 
 
-def _averaged(posterior: KronLaplace, seed: int) -> Callable[[Tensor], Tensor]:
-    """Average the linearized predictive over draws: the probit formula sees no correlation between the outputs."""
+def _at_map(model: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = model(inputs).double()
+    return logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
 
-    def predict(inputs: Tensor) -> Tensor:
-        probabilities = posterior.predict(inputs, link=Link.MC, n_samples=_DRAWS, seed=seed)
-        assert isinstance(probabilities, Tensor)
-        return probabilities
 
-    return predict
+def _averaged(posterior: KronLaplace, inputs: Tensor) -> Tensor:
+    probabilities = posterior.predict(inputs)
+    assert isinstance(probabilities, Tensor)
+    return probabilities
+
+
+def _predictor(predict: Callable[[Tensor], Tensor], device: torch.device) -> Predictor:
+    """Predict in chunks on the device; a single probability becomes those of both classes."""
+
+    def in_chunks(x: Tensor) -> FloatArray:
+        chunks = tqdm(x.split(_PREDICT_CHUNK), desc="Predicting", disable=None, leave=False)
+        p = torch.cat([predict(chunk.to(device)).double().cpu() for chunk in chunks])
+        return np.asarray((p if p.shape[1] > 1 else torch.cat([1 - p, p], dim=1)).numpy())
+
+    return in_chunks
 
 
 def _scores(inside: FloatArray, outside: FloatArray, labels: npt.NDArray[np.int64]) -> FloatArray:
@@ -131,8 +185,39 @@ def _scores(inside: FloatArray, outside: FloatArray, labels: npt.NDArray[np.int6
     )
 
 
-def _in_chunks(predict: Callable[[Tensor], Tensor], x: Tensor, device: torch.device, description: str) -> FloatArray:
-    """Probabilities of all rows as float64, `(N, C)`."""
-    chunks = tqdm(x.split(_PREDICT_CHUNK), desc=description, disable=None, leave=False)
-    probabilities = torch.cat([predict(chunk.to(device)).double().cpu() for chunk in chunks])
-    return np.asarray(probabilities.numpy())
+def _draw_turned(path: Path, data: ClassificationData, predictors: Mapping[str, Predictor]) -> None:
+    """Draw the confidence in the first test image of a three as it is turned, and the mean over test images."""
+    which = int((data.test_y == _TURNED_DIGIT).nonzero()[0])
+    every = data.test_x[:_MOST_TURNED]
+    background = float(data.test_x.min())
+    one = torch.cat([turned(data.test_x[which : which + 1], angle, background) for angle in _FINE_ANGLES])
+    strip = np.isin(_FINE_ANGLES, _COARSE_ANGLES)
+    lines = {}
+    for method in (MAP, ALL_LAYERS):
+        predict = predictors[method]
+        probabilities = predict(one)
+        means = [predict(turned(every, angle, background)).max(axis=1).mean() for angle in _COARSE_ANGLES]
+        lines[method] = pictures.Turning(
+            probabilities.max(axis=1), probabilities.argmax(axis=1)[strip], np.array(means)
+        )
+    pictures.draw_turned(
+        path,
+        f"{data.name}: the first test image of a {_TURNED_DIGIT}, turned counterclockwise",
+        (_FINE_ANGLES, _COARSE_ANGLES),
+        one[strip, 0].numpy(),
+        lines,
+        f"mean over {len(every)} test images",
+    )
+
+
+def _draw_plane(path: Path, data: ClassificationData, predictors: Mapping[str, Predictor]) -> None:
+    """Draw the probability of the second class over a square that is far larger than the data."""
+    first, second = np.meshgrid(_PLANE, _PLANE)
+    points = torch.from_numpy(np.stack([first.ravel(), second.ravel()], axis=1)).float()
+    pictures.draw_plane(
+        path,
+        f"{data.name}: confidence, far from the data too",
+        _PLANE,
+        {method: predictors[method](points)[:, 1].reshape(first.shape) for method in (MAP, ALL_LAYERS)},
+        (data.train_x.numpy(), data.train_y.numpy()),
+    )

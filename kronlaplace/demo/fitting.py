@@ -1,4 +1,4 @@
-"""The parts that classification and regression share: seeds, initial weights, and the Laplace posterior after training."""
+"""The parts that classification and regression share: methods, seeds, initial weights, and the posterior after training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,28 @@ from torch import Tensor, nn
 from kronlaplace.demo.report import Table
 from kronlaplace.laplace import KronLaplace
 
-__all__ = ["Outcome", "Settings", "build", "count", "fit_posterior", "seeds_of"]
+__all__ = [
+    "ALL_LAYERS",
+    "LAST_LAYER",
+    "MAP",
+    "Outcome",
+    "Settings",
+    "build",
+    "count",
+    "fit_posteriors",
+    "prior_precision_of",
+    "seeds_of",
+]
 
+MAP, LAST_LAYER, ALL_LAYERS = "MAP", "Laplace, last layer", "Laplace, all layers"
 _FIT_BATCH = 512
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The user's choices, the same for every data set."""
+    """The user's choices, the same for every data set; without an estimator it is the library's default."""
 
-    estimator: str
+    estimator: str | None
     device: torch.device
     seed: int
     pictures: bool
@@ -59,7 +71,7 @@ def build(network: Callable[[], nn.Sequential], seed: int, device: torch.device)
     return model.to(device)
 
 
-def fit_posterior(
+def fit_posteriors(
     model: nn.Module,
     likelihood: str,
     x: Tensor,
@@ -67,21 +79,34 @@ def fit_posterior(
     settings: Settings,
     *,
     progress: bool = True,
-) -> KronLaplace:
-    """Do the main job: fit the posterior on the training data, then tune it by the evidence.
+) -> dict[str, KronLaplace]:
+    """Fit and tune the posteriors over the last layer and over all layers, with the defaults of the library.
 
     Args:
         model: Trained network, in evaluation mode.
-        likelihood: `"classification"` or `"regression"`.
+        likelihood: `"classification"`, `"binary"` or `"regression"`.
         x: Training inputs, on the network's device.
         y: Training targets.
-        settings: Names the estimator.
+        settings: Names the estimator, if it is not the default.
         progress: Whether a bar may be shown.
+
+    Returns:
+        The posteriors by method.
     """
-    posterior = KronLaplace(model, likelihood, estimator=settings.estimator)
-    posterior.fit(list(zip(x.split(_FIT_BATCH), y.split(_FIT_BATCH), strict=True)), progress=progress)
-    posterior.tune()
-    return posterior
+    loader = list(zip(x.split(_FIT_BATCH), y.split(_FIT_BATCH), strict=True))
+    estimator = () if settings.estimator is None else (settings.estimator,)
+    posteriors = {
+        LAST_LAYER: KronLaplace(model, likelihood, *estimator, layers="last"),
+        ALL_LAYERS: KronLaplace(model, likelihood, *estimator),
+    }
+    for posterior in posteriors.values():
+        posterior.fit(loader, progress=progress).tune()
+    return posteriors
+
+
+def prior_precision_of(posterior: KronLaplace) -> float:
+    """Prior precision, the geometric mean where layers or weights have precisions of their own."""
+    return float(torch.as_tensor(posterior.prior_precision).log().mean().exp())
 
 
 def count(model: nn.Module) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from kronlaplace.demo import classification, pictures, regression
-from kronlaplace.demo.datasets import ImageData, check_name, load
+from kronlaplace.demo.data import ClassificationData
+from kronlaplace.demo.datasets import EMBEDDED, check_name, load
 from kronlaplace.demo.errors import DemoError
 from kronlaplace.demo.fitting import Settings
 from kronlaplace.demo.report import Table
@@ -24,9 +25,9 @@ _NO_PICTURES = "No pictures are drawn: matplotlib is not installed (pip install 
 
 
 def run_demo(
-    names: Sequence[str] = ("digits", "diabetes"),
+    names: Sequence[str] = EMBEDDED,
     *,
-    estimator: str = "kfac",
+    estimator: str | None = None,
     data_dir: str | Path | None = None,
     seed: int = 0,
     out: str | Path = "demo-results",
@@ -40,10 +41,10 @@ def run_demo(
     trained.
 
     Args:
-        names: Data sets, see `kronlaplace.demo.datasets`; repeated names run once.
-        estimator: Shorthand of the curvature estimator.
+        names: Data sets, see `kronlaplace.demo.datasets`; by default all that need no file. Repeated names run once.
+        estimator: Shorthand of the curvature estimator; the default of `KronLaplace` without it.
         data_dir: Folder with `mnist/` and `uci/`, for the data sets that are not embedded.
-        seed: Decides initial weights, batch order, sampled labels and the data of `sine`.
+        seed: Decides initial weights, batch order and the data of `moons` and `sine`.
         out: Folder for the results; made if it is not there.
         device: `"cpu"`, `"cuda"`, or `"auto"` for CUDA where there is one.
         n_splits: How many of the published splits of a UCI data set; all without it.
@@ -58,7 +59,9 @@ def run_demo(
     names = list(dict.fromkeys(names))
     for name in names:
         check_name(name)
-    _check_estimator(estimator)
+    if estimator is not None:
+        _check_estimator(estimator)
+    shown = estimator or "default estimator"
     settings = Settings(estimator, _resolve_device(device), seed, pictures.available())
     loaded = [load(name, data_dir, seed=seed, n_splits=n_splits) for name in names]
     folders = [_make_folder(Path(out) / name) for name in names]
@@ -67,14 +70,14 @@ def run_demo(
 
     tables = {}
     for data, folder in zip(loaded, folders, strict=True):
-        task = classification if isinstance(data, ImageData) else regression
-        echo(f"{data.name}: {task.describe(data)}; {estimator} on {settings.device}, seed {seed}")
+        task = classification if isinstance(data, ClassificationData) else regression
+        echo(f"{data.name}: {task.describe(data)}; {shown} on {settings.device}, seed {seed}")
         began = time.perf_counter()
         with _one_thread():
             outcome = task.run(data, settings, folder)
         table_files = [folder / "table.csv", folder / "table.md"]
         outcome.table.write_csv(table_files[0])
-        notes = [outcome.title, f"estimator {estimator}, seed {seed}", *outcome.notes]
+        notes = [outcome.title, f"{shown}, seed {seed}", *outcome.notes]
         table_files[1].write_text(outcome.table.to_markdown(data.name, notes), encoding="utf-8")
         echo(f"\n{outcome.table.to_text()}\n")
         for note in outcome.notes:

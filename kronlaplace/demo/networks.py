@@ -44,7 +44,7 @@ def small_lenet(n_classes: int = 10) -> nn.Sequential:
 
 
 def one_hidden_layer(
-    n_features: int, n_hidden: int = 50, activation: Callable[[], nn.Module] = nn.ReLU
+    n_features: int, n_hidden: int = 50, activation: Callable[[], nn.Module] = nn.ReLU, n_outputs: int = 1
 ) -> nn.Sequential:
-    """Build one hidden layer and one output for rows `(N, n_features)`; 50 ReLU units make that of the UCI tables."""
-    return nn.Sequential(nn.Linear(n_features, n_hidden), activation(), nn.Linear(n_hidden, 1))
+    """Build one hidden layer for rows `(N, n_features)`; 50 ReLU units and one output make that of the UCI tables."""
+    return nn.Sequential(nn.Linear(n_features, n_hidden), activation(), nn.Linear(n_hidden, n_outputs))

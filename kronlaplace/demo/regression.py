@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,20 @@ from tqdm.auto import tqdm
 
 from kronlaplace import metrics
 from kronlaplace.demo import pictures
-from kronlaplace.demo.datasets import RegressionData, RegressionSplit, sine_function
-from kronlaplace.demo.fitting import Outcome, Settings, build, count, fit_posterior, seeds_of
+from kronlaplace.demo.data import RegressionData, RegressionSplit
+from kronlaplace.demo.embedded import sine_function
+from kronlaplace.demo.fitting import (
+    ALL_LAYERS,
+    LAST_LAYER,
+    MAP,
+    Outcome,
+    Settings,
+    build,
+    count,
+    fit_posteriors,
+    prior_precision_of,
+    seeds_of,
+)
 from kronlaplace.demo.networks import one_hidden_layer
 from kronlaplace.demo.report import Column, Table, mean_and_error
 from kronlaplace.demo.training import GaussianNLL, Recipe, train
@@ -32,14 +46,18 @@ COLUMNS = (
     *(Column(f"coverage_{100 * level:.0f}", f"{100 * level:.0f} % covered", 3) for level in LEVELS),
 )
 
-METHODS = ("MAP", "Laplace")
+METHODS = (MAP, LAST_LAYER, ALL_LAYERS)
 
 RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=0.01, prior_precision=10.0)
-"""One recipe for all tables, chosen on validation parts of the training splits (log-likelihood and RMSE)."""
+"""One recipe for all UCI tables, chosen on validation parts of the training splits (log-likelihood and RMSE)."""
 
-SINE_RECIPE = replace(RECIPE, prior_precision=0.3)
-"""Chosen, together with tanh, by the evidence on `sine` among four prior precisions and ReLU or tanh."""
+EMBEDDED_RECIPES = {
+    "sine": Recipe(steps=5000, batch_size=32, learning_rate=0.01, weight_decay=1e-4),
+    "diabetes": Recipe(steps=5000, batch_size=32, learning_rate=1e-3, weight_decay=1e-4),
+}
+"""The usual training: the mean squared error, Adam and a small weight decay, for many epochs."""
 
+_PREFIXES = {LAST_LAYER: "last_layer_", ALL_LAYERS: ""}
 _CURVE = np.linspace(0.01, 0.99, 99)
 
 
@@ -58,27 +76,28 @@ class Gaussians:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The result of a split: the network, its posterior, and the maximum-likelihood noise, all in standardized units."""
+    """The result of a split: the network, its posteriors, and the maximum-likelihood noise, all in standardized units."""
 
     split: RegressionSplit
     model: nn.Sequential
     map_noise_variance: float
-    posterior: KronLaplace
+    posteriors: dict[str, KronLaplace]
 
     def predict(self, x: Tensor) -> dict[str, Gaussians]:
-        """Predictions of both methods at standardized inputs, in original units."""
+        """Predictions of all methods at standardized inputs, in original units."""
         offset, unit = self.split.target_mean, self.split.target_std
         with torch.no_grad():
             mean = offset + unit * _column(self.model(x))
-        prediction = self.posterior.predict(x)
-        assert isinstance(prediction, Prediction)
-        laplace = Gaussians(
-            offset + unit * _column(prediction.mean),
-            unit**2 * _column(prediction.variance),
-            unit**2 * float(prediction.noise_variance),
-        )
-        at_map = Gaussians(mean, np.zeros_like(mean), unit**2 * self.map_noise_variance)
-        return dict(zip(METHODS, (at_map, laplace), strict=True))
+        predictions = {MAP: Gaussians(mean, np.zeros_like(mean), unit**2 * self.map_noise_variance)}
+        for method, posterior in self.posteriors.items():
+            prediction = posterior.predict(x)
+            assert isinstance(prediction, Prediction)
+            predictions[method] = Gaussians(
+                offset + unit * _column(prediction.mean),
+                unit**2 * _column(prediction.variance),
+                unit**2 * float(prediction.noise_variance),
+            )
+        return predictions
 
 
 def describe(data: RegressionData) -> str:
@@ -97,7 +116,7 @@ def run(data: RegressionData, settings: Settings, folder: Path) -> Outcome:
     several = len(data.splits) > 1
     scores: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     curves: dict[str, list[FloatArray]] = {method: [] for method in METHODS}
-    tuned: dict[str, list[float]] = {name: [] for name in ("prior_precision", "map_noise_std", "noise_std", "evidence")}
+    tuned: defaultdict[str, list[float]] = defaultdict(list)
     files = []
     bar = tqdm(range(len(data.splits)), desc=f"{data.name} splits", disable=None if several else True, leave=False)
     for k in bar:
@@ -114,12 +133,14 @@ def run(data: RegressionData, settings: Settings, folder: Path) -> Outcome:
                 ]
             )
             curves[method].append(metrics.interval_coverage(p.mean, p.variance, target, _CURVE))
-        tuned["prior_precision"].append(float(fitted.posterior.prior_precision))
-        tuned["map_noise_std"].append(predictions["MAP"].noise_variance ** 0.5)
-        tuned["noise_std"].append(predictions["Laplace"].noise_variance ** 0.5)
-        tuned["evidence"].append(float(fitted.posterior.log_marginal_likelihood()))
+        tuned["map_noise_std"].append(predictions[MAP].noise_variance ** 0.5)
+        for method, prefix in _PREFIXES.items():
+            posterior = fitted.posteriors[method]
+            tuned[f"{prefix}prior_precision"].append(prior_precision_of(posterior))
+            tuned[f"{prefix}noise_std"].append(predictions[method].noise_variance ** 0.5)
+            tuned[f"{prefix}evidence"].append(float(posterior.log_marginal_likelihood()))
         files.append(folder / (f"posterior_split_{k:02d}.safetensors" if several else "posterior.safetensors"))
-        fitted.posterior.save(files[-1])
+        fitted.posteriors[ALL_LAYERS].save(files[-1])
 
     table = Table(COLUMNS, {method: np.array(rows) for method, rows in scores.items()})
     if several:
@@ -144,24 +165,28 @@ def _fit(data: RegressionData, split: RegressionSplit, settings: Settings, index
     weight_seed, batch_seed = seeds_of(settings.seed, index)
     x, y = split.train_x.to(settings.device), split.train_y.to(settings.device)
     model = build(lambda: _network(data), weight_seed, settings.device)
-    recipe = SINE_RECIPE if data.name == "sine" else RECIPE
-    train(model, GaussianNLL(), x, y, recipe, seed=batch_seed, description=None if quiet else "Training")
+    recipe = EMBEDDED_RECIPES.get(data.name, RECIPE)
+    loss = nn.MSELoss() if data.name in EMBEDDED_RECIPES else GaussianNLL()
+    train(model, loss, x, y, recipe, seed=batch_seed, description=None if quiet else "Training")
     with torch.no_grad():
         noise_variance = float((model(x) - y).square().mean())
-    return Fitted(split, model, noise_variance, fit_posterior(model, "regression", x, y, settings, progress=not quiet))
+    return Fitted(split, model, noise_variance, fit_posteriors(model, "regression", x, y, settings, progress=not quiet))
 
 
-def _notes(tuned: dict[str, list[float]], several: bool) -> list[str]:
+def _notes(tuned: Mapping[str, list[float]], several: bool) -> list[str]:
     def text(key: str) -> str:
         mean, error = mean_and_error(tuned[key])
         return f"{mean:.4g} ± {error:.2g}" if several else f"{mean:.4g}"
 
     notes = [
-        f"prior precision tuned by the evidence: {text('prior_precision')}",
-        f"noise standard deviation: MAP {text('map_noise_std')} (maximum likelihood on the training residuals), "
-        f"Laplace {text('noise_std')} (tuned by the evidence)",
-        f"log marginal likelihood (standardized targets): {text('evidence')}",
-        "RMSE and test log-likelihood (nats per target) in the target's units; Laplace: linearized predictive",
+        f"MAP: noise {text('map_noise_std')}, by maximum likelihood on the training residuals",
+        *(
+            f"{method}: prior precision {text(f'{prefix}prior_precision')}, noise {text(f'{prefix}noise_std')}, "
+            f"log marginal likelihood {text(f'{prefix}evidence')}"
+            for method, prefix in _PREFIXES.items()
+        ),
+        "Laplace: fit, tune and predict with their defaults, no validation data",
+        "RMSE, noise (a standard deviation) and test log-likelihood (nats per target) in the target's units",
     ]
     return [*notes, "mean ± standard error over the splits"] if several else notes
 
@@ -177,9 +202,9 @@ def _draw_band(path: Path, data: RegressionData, fitted: Fitted, settings: Setti
         f"{data.name}: predictive band",
         grid,
         sine_function(grid),
-        predictions["Laplace"].mean,
-        np.sqrt(predictions["Laplace"].function_variance),
-        {method: np.sqrt(p.variance) for method, p in predictions.items()},
+        predictions[MAP].mean,
+        {ALL_LAYERS: np.sqrt(predictions[ALL_LAYERS].function_variance)},
+        {method: np.sqrt(predictions[method].variance) for method in (MAP, ALL_LAYERS)},
         (data.inputs[rows, 0], data.targets[rows]),
     )
 

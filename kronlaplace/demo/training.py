@@ -1,8 +1,8 @@
 """Training a network to the maximum a posteriori (MAP): Adam with a cosine schedule.
 
-The objective is the mean negative log-likelihood plus `prior_precision / (2N) · ‖θ‖²`, that is the negative log
-posterior over `N` under a Gaussian prior. Its minimum is where a Laplace approximation expands. So the decay is the
-coupled kind, added to the gradient; the decoupled decay of AdamW belongs to no objective.
+The objective is the mean loss plus `(weight_decay + prior_precision / N) / 2 · ‖θ‖²`: where the loss is a negative
+log-likelihood, the negative log posterior over `N` under a Gaussian prior. Its minimum is where a Laplace approximation
+expands. So the decay is the coupled kind, added to the gradient; the decoupled decay of AdamW belongs to no objective.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class Recipe:
     steps: int
     batch_size: int
     learning_rate: float
-    prior_precision: float
-    """Precision of the Gaussian prior over all weights and biases."""
+    prior_precision: float = 0.0
+    """Precision of a Gaussian prior over all weights and biases."""
+    weight_decay: float = 0.0
+    """Weight decay of `torch.optim.Adam`, whatever the number of examples; the prior's, if any, comes on top."""
 
 
 class GaussianNLL(nn.Module):
@@ -62,18 +64,18 @@ def train(
 
     Args:
         model: Network, on the device of the data.
-        loss: Mean negative log-likelihood of a batch, from outputs and targets. Parameters of its own (a noise) are
+        loss: Mean loss of a batch, from outputs and targets. Parameters of its own (a noise) are
             trained too, without a prior.
         x: Inputs, `(N, ...)`.
         y: Targets, `(N,)` or `(N, C)`.
-        recipe: Steps, batch size, learning rate, prior precision.
+        recipe: Steps, batch size, learning rate, prior precision or weight decay.
         seed: Seed of the batch order.
         description: Label of a progress bar, which shows on a terminal only; None for no bar.
     """
     generator = torch.Generator().manual_seed(seed)
     loss = loss.to(x.device)
     groups = [
-        {"params": list(model.parameters()), "weight_decay": recipe.prior_precision / len(x)},
+        {"params": list(model.parameters()), "weight_decay": recipe.weight_decay + recipe.prior_precision / len(x)},
         {"params": list(loss.parameters()), "weight_decay": 0.0},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=recipe.learning_rate)

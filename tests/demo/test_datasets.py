@@ -9,7 +9,8 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from kronlaplace.demo import CorruptDataError, DemoError, MissingDataError, UnknownDatasetError
-from kronlaplace.demo.datasets import DATASETS, UCI, load, sine_function
+from kronlaplace.demo.datasets import DATASETS, UCI, load
+from kronlaplace.demo.embedded import sine_function
 from tests.support.demo_files import made_up_digits, made_up_table, write_mnist, write_uci
 
 REAL_DATA = os.environ.get("KRONLAPLACE_DATA")
@@ -48,7 +49,7 @@ class TestMnist:
         write_mnist(tmp_path, *digits_28)
         data = load("mnist", tmp_path)
         expected = np.stack([np.rot90(image) for image in data.test_x[:, 0].numpy()])
-        np.testing.assert_array_equal(data.rotated_test_x[:, 0].numpy(), expected)
+        np.testing.assert_array_equal(data.foreign_x[:, 0].numpy(), expected)
 
     def test_directory_from_the_environment(self, tmp_path, digits_28, monkeypatch):
         write_mnist(tmp_path, *digits_28)
@@ -220,6 +221,39 @@ class TestEmbedded:
         train, test = data.splits[0]
         assert sorted([*train, *test]) == list(range(442))
         np.testing.assert_array_equal(load("diabetes", seed=5).splits[0][1], test)
+
+    def test_moons_are_made_from_the_seed_with_a_ring_around_them(self):
+        from sklearn.datasets import make_moons
+
+        data = load("moons", seed=3)
+        inputs, labels = make_moons(1200, noise=0.2, random_state=3)
+        train, test = inputs[:200], inputs[200:]
+        np.testing.assert_allclose(data.test_x, (test - train.mean(0)) / train.std(0), atol=1e-5)
+        assert data.train_y.tolist() == labels[:200].tolist()
+        radius = data.foreign_x.norm(dim=1)
+        assert 5 <= radius.min() < 5.1
+        assert 9.9 < radius.max() <= 10
+        assert data.train_x.norm(dim=1).max() < 5
+        assert torch.equal(load("moons", seed=3).foreign_x, data.foreign_x)
+        assert not torch.equal(load("moons", seed=4).train_x, data.train_x)
+
+    @pytest.mark.parametrize(("name", "n_rows", "n_classes"), [("breast-cancer", 569, 2), ("wine", 178, 3)])
+    def test_tables_are_split_by_class_and_standardized(self, name, n_rows, n_classes):
+        data = load(name)
+        labels = torch.cat([data.train_y, data.test_y])
+        assert len(labels) == n_rows
+        assert data.n_classes == n_classes == len(labels.unique())
+        share = torch.bincount(data.test_y) / torch.bincount(labels)
+        assert (share - 0.25).abs().max() < 0.01
+        assert data.train_x.mean(0).abs().max() < 1e-5
+        torch.testing.assert_close(data.train_x.std(0, correction=0), torch.ones(data.train_x.shape[1]))
+        assert torch.equal(load(name, seed=5).test_x, data.test_x)
+
+    @pytest.mark.parametrize("name", ["breast-cancer", "wine"])
+    def test_foreign_rows_of_tables_are_permuted_and_far(self, name):
+        data = load(name)
+        torch.testing.assert_close(data.foreign_x.sort(0).values, 5 * data.test_x.sort(0).values, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(data.foreign_x, 5 * data.test_x)
 
     def test_sine_is_made_from_the_seed_with_a_gap(self):
         data = load("sine", seed=3)

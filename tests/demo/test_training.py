@@ -28,6 +28,18 @@ def test_linear_regression_reaches_the_ridge_solution(linear_problem):
     assert not model.training
 
 
+@pytest.mark.grid
+def test_weight_decay_is_a_prior_that_grows_with_the_data(linear_problem):
+    """Under the mean squared error: `weight_decay / 2` of the squared norm, whatever the number of examples."""
+    x, y = linear_problem
+    model = nn.Linear(3, 1, bias=False)
+    train(model, nn.MSELoss(), x, y, Recipe(2000, 100, 0.05, prior_precision=6.0, weight_decay=0.3), seed=0)
+    decay = 0.5 * len(x) * (0.3 + 6.0 / len(x)) * torch.eye(3)
+    torch.testing.assert_close(
+        model.weight.detach().T, torch.linalg.solve(x.T @ x + decay, x.T @ y), atol=1e-4, rtol=1e-4
+    )
+
+
 def test_gaussian_nll_equals_the_density_but_for_its_constant():
     loss, f, y = GaussianNLL(), torch.randn(5, 2), torch.randn(5, 2)
     with torch.no_grad():
