@@ -1,0 +1,390 @@
+"""Does the library help by itself? Its defaults on networks as people train them, beside laplace-torch and others.
+
+    python -m experiments.main_path --data-dir DATA --out experiment-results/main_path
+
+All methods predict with the same networks, those of `experiments.classification_tasks`; no validation data, no option set.
+Temperature scaling holds out a tenth of the training data: its network is trained without them and its temperature fitted to
+them. The ensemble averages the probabilities of five networks; the ensembles of neighboring seeds share networks where the
+split is the same. laplace-torch runs with its defaults, and over all layers with `subset_of_weights="all"`; it has no
+likelihood of one logit, so that there the last layer gets two outputs whose difference is the logit. What would take longer
+than `--minutes` to predict is left out, and the table says so.
+
+Seconds are of fit, tune, and prediction of the test and the foreign data, without the training of networks. `--out` has a
+CSV for each data set with the rows of every seed; what is measured again replaces its rows there, and the tables are of all
+rows in the folder. Trained networks are kept in `--cache`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+import kronlaplace as kl
+from experiments.classification_tasks import TASKS, Task, targets_of, trained
+from experiments.peers import laplace_torch
+from kronlaplace import metrics
+from kronlaplace.demo.data import ClassificationData
+from kronlaplace.demo.report import Column, Table
+
+SCORES = (
+    Column("accuracy", "accuracy"),
+    Column("confidence", "confidence"),
+    Column("nll", "NLL"),
+    Column("ece", "ECE"),
+    Column("brier", "Brier"),
+    Column("auroc", "AUROC"),
+    Column("seconds", "seconds", 2),
+)
+AGAINST_MAP = (
+    Column("nll_ratio", "NLL / MAP's", 3),
+    Column("ece_change", "ECE - MAP's"),
+    Column("auroc_change", "AUROC - MAP's"),
+)
+MAP = "MAP"
+N_ENSEMBLE, HELD_OUT = 5, 0.1
+TEMPERATURES = (0.1, 10.0)
+FIT_BATCH, PREDICT_BATCH = 500, 100
+NLL_BOUND, ECE_BOUND, OVERCONFIDENT = 1.05, 0.01, 0.03
+
+
+@dataclass
+class Problem:
+    """A task, its data, the folder of its networks, and the seed."""
+
+    name: str
+    task: Task
+    data: ClassificationData
+    folder: Path
+    seed: int
+
+    @cached_property
+    def targets(self):
+        return targets_of(self.data, self.data.train_y)
+
+    @property
+    def likelihood(self):
+        return "binary" if self.data.n_classes == 2 else "classification"
+
+    @property
+    def loader(self):
+        return DataLoader(TensorDataset(self.data.train_x, self.targets), batch_size=FIT_BATCH)
+
+    @cached_property
+    def rest_and_kept(self):
+        order = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(self.targets)))
+        n = round(HELD_OUT * len(order))
+        return order[:n], order[n:]
+
+    def network(self, seed, rows=slice(None), kind="all"):
+        split = self.seed if self.task.split_by_seed else 0
+        path = self.folder / f"{self.name}_split{split}_seed{seed}_{kind}.safetensors"
+        return trained(self.task, self.data.train_x[rows], self.targets[rows], seed, path)
+
+    def map(self):
+        return self.network(self.seed)
+
+    def ensemble(self):
+        return [self.network(self.seed + i) for i in range(N_ENSEMBLE)]
+
+    def of_kept(self):
+        return self.network(self.seed, self.rest_and_kept[1], "kept")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's scores at one seed, in the order of `SCORES`, and what there is to say."""
+
+    scores: tuple[float, ...]
+    remark: str = ""
+
+
+# -- methods: from networks and problem to a function from inputs to probabilities -------------------------------
+
+
+def probabilities(logits):
+    return logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
+
+
+@torch.no_grad()
+def logits_of(model, x):
+    return model(x).double()
+
+
+def at_map(model, problem):
+    return lambda x: probabilities(logits_of(model, x))
+
+
+def main_path(model, problem):
+    return kl.KronLaplace(model, problem.likelihood).fit(problem.loader).tune().predict
+
+
+def last_layer(model, problem):
+    return kl.KronLaplace(model, problem.likelihood, layers="last").fit(problem.loader).tune().predict
+
+
+def of_laplace_torch(model, problem, **options):
+    model = copy.deepcopy(model)
+    if problem.data.n_classes == 2:
+        model[-1] = two_outputs(model[-1])
+    loader = DataLoader(TensorDataset(problem.data.train_x, problem.data.train_y), batch_size=FIT_BATCH)
+    posterior = laplace_torch().Laplace(model, "classification", **options)
+    posterior.fit(loader)
+    posterior.optimize_prior_precision()
+    return posterior
+
+
+def two_outputs(layer):
+    """The layer whose two outputs are minus and plus half of the given layer's single output."""
+    wider = nn.Linear(layer.in_features, 2)
+    with torch.no_grad():
+        wider.weight.copy_(torch.cat([-layer.weight, layer.weight]) / 2)
+        wider.bias.copy_(torch.cat([-layer.bias, layer.bias]) / 2)
+    return wider
+
+
+def temperature_scaling(model, problem):
+    rest, _ = problem.rest_and_kept
+    logits, labels = logits_of(model, problem.data.train_x[rest]), problem.data.train_y[rest].numpy()
+
+    def loss(log_temperature):
+        p = of_both_classes(probabilities(logits / math.exp(log_temperature)))
+        return metrics.negative_log_likelihood(p, labels)
+
+    temperature = math.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x)
+    return lambda x: probabilities(logits_of(model, x) / temperature)
+
+
+def deep_ensemble(models, problem):
+    return lambda x: torch.stack([probabilities(logits_of(model, x)) for model in models]).mean(dim=0)
+
+
+METHODS: dict[str, tuple[Callable, Callable]] = {
+    MAP: (Problem.map, at_map),
+    "kronlaplace, no option set": (Problem.map, main_path),
+    "kronlaplace, last layer": (Problem.map, last_layer),
+    "laplace-torch, no option set": (Problem.map, of_laplace_torch),
+    "laplace-torch, all layers": (Problem.map, partial(of_laplace_torch, subset_of_weights="all")),
+    "temperature scaling": (Problem.of_kept, temperature_scaling),
+    f"ensemble of {N_ENSEMBLE}": (Problem.ensemble, deep_ensemble),
+}
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------
+
+
+class TooLongError(Exception):
+    """Predictions would take too long."""
+
+
+def of_both_classes(p):
+    p = p.detach().double().cpu()
+    return (p if p.shape[1] > 1 else torch.cat([1 - p, p], dim=1)).numpy()
+
+
+def in_chunks(predict, x, limit):
+    """Probabilities of all classes; `limit` is in seconds."""
+    chunks, parts = x.split(PREDICT_BATCH), []
+    start = time.perf_counter()
+    for i, chunk in enumerate(chunks):
+        parts.append(of_both_classes(predict(chunk)))
+        expected = (time.perf_counter() - start) * len(chunks) / (i + 1)
+        if i == min(2, len(chunks) - 1) and expected > limit:
+            raise TooLongError(f"left out: predicting {len(x):,} inputs would take about {expected / 60:.0f} minutes")
+    return np.concatenate(parts)
+
+
+def measured(method, problem, limit):
+    """The row of a method."""
+    networks, make = METHODS[method]
+    models = networks(problem)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = time.perf_counter()
+        predict = make(models, problem)
+        try:
+            inside, outside = (in_chunks(predict, x, limit) for x in (problem.data.test_x, problem.data.foreign_x))
+        except TooLongError as error:
+            return Row((math.nan,) * len(SCORES), str(error))
+        seconds = time.perf_counter() - start
+    own = {str(warning.message) for warning in caught if "kronlaplace" in method and warning.category is UserWarning}
+    labels = problem.data.test_y.numpy()
+    scores = (
+        metrics.accuracy(inside, labels),
+        float(inside.max(axis=1).mean()),
+        metrics.negative_log_likelihood(inside, labels),
+        metrics.expected_calibration_error(inside, labels),
+        metrics.brier_score(inside, labels),
+        metrics.ood_auroc(metrics.predictive_entropy(inside), metrics.predictive_entropy(outside)),
+        seconds,
+    )
+    return Row(scores, "; ".join(sorted(own)))
+
+
+# -- files and tables -----------------------------------------------------------------------------------------------
+
+
+def read_rows(path):
+    """By method and seed: rows."""
+    if not path.exists():
+        return {}
+    rows = {}
+    with path.open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            scores = tuple(float(line[column.key]) for column in SCORES)
+            rows.setdefault(line["method"], {})[int(line["seed"])] = Row(scores, line["remark"])
+    return rows
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *(column.key for column in (*SCORES, *AGAINST_MAP)), "remark"])
+        for method in sorted(rows, key=list(METHODS).index):
+            for seed, row in sorted(rows[method].items()):
+                numbers = (*row.scores, *against_map(row.scores, rows[MAP][seed].scores))
+                writer.writerow([method, seed, *(f"{value:.6g}" for value in numbers), row.remark])
+
+
+def score(scores, key):
+    return scores[[column.key for column in SCORES].index(key)]
+
+
+def against_map(scores, of_map):
+    return (
+        score(scores, "nll") / score(of_map, "nll"),
+        score(scores, "ece") - score(of_map, "ece"),
+        score(scores, "auroc") - score(of_map, "auroc"),
+    )
+
+
+def table_of(rows):
+    values = {}
+    for method, by_seed in rows.items():
+        of_map = rows[MAP]
+        lines = [(*row.scores, *against_map(row.scores, of_map[seed].scores)) for seed, row in by_seed.items()]
+        values[method] = np.array(lines)
+    return Table((*SCORES, *AGAINST_MAP), values)
+
+
+def missed(rows, method):
+    """The bounds that the means over seeds miss, as text; None where there is no mean."""
+    by_seed, of_map = rows[method], rows[MAP]
+    scores = np.array([row.scores for row in by_seed.values()])
+    base = np.array([of_map[seed].scores for seed in by_seed])
+    if np.isnan(scores).any():
+        return None
+    ratio = score(scores.mean(axis=0), "nll") / score(base.mean(axis=0), "nll")
+    _, ece, auroc = against_map(scores.mean(axis=0), base.mean(axis=0))
+    over = score(base.mean(axis=0), "confidence") > score(base.mean(axis=0), "accuracy")
+    overconfident = over and score(base.mean(axis=0), "ece") > OVERCONFIDENT
+    everywhere = {key: (score(scores.T, key) < score(base.T, key)).all() for key in ("nll", "ece")}
+    failures = {
+        f"NLL {ratio:.3f} times": ratio > NLL_BOUND or (overconfident and not everywhere["nll"]),
+        f"ECE {ece:+.4f}": ece > ECE_BOUND or (overconfident and not everywhere["ece"]),
+        f"AUROC {auroc:+.4f}": auroc <= 0,
+    }
+    return [text for text, failed in failures.items() if failed]
+
+
+def bounds_table(results):
+    """Markdown: methods, data sets, and which bounds are met."""
+    methods = [method for method in METHODS if method != MAP and any(method in rows for rows in results.values())]
+    lines = [["", *(name for name in results)], ["---"] * (len(results) + 1)]
+    for method in methods:
+        cells = []
+        for rows in results.values():
+            failures = missed(rows, method) if method in rows else None
+            cells.append("" if failures is None else ", ".join(failures) or "met")
+        lines.append([method, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+NOTES = (
+    "Laplace: fit, tune, and predict; no validation data. kronlaplace, no option set: "
+    "`KronLaplace(model, likelihood).fit(loader).tune().predict(x)`",
+    "laplace-torch, no option set: `Laplace(model, 'classification')`, `fit`, `optimize_prior_precision()`: last layer, "
+    "K-FAC, evidence, probit",
+    f"temperature scaling: a tenth of the training data held out, temperatures from {TEMPERATURES[0]:g} to "
+    f"{TEMPERATURES[1]:g}",
+    f"ensemble: mean probability of {N_ENSEMBLE} networks, where the split is the same shared by neighboring seeds",
+    "NLL in nats; ECE of the top label in 15 bins of equal width; Brier summed over classes; AUROC: foreign against test "
+    "inputs by predictive entropy; confidence: mean probability of the top label",
+    "seconds: fit, tune, and prediction of test and foreign inputs, without the training of networks",
+)
+BOUNDS = (
+    f"Bounds, on the means over seeds: NLL at most {NLL_BOUND:g} times the MAP's, ECE at most {ECE_BOUND:g} above it, AUROC "
+    f"above it; where the MAP is overconfident (ECE above {OVERCONFIDENT:g}), NLL and ECE below it with every seed."
+)
+
+
+def report(results, folder):
+    """Print the tables and write them as Markdown."""
+    parts = []
+    for name, rows in results.items():
+        table = table_of(rows)
+        remarks = [
+            f"{method}, seed {seed}: {row.remark}"
+            for method, by_seed in rows.items()
+            for seed, row in by_seed.items()
+            if row.remark
+        ]
+        print(f"{TASKS[name].title}\n\n{table.to_text()}\n" + "".join(f"\n  {remark}" for remark in remarks) + "\n")
+        parts.append(table.to_markdown(TASKS[name].title, remarks))
+    bounds = bounds_table(results)
+    print(f"{BOUNDS}\n\n{bounds}")
+    parts.append(f"# Bounds\n\n{BOUNDS}\n\n{bounds}\n")
+    parts.append("# Notes\n\n" + "\n".join(f"- {note}" for note in NOTES) + "\n")
+    (folder / "main_path.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def first_of(data, n):
+    """The data with the first `n` test and foreign inputs."""
+    return replace(data, test_x=data.test_x[:n], test_y=data.test_y[:n], foreign_x=data.foreign_x[:n])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--sets", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--test-size", type=int, help="test and foreign inputs, the first of all; without it all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="longest prediction that is waited for")
+    parser.add_argument("--cache", type=Path, default=Path("experiment-results/networks"), help="of trained networks")
+    parser.add_argument("--out", type=Path, default=Path("experiment-results/main_path"))
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    todo = [(name, seed) for name in args.sets for seed in range(args.seeds)]
+    for name, seed in (bar := tqdm(todo, leave=False, disable=None)):
+        data = TASKS[name].data(args.data_dir, seed)
+        problem = Problem(name, TASKS[name], first_of(data, args.test_size), args.cache, seed)
+        path = args.out / f"{name}.csv"
+        rows = read_rows(path)
+        for method in METHODS:
+            if method in args.methods or (method == MAP and seed not in rows.get(MAP, {})):
+                bar.set_description(f"{name}, seed {seed}, {method}")
+                rows.setdefault(method, {})[seed] = measured(method, problem, 60 * args.minutes)
+                write_rows(path, rows)
+    results = {name: read_rows(path) for name in TASKS if (path := args.out / f"{name}.csv").exists()}
+    report(results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
