@@ -15,6 +15,7 @@ from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
+from kronlaplace.laplace.output_kernel import OutputKernel
 from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
 from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
@@ -32,6 +33,7 @@ class Stored:
         prior: The prior.
         likelihood: The likelihood, with the noise that predictions use.
         temperature: ``τ``.
+        kernel: The kernel of the training outputs, if there is one.
     """
 
     fisher: KroneckerFisher
@@ -39,6 +41,7 @@ class Stored:
     prior: Prior
     likelihood: Likelihood
     temperature: float
+    kernel: OutputKernel | None = None
 
 
 def write(path: str | PathLike[str], stored: Stored) -> None:
@@ -46,6 +49,8 @@ def write(path: str | PathLike[str], stored: Stored) -> None:
     tensors = {f"fisher/{name}": tensor for name, tensor in stored.fisher.to_tensors().items()}
     tensors |= {f"mean/{name}": tensor for name, tensor in stored.mean.items()}
     tensors |= stored.prior.to_tensors()
+    if stored.kernel is not None:
+        tensors["output_kernel"] = stored.kernel.matrix
     values = {
         "fisher": stored.fisher.to_json(),
         "likelihood": stored.likelihood.to_json(),
@@ -95,6 +100,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         prior_from_tensors(tensors, values.get("prior", {}), layers),
         Likelihood.from_json(values["likelihood"]),
         values["temperature"],
+        OutputKernel(tensors["output_kernel"].cpu()) if "output_kernel" in tensors else None,
     )
 
 

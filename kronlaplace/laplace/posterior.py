@@ -18,10 +18,12 @@ from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_
 from kronlaplace.fisher.estimation import with_metadata
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
+from kronlaplace.laplace.exact_evidence import by_exact_evidence, has_exact_evidence
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
 from kronlaplace.laplace.migration import VALUES, told_of
+from kronlaplace.laplace.output_kernel import OutputKernel, output_kernel
 from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
 from kronlaplace.laplace.predictions import PosteriorPredictions
 from kronlaplace.laplace.predictive import Predictive
@@ -42,9 +44,12 @@ __all__ = ["KronLaplace", "TuningMethod"]
 
 
 class TuningMethod(Choice):
-    """The objective of `KronLaplace.tune`: the ``EVIDENCE``, or the likelihood of ``VALIDATION`` data."""
+    """The objective of `KronLaplace.tune`: the ``EVIDENCE``, that with the exact Gauss-Newton matrix (``EXACT_EVIDENCE``),
+    or the likelihood of ``VALIDATION`` data.
+    """
 
     EVIDENCE = "evidence"
+    EXACT_EVIDENCE = "exact-evidence"
     VALIDATION = "validation"
 
 
@@ -136,7 +141,7 @@ class KronLaplace(PosteriorPredictions):
             return moved
         fisher = state.fit.fisher.to(device_of(self.model), {layer.name: layer.dtype for layer in layers})
         fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
-        return replace(moved, fit=self._fit_of(fisher, layers))
+        return replace(moved, fit=self._fit_of(fisher, layers, state.fit.kernel))
 
     @told_of
     @in_full_precision
@@ -161,6 +166,7 @@ class KronLaplace(PosteriorPredictions):
                 may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
                 could not have one; `estimator` becomes the one that it was made with. A Fisher that was made of blocks
                 alone is taken to be of this network at its present weights, by the posterior's likelihood and estimator.
+                The exact evidence (see `tune`) needs ``data``.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
@@ -199,12 +205,15 @@ class KronLaplace(PosteriorPredictions):
         remaining, fisher = self._choice.settle(state, fisher, names, ready_made, before)
         with torch.inference_mode(False):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-            self._adopt(fisher, remaining)
+            kernel = None
+            if data is not None and before is None:
+                kernel = output_kernel(self.model, remaining.layers, data, fisher)
+            self._adopt(fisher, remaining, kernel)
         return self
 
-    def _adopt(self, fisher: KroneckerFisher, remaining: State) -> None:
+    def _adopt(self, fisher: KroneckerFisher, remaining: State, kernel: OutputKernel | None) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
-        fit = self._fit_of(fisher, remaining.layers)
+        fit = self._fit_of(fisher, remaining.layers, kernel)
         if estimator_to_json(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_json(fisher.metadata.settings)
         with ONE_CHANGE:
@@ -213,9 +222,9 @@ class KronLaplace(PosteriorPredictions):
                 changes |= {"layers": remaining.layers, "given": remaining.given}
             self._change(likelihood=self.likelihood.completed_by(fisher.metadata.likelihood), **changes)
 
-    def _fit_of(self, fisher: KroneckerFisher, layers: Sequence[Layer]) -> Fit:
+    def _fit_of(self, fisher: KroneckerFisher, layers: Sequence[Layer], kernel: OutputKernel | None) -> Fit:
         means = {layer.name: layer.matrix() for layer in layers}
-        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights))
+        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights), kernel)
 
     @property
     def fisher(self) -> KroneckerFisher:
@@ -299,11 +308,11 @@ class KronLaplace(PosteriorPredictions):
     @in_full_precision
     def tune(
         self,
-        method: TuningMethod | str = TuningMethod.EVIDENCE,
+        method: TuningMethod | str | None = None,
         structure: PriorStructure | str = PriorStructure.SCALAR,
         data: Iterable[Any] | None = None,
         *,
-        noise: NoiseTuning | str = NoiseTuning.TUNED,
+        noise: NoiseTuning | str | None = None,
         predictive: Predictive | None = None,
         grid: Sequence[float] | None = None,
         progress: bool = False,
@@ -311,23 +320,28 @@ class KronLaplace(PosteriorPredictions):
         """Set the prior precision, and in regression the noise with it (unless it is known).
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
-        share a precision). By validation it costs one prediction of the validation data for every point of the grid.
+        share a precision), by the exact evidence less than a second. By validation it costs one prediction of the
+        validation data for every point of the grid.
 
         Args:
-            method: ``"evidence"``, the log marginal likelihood; ``"validation"``, the negative log-likelihood of ``data``
-                under ``predictive``.
+            method: ``"evidence"``, the log marginal likelihood; ``"exact-evidence"``, that with the exact Gauss-Newton
+                matrix of all layers together, see `kronlaplace.laplace.exact_evidence`; ``"validation"``, the negative
+                log-likelihood of ``data`` under ``predictive``. None is ``"exact-evidence"`` where a fit to data has made it
+                possible (a `Gaussian` likelihood, up to 1,024 targets, one precision for all weights), else ``"evidence"``:
+                with few targets the evidence through Kronecker factors takes far too large a noise.
             structure: What has a precision of its own: ``"scalar"`` all weights together, ``"layerwise"`` every block,
                 ``"diagonal"`` every weight. With ``"validation"`` the ratios of the precisions are those that the evidence
                 prefers, and the grid has factors in front.
             data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
                 times.
-            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it is
-                known, and stays as the posterior's `likelihood` has it.
+            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it
+                stays as the posterior's `likelihood` has it. None keeps a noise that was stated, as in ``Gaussian(0.1)``,
+                and tunes one that was not, as in ``Gaussian()`` or ``"regression"``.
             predictive: How predictions will be made; None is `Predictive()`, the linearized one with the probit link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
-                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With
-                ``noise="fixed"`` they are tried as they are.
+                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With a
+                noise that stays they are tried as they are.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -342,14 +356,18 @@ class KronLaplace(PosteriorPredictions):
             UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
                 square error on the training data; for validation data that are one process's share.
         """
-        method = choice(TuningMethod, method, "method", VALUES)
         structure = choice(PriorStructure, structure, "structure")
-        if method is TuningMethod.EVIDENCE:
+        if method is None:
+            exact = has_exact_evidence(self._at_its_weights(), structure)
+            method = TuningMethod.EXACT_EVIDENCE if exact else TuningMethod.EVIDENCE
+        method = choice(TuningMethod, method, "method", VALUES)
+        if method is not TuningMethod.VALIDATION:
             if data is not None or predictive is not None or grid is not None:
                 raise TypeError(
                     'data, predictive and grid are for method="validation"; the evidence does not use them.'
                 )
-            tuned = by_evidence(self._at_its_weights(), structure, noise)
+            tune = by_evidence if method is TuningMethod.EVIDENCE else by_exact_evidence
+            tuned = tune(self._at_its_weights(), structure, noise)
         else:
             tuned = by_validation(
                 self.model,
@@ -377,7 +395,9 @@ class KronLaplace(PosteriorPredictions):
         """
         state = self._at_its_weights()
         fit = state.fitted
-        files.write(path, files.Stored(fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature))
+        files.write(
+            path, files.Stored(fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature, fit.kernel)
+        )
 
     @classmethod
     @told_of
@@ -403,7 +423,7 @@ class KronLaplace(PosteriorPredictions):
             temperature=stored.temperature,
             layers=list(stored.fisher),
         )
-        posterior._adopt(stored.fisher, posterior._state)
+        posterior._adopt(stored.fisher, posterior._state, stored.kernel)
         return posterior
 
     def _at_its_weights(self) -> State:

@@ -22,6 +22,7 @@ from kronlaplace.laplace.evidence import Evidence, noise_rescaling
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.linearized import ShapeCache
+from kronlaplace.laplace.output_kernel import OutputKernel
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
@@ -38,6 +39,7 @@ class Fit:
         fisher: The Fisher.
         mean: The weights that it was estimated at, each block's matrix ``(q, p)``.
         guard: Notices when the network's weights change.
+        kernel: The kernel of the training outputs, for a small regression table.
         known: What passes over the network have found out, by what was asked of them.
         unclear: Layers that the user has been warned of by `State.warn_of_rounding`.
     """
@@ -45,6 +47,7 @@ class Fit:
     fisher: KroneckerFisher
     mean: Mapping[str, Tensor]
     guard: WeightsGuard
+    kernel: OutputKernel | None = None
     known: dict[Hashable, ShapeCache] = field(default_factory=dict)
     unclear: set[str] = field(default_factory=set)
 

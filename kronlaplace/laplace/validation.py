@@ -57,7 +57,7 @@ def by_validation(
     predictor: Callable[[Hyperparameters], Predictor],
     data: Iterable[Any] | None,
     structure: PriorStructure,
-    noise: NoiseTuning | str,
+    noise: NoiseTuning | str | None,
     predictive: Predictive | None,
     grid: Sequence[float] | None,
     progress: bool,
@@ -70,7 +70,7 @@ def by_validation(
         predictor: Predicts with the posterior at other hyperparameters.
         data: Batches with targets.
         structure: What has a precision of its own.
-        noise: Whether the noise is also tuned, or known.
+        noise: Whether the noise is tuned too, or fixed; None: fixed if it is known.
         predictive: How predictions will be made.
         grid: Precisions or factors to try.
         progress: Whether to show a progress bar.

@@ -133,7 +133,7 @@ def test_tuning_finds_the_maximum_of_the_evidence(likelihood, structure):
     case = cnn(likelihood)
     posterior = fitted(case, prior_precision=1e-3)
     before = posterior.log_marginal_likelihood()
-    posterior.tune(structure=structure)
+    posterior.tune("evidence", structure)
     assert posterior.prior_precision.shape == (() if structure == "scalar" else (3,))
     best = posterior.log_marginal_likelihood()
     assert best > before

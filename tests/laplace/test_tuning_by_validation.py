@@ -258,7 +258,7 @@ def test_validation_does_not_depend_on_the_noise_before():
     x, y = shifted(made)
     tuned = []
     for noise in (1.0, 0.1, 10.0):
-        posterior = kl.KronLaplace(made.model, kl.Gaussian(noise)).fit(made.data())
+        posterior = kl.KronLaplace(made.model, kl.Gaussian(noise, noise_known=False)).fit(made.data())
         posterior.tune("validation", data=[(x, y)], grid=GRID)
         tuned.append([float(posterior.prior_precision), posterior.likelihood.noise_std])
     np.testing.assert_allclose(tuned[1:], tuned[:-1], rtol=1e-4)
