@@ -33,6 +33,7 @@ class Stored:
         prior: The prior.
         likelihood: The likelihood, with the noise that predictions use.
         temperature: ``τ``.
+        logit_scale: ``a``.
         kernel: The kernel of the training outputs, if there is one.
     """
 
@@ -41,6 +42,7 @@ class Stored:
     prior: Prior
     likelihood: Likelihood
     temperature: float
+    logit_scale: float
     kernel: OutputKernel | None = None
 
 
@@ -55,6 +57,7 @@ def write(path: str | PathLike[str], stored: Stored) -> None:
         "fisher": stored.fisher.to_json(),
         "likelihood": stored.likelihood.to_json(),
         "temperature": stored.temperature,
+        "logit_scale": stored.logit_scale,
         "prior": stored.prior.to_json(),
     }
     save_tensors(path, "posterior", tensors, values)
@@ -100,6 +103,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         prior_from_tensors(tensors, values.get("prior", {}), layers),
         Likelihood.from_json(values["likelihood"]),
         values["temperature"],
+        values.get("logit_scale", 1.0),
         OutputKernel(tensors["output_kernel"].cpu()) if "output_kernel" in tensors else None,
     )
 

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace._arguments import Choice, choice, positive_number
+from kronlaplace._arguments import Choice, choice, positive_number, seed_number, warn
 from kronlaplace._precision import in_full_precision
 from kronlaplace.damping import DampedInverse
 from kronlaplace.data.device import device_of
+from kronlaplace.data.kept_examples import KeptExamples
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.estimation import with_metadata
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
+from kronlaplace.laplace.calibration import calibrated_logit_scale, has_logit_scale, keeping, training_examples
 from kronlaplace.laplace.exact_evidence import by_exact_evidence, has_exact_evidence
 from kronlaplace.laplace.given_prior import GivenPrior
+from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
 from kronlaplace.laplace.migration import VALUES, told_of
@@ -33,10 +36,11 @@ from kronlaplace.laplace.prior_mean import PriorMean
 from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
-from kronlaplace.laplace.tuning import NoiseTuning, by_evidence
+from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.network.preconditions import check_model
 
@@ -141,7 +145,9 @@ class KronLaplace(PosteriorPredictions):
             return moved
         fisher = state.fit.fisher.to(device_of(self.model), {layer.name: layer.dtype for layer in layers})
         fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
-        return replace(moved, fit=self._fit_of(fisher, layers, state.fit.kernel))
+        was, now = state.fit.mean[layers[0].name].dtype, layers[0].matrix().dtype
+        examples = state.fit.examples.to(device_of(self.model), None if was == now else now)
+        return replace(moved, fit=self._fit_of(fisher, layers, state.fit.kernel, examples))
 
     @told_of
     @in_full_precision
@@ -193,10 +199,12 @@ class KronLaplace(PosteriorPredictions):
         if before is not None:
             likelihood = before.metadata.likelihood  # with the noise of that fit; it may have been tuned since
         ready_made = fisher is not None
+        examples = KeptExamples(seed_number(seed))
         if fisher is None:
             assert data is not None
             options = {"sampling": sampling, "mc_samples": mc_samples, "seed": seed, "progress": progress}
-            fisher = self._choice.estimate(data, likelihood, self.estimator, **options)
+            watch = keeping(examples) if has_logit_scale(likelihood) else None
+            fisher = self._choice.estimate(data, likelihood, self.estimator, watch, **options)
             names = list(fisher)
         else:
             if not fisher.has_metadata:
@@ -208,23 +216,34 @@ class KronLaplace(PosteriorPredictions):
             kernel = None
             if data is not None and before is None:
                 kernel = output_kernel(self.model, remaining.layers, data, fisher)
-            self._adopt(fisher, remaining, kernel)
+            if before is not None and state.fit is not None:
+                examples.merge(state.fit.examples)
+            self._adopt(fisher, remaining, kernel, examples)
         return self
 
-    def _adopt(self, fisher: KroneckerFisher, remaining: State, kernel: OutputKernel | None) -> None:
+    def _adopt(
+        self,
+        fisher: KroneckerFisher,
+        remaining: State,
+        kernel: OutputKernel | None,
+        examples: KeptExamples,
+        logit_scale: float = 1.0,
+    ) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
-        fit = self._fit_of(fisher, remaining.layers, kernel)
+        fit = self._fit_of(fisher, remaining.layers, kernel, examples)
         if estimator_to_json(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_json(fisher.metadata.settings)
         with ONE_CHANGE:
-            changes: dict[str, Any] = {"fit": fit}
+            changes: dict[str, Any] = {"fit": fit, "logit_scale": logit_scale}
             if remaining.layers is not self._layers:  # else the prior may have been set meanwhile
                 changes |= {"layers": remaining.layers, "given": remaining.given}
             self._change(likelihood=self.likelihood.completed_by(fisher.metadata.likelihood), **changes)
 
-    def _fit_of(self, fisher: KroneckerFisher, layers: Sequence[Layer], kernel: OutputKernel | None) -> Fit:
+    def _fit_of(
+        self, fisher: KroneckerFisher, layers: Sequence[Layer], kernel: OutputKernel | None, examples: KeptExamples
+    ) -> Fit:
         means = {layer.name: layer.matrix() for layer in layers}
-        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights), kernel)
+        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights), kernel, examples)
 
     @property
     def fisher(self) -> KroneckerFisher:
@@ -313,15 +332,18 @@ class KronLaplace(PosteriorPredictions):
         data: Iterable[Any] | None = None,
         *,
         noise: NoiseTuning | str | None = None,
+        logit_scale: ScaleTuning | str = ScaleTuning.TUNED,
         predictive: Predictive | None = None,
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision, and in regression the noise with it (unless it is known).
+        """Set the prior precision; in regression the noise with it (unless it is known), in classification the `logit_scale`.
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
-        share a precision), by the exact evidence less than a second. By validation it costs one prediction of the
-        validation data for every point of the grid.
+        share a precision), by the exact evidence less than a second. The scale of the logits, which keeps a classifier as
+        certain as it was where it has data (see `kronlaplace.laplace.calibration`), costs one prediction of up to 1,024
+        training examples, of which `fit` keeps copies. By validation it costs one prediction of the validation data for
+        every point of the grid.
 
         Args:
             method: ``"evidence"``, the log marginal likelihood; ``"exact-evidence"``, that with the exact Gauss-Newton
@@ -332,11 +354,14 @@ class KronLaplace(PosteriorPredictions):
             structure: What has a precision of its own: ``"scalar"`` all weights together, ``"layerwise"`` every block,
                 ``"diagonal"`` every weight. With ``"validation"`` the ratios of the precisions are those that the evidence
                 prefers, and the grid has factors in front.
-            data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
-                times.
+            data: For ``"validation"`` batches ``(inputs, targets)`` that were not used for training, readable several
+                times. For an evidence the training data, to calibrate the scale of the logits where `fit` has seen none: for
+                a posterior that was loaded, or fitted with ``fisher=``.
             noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it
                 stays as the posterior's `likelihood` has it. None keeps a noise that was stated, as in ``Gaussian(0.1)``,
                 and tunes one that was not, as in ``Gaussian()`` or ``"regression"``.
+            logit_scale: Whether a classifier's `logit_scale` is ``"tuned"`` too (with ``"validation"`` it is 1), or stays as
+                it is, ``"fixed"``.
             predictive: How predictions will be made; None is `Predictive()`, the linearized one with the probit link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
@@ -357,21 +382,30 @@ class KronLaplace(PosteriorPredictions):
                 square error on the training data; for validation data that are one process's share.
         """
         structure = choice(PriorStructure, structure, "structure")
+        state = self._at_its_weights()
+        calibrated = choice(ScaleTuning, logit_scale, "logit_scale") is ScaleTuning.TUNED and has_logit_scale(
+            state.likelihood
+        )
         if method is None:
-            exact = has_exact_evidence(self._at_its_weights(), structure)
+            exact = has_exact_evidence(state, structure)
             method = TuningMethod.EXACT_EVIDENCE if exact else TuningMethod.EVIDENCE
         method = choice(TuningMethod, method, "method", VALUES)
         if method is not TuningMethod.VALIDATION:
-            if data is not None or predictive is not None or grid is not None:
+            if predictive is not None or grid is not None:
+                raise TypeError('predictive and grid are for method="validation"; the evidence does not use them.')
+            if data is not None and not calibrated:
                 raise TypeError(
-                    'data, predictive and grid are for method="validation"; the evidence does not use them.'
+                    'data are for method="validation", or for a classifier whose logit_scale is tuned; the evidence does not '
+                    "use them."
                 )
             tune = by_evidence if method is TuningMethod.EVIDENCE else by_exact_evidence
-            tuned = tune(self._at_its_weights(), structure, noise)
+            tuned = tune(state, structure, noise)
+            if calibrated:
+                tuned = replace(tuned, logit_scale=self._calibrated_scale(tuned, data))
         else:
             tuned = by_validation(
                 self.model,
-                self._at_its_weights(),
+                replace(state, logit_scale=1.0) if calibrated else state,
                 lambda trial: Predictor(self.model, self.with_hyperparameters(trial)._state),
                 data,
                 structure,
@@ -383,6 +417,22 @@ class KronLaplace(PosteriorPredictions):
         with ONE_CHANGE:
             self.hyperparameters = replace(tuned, temperature=self.temperature)  # it may have been set meanwhile
         return self
+
+    def _calibrated_scale(self, tuned: Hyperparameters, data: Iterable[Any] | None) -> float:
+        """Return the scale of the logits at other hyperparameters, or, without examples, the present one with a warning."""
+        fit = self._state.fitted
+        metadata = fit.fisher.metadata
+        layout = Layout(metadata.input_axis, metadata.shared_inputs)
+        examples = fit.examples if data is None else training_examples(self.model, data, self.likelihood, layout)
+        if not len(examples):
+            warn(
+                "the scale of the logits stays as it is, because the fit has seen no data (it took a ready-made Fisher, or "
+                "the posterior was loaded): predictions may be far less certain than the network. Give tune the training "
+                'data, tune(data=...), or leave the scale alone, tune(logit_scale="fixed").'
+            )
+            return self.logit_scale
+        at_tuned = self.with_hyperparameters(replace(tuned, logit_scale=1.0))
+        return calibrated_logit_scale(Predictor(self.model, at_tuned._state), examples.batches(), layout)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
@@ -396,7 +446,10 @@ class KronLaplace(PosteriorPredictions):
         state = self._at_its_weights()
         fit = state.fitted
         files.write(
-            path, files.Stored(fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature, fit.kernel)
+            path,
+            files.Stored(
+                fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature, state.logit_scale, fit.kernel
+            ),
         )
 
     @classmethod
@@ -423,7 +476,7 @@ class KronLaplace(PosteriorPredictions):
             temperature=stored.temperature,
             layers=list(stored.fisher),
         )
-        posterior._adopt(stored.fisher, posterior._state, stored.kernel)
+        posterior._adopt(stored.fisher, posterior._state, stored.kernel, KeptExamples(), stored.logit_scale)
         return posterior
 
     def _at_its_weights(self) -> State:

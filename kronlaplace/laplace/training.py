@@ -25,11 +25,12 @@ from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher.curvature_pass import check_batch
 from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.laplace.calibration import has_logit_scale
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.prior import Prior, PriorStructure
 from kronlaplace.laplace.prior_precision import Precision
-from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
+from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, ScaleTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.network.alignment import Alignment
@@ -183,7 +184,7 @@ def train_by_evidence(
             if epoch <= burn_in or ((epoch - burn_in) % every and epoch < epochs):
                 continue
             posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(
-                TuningMethod.EVIDENCE, structure, noise=noise
+                TuningMethod.EVIDENCE, structure, noise=noise, logit_scale=ScaleTuning.FIXED
             )
             record = _record(epoch, posterior)
             history.append(record)
@@ -201,6 +202,8 @@ def train_by_evidence(
     posterior.likelihood = record.likelihood
     posterior.prior = record.prior
     posterior.fit(fisher=fisher)
+    if has_logit_scale(posterior.likelihood):
+        posterior.logit_scale = posterior._calibrated_scale(posterior.hyperparameters, data)
     return EvidenceTraining(posterior, tuple(history), record)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ __all__ = [
     "PRECISION_BOUNDS",
     "SUSPICIOUS_NOISE",
     "NoiseTuning",
+    "ScaleTuning",
     "Tuned",
     "by_evidence",
     "check_noise",
@@ -73,6 +74,13 @@ _HALVINGS = 40
 
 class NoiseTuning(Choice):
     """How a Gaussian likelihood's noise is treated: ``TUNED`` with the prior, or ``FIXED`` at its value."""
+
+    TUNED = "tuned"
+    FIXED = "fixed"
+
+
+class ScaleTuning(Choice):
+    """How the scale of a classifier's logits is treated: ``TUNED`` with the prior, or ``FIXED``."""
 
     TUNED = "tuned"
     FIXED = "fixed"
@@ -153,7 +161,7 @@ def finish(state: State, tuned: Tuned) -> Hyperparameters:
         "its training errors do not reveal it",
     )
     noise_std = state.likelihood.noise_std if tuned.noise_std is None else tuned.noise_std
-    return Hyperparameters(state.prior.with_multiples(tuned.multiples), noise_std, state.temperature)
+    return replace(state.hyperparameters, prior=state.prior.with_multiples(tuned.multiples), noise_std=noise_std)
 
 
 def check_noise(state: State, tuned: float | None, meaning: str) -> None:

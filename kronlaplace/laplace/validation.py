@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,9 @@ class Validator:
         return Candidate(float(result.fun), with_noise(float(result.x)))
 
     def _at(self, multiples: Tensor, noise_std: float | None) -> Hyperparameters:
-        return Hyperparameters(self._state.prior.with_multiples(multiples), noise_std, self._state.temperature)
+        return replace(
+            self._state.hyperparameters, prior=self._state.prior.with_multiples(multiples), noise_std=noise_std
+        )
 
     def _errors(self, at: Hyperparameters) -> tuple[Tensor, Tensor]:
         """Squared errors and variances of the function, of all targets, on the CPU."""
