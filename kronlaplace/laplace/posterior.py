@@ -323,7 +323,7 @@ class KronLaplace(PosteriorPredictions):
                 times.
             noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it is
                 known, and stays as the posterior's `likelihood` has it.
-            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the probit link.
+            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the default link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
                 with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With
