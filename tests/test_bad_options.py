@@ -55,7 +55,7 @@ CALLS = {
     "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
     "link": (
         lambda p: p.predict(X, link="logit"),
-        r"unknown link 'logit'; allowed are 'probit', 'centered-probit', 'mc', 'bridge'",
+        r"unknown link 'logit'; allowed are 'margin', 'probit', 'centered-probit', 'mc', 'bridge'",
     ),
     "link of samples": (
         lambda p: p.predict(X, method="sample", link="mc"),

@@ -337,7 +337,7 @@ class KronLaplace(PosteriorPredictions):
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision; in regression the noise with it (unless it is known), in classification the `logit_scale`.
+        """Set the prior precision, with the noise in regression (unless it is known) and the `logit_scale` in classification.
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
         share a precision), by the exact evidence less than a second. The scale of the logits, which keeps a classifier as
@@ -362,7 +362,7 @@ class KronLaplace(PosteriorPredictions):
                 and tunes one that was not, as in ``Gaussian()`` or ``"regression"``.
             logit_scale: Whether a classifier's `logit_scale` is ``"tuned"`` too (with ``"validation"`` it is 1), or stays as
                 it is, ``"fixed"``.
-            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the probit link.
+            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the default link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
                 with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With a
@@ -395,8 +395,8 @@ class KronLaplace(PosteriorPredictions):
                 raise TypeError('predictive and grid are for method="validation"; the evidence does not use them.')
             if data is not None and not calibrated:
                 raise TypeError(
-                    'data are for method="validation", or for a classifier whose logit_scale is tuned; the evidence does not '
-                    "use them."
+                    'data are for method="validation", or for a classifier whose logit_scale is tuned; the evidence does '
+                    "not use them."
                 )
             tune = by_evidence if method is TuningMethod.EVIDENCE else by_exact_evidence
             tuned = tune(state, structure, noise)

@@ -336,7 +336,7 @@ class Likelihood(ABC):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """Links that `predictive` supports; empty if it needs no link."""
+        """Links that `predictive` supports, the default one first; empty if it needs no link."""
         return (Link.PROBIT, Link.MC)
 
     def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:

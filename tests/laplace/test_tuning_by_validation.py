@@ -240,7 +240,7 @@ def test_prior_and_noise_are_found_together_by_sampling():
 
 @pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:the validation loss is smallest at the edge")
-@pytest.mark.parametrize("name", ["probit", "sample"])
+@pytest.mark.parametrize("name", ["default", "sample"])
 def test_validation_with_predicted_noise(name):
     """There is no noise to find; picks the best of the grid."""
     predictive = PREDICTIVES[name]
