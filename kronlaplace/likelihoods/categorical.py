@@ -13,7 +13,14 @@ from torch import Tensor
 
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.base import Likelihood
-from kronlaplace.likelihoods.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
+from kronlaplace.likelihoods.links import (
+    Link,
+    centered_probit_scaled,
+    laplace_bridge,
+    margin_scaled,
+    mean_over_samples,
+    probit_scaled,
+)
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
 from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements
 
@@ -234,7 +241,7 @@ class Categorical(Likelihood):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        return (Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
+        return (Link.MARGIN, Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return F.softmax(wide(outputs), dim=self._axis(outputs))
@@ -244,6 +251,8 @@ class Categorical(Likelihood):
     ) -> Tensor:
         """Compute class probabilities by ``link``, of the shape of ``mean``, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
+        if link is Link.MARGIN:
+            return F.softmax(margin_scaled(mean, covariance), dim=-1)
         if link is Link.PROBIT:
             return F.softmax(probit_scaled(mean, covariance), dim=-1)
         if link is Link.CENTERED_PROBIT:
