@@ -130,12 +130,9 @@ def at_map(model, problem):
     return lambda x: probabilities(logits_of(model, x))
 
 
-def main_path(model, problem):
-    return kl.KronLaplace(model, problem.likelihood).fit(problem.loader).tune().predict
-
-
-def last_layer(model, problem):
-    return kl.KronLaplace(model, problem.likelihood, layers="last").fit(problem.loader).tune().predict
+def of_kronlaplace(model, problem, layers=None, **tuning):
+    posterior = kl.KronLaplace(model, problem.likelihood, layers=layers).fit(problem.loader)
+    return posterior.tune(**tuning).predict
 
 
 def of_laplace_torch(model, problem, **options):
@@ -176,8 +173,9 @@ def deep_ensemble(models, problem):
 
 METHODS: dict[str, tuple[Callable, Callable]] = {
     MAP: (Problem.map, at_map),
-    "kronlaplace, no option set": (Problem.map, main_path),
-    "kronlaplace, last layer": (Problem.map, last_layer),
+    "kronlaplace, no option set": (Problem.map, of_kronlaplace),
+    "kronlaplace, last layer": (Problem.map, partial(of_kronlaplace, layers="last")),
+    "kronlaplace, logits not scaled": (Problem.map, partial(of_kronlaplace, logit_scale="fixed")),
     "laplace-torch, no option set": (Problem.map, of_laplace_torch),
     "laplace-torch, all layers": (Problem.map, partial(of_laplace_torch, subset_of_weights="all")),
     "temperature scaling": (Problem.of_kept, temperature_scaling),
