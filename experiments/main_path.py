@@ -51,11 +51,7 @@ SCORES = (
     Column("auroc", "AUROC"),
     Column("seconds", "seconds", 2),
 )
-AGAINST_MAP = (
-    Column("nll_ratio", "NLL / MAP's", 3),
-    Column("ece_change", "ECE - MAP's"),
-    Column("auroc_change", "AUROC - MAP's"),
-)
+AGAINST_MAP = ("nll_ratio", "ece_change", "auroc_change")
 MAP = "MAP"
 N_ENSEMBLE, HELD_OUT = 5, 0.1
 TEMPERATURES = (0.1, 10.0)
@@ -252,7 +248,7 @@ def read_rows(path):
 def write_rows(path, rows):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "seed", *(column.key for column in (*SCORES, *AGAINST_MAP)), "remark"])
+        writer.writerow(["method", "seed", *(column.key for column in SCORES), *AGAINST_MAP, "remark"])
         for method in sorted(rows, key=list(METHODS).index):
             for seed, row in sorted(rows[method].items()):
                 numbers = (*row.scores, *against_map(row.scores, rows[MAP][seed].scores))
@@ -272,44 +268,48 @@ def against_map(scores, of_map):
 
 
 def table_of(rows):
-    values = {}
-    for method, by_seed in rows.items():
-        of_map = rows[MAP]
-        lines = [(*row.scores, *against_map(row.scores, of_map[seed].scores)) for seed, row in by_seed.items()]
-        values[method] = np.array(lines)
-    return Table((*SCORES, *AGAINST_MAP), values)
+    return Table(SCORES, {method: np.array([row.scores for row in rows[method].values()]) for method in rows})
 
 
-def missed(rows, method):
-    """The bounds that the means over seeds miss, as text; None where there is no mean."""
-    by_seed, of_map = rows[method], rows[MAP]
-    scores = np.array([row.scores for row in by_seed.values()])
-    base = np.array([of_map[seed].scores for seed in by_seed])
+@dataclass(frozen=True)
+class Comparison:
+    """Means over seeds against those of the MAP with the same seeds, and the scores whose bounds are missed."""
+
+    nll_ratio: float
+    ece_change: float
+    auroc_change: float
+    missed: tuple[str, ...]
+
+    def __str__(self):
+        verdict = f"misses {', '.join(self.missed)}" if self.missed else "met"
+        return f"{self.nll_ratio:.3f}, {self.ece_change:+.4f}, {self.auroc_change:+.4f}: {verdict}"
+
+
+def compared(rows, method):
+    """The comparison of a method, None where it was left out."""
+    scores = np.array([row.scores for row in rows[method].values()])
+    of_map = np.array([rows[MAP][seed].scores for seed in rows[method]])
     if np.isnan(scores).any():
         return None
-    ratio = score(scores.mean(axis=0), "nll") / score(base.mean(axis=0), "nll")
-    _, ece, auroc = against_map(scores.mean(axis=0), base.mean(axis=0))
-    over = score(base.mean(axis=0), "confidence") > score(base.mean(axis=0), "accuracy")
-    overconfident = over and score(base.mean(axis=0), "ece") > OVERCONFIDENT
-    everywhere = {key: (score(scores.T, key) < score(base.T, key)).all() for key in ("nll", "ece")}
-    failures = {
-        f"NLL {ratio:.3f} times": ratio > NLL_BOUND or (overconfident and not everywhere["nll"]),
-        f"ECE {ece:+.4f}": ece > ECE_BOUND or (overconfident and not everywhere["ece"]),
-        f"AUROC {auroc:+.4f}": auroc <= 0,
+    base = of_map.mean(axis=0)
+    ratio, ece, auroc = against_map(scores.mean(axis=0), base)
+    overconfident = score(base, "ece") > OVERCONFIDENT and score(base, "confidence") > score(base, "accuracy")
+    below = {key: (score(scores.T, key) < score(of_map.T, key)).all() for key in ("nll", "ece")}
+    misses = {
+        "NLL": ratio > NLL_BOUND or (overconfident and not below["nll"]),
+        "ECE": ece > ECE_BOUND or (overconfident and not below["ece"]),
+        "AUROC": auroc <= 0,
     }
-    return [text for text, failed in failures.items() if failed]
+    return Comparison(ratio, ece, auroc, tuple(name for name, is_missed in misses.items() if is_missed))
 
 
 def bounds_table(results):
-    """Markdown: methods, data sets, and which bounds are met."""
+    """Markdown: a row for each method, a column for each data set."""
     methods = [method for method in METHODS if method != MAP and any(method in rows for rows in results.values())]
-    lines = [["", *(name for name in results)], ["---"] * (len(results) + 1)]
+    lines = [["", *results], ["---"] * (len(results) + 1)]
     for method in methods:
-        cells = []
-        for rows in results.values():
-            failures = missed(rows, method) if method in rows else None
-            cells.append("" if failures is None else ", ".join(failures) or "met")
-        lines.append([method, *cells])
+        comparisons = [compared(rows, method) if method in rows else None for rows in results.values()]
+        lines.append([method, *("" if comparison is None else str(comparison) for comparison in comparisons)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -326,8 +326,9 @@ NOTES = (
     "seconds: fit, tune, and prediction of test and foreign inputs, without the training of networks",
 )
 BOUNDS = (
-    f"Bounds, on the means over seeds: NLL at most {NLL_BOUND:g} times the MAP's, ECE at most {ECE_BOUND:g} above it, AUROC "
-    f"above it; where the MAP is overconfident (ECE above {OVERCONFIDENT:g}), NLL and ECE below it with every seed."
+    "Means over seeds against the MAP's: ratio of NLL, difference of ECE, difference of AUROC. The bounds: NLL at most "
+    f"{NLL_BOUND:g} times the MAP's, ECE at most {ECE_BOUND:g} above it, AUROC above it; where the MAP is overconfident "
+    f"(ECE above {OVERCONFIDENT:g}), NLL and ECE below it with every seed."
 )
 
 

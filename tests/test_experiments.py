@@ -110,16 +110,16 @@ def test_bounds_of_the_main_path():
             for name, by_seed in methods.items()
         }
 
-    def missed(base, *by_seed):
-        return main_path.missed(rows(MAP=[base] * len(by_seed), other=by_seed), "other")
+    def compared(base, *by_seed):
+        return main_path.compared(rows(MAP=[base] * len(by_seed), other=by_seed), "other")
 
-    assert missed({}, {"nll": 0.419, "ece": 0.029, "auroc": 0.71}) == []
-    assert missed({}, {"nll": 0.44, "ece": 0.035}) == ["NLL 1.100 times", "ECE +0.0150", "AUROC +0.0000"]
+    assert compared({}, {"nll": 0.419, "ece": 0.029, "auroc": 0.71}).missed == ()
+    assert str(compared({}, {"nll": 0.44, "ece": 0.035})) == "1.100, +0.0150, +0.0000: misses NLL, ECE, AUROC"
     overconfident = {"confidence": 0.95, "ece": 0.05}
     better = {"nll": 0.3, "ece": 0.02, "auroc": 0.8}
-    assert missed(overconfident, better, better) == []
-    assert missed(overconfident, better, better | {"nll": 0.41}) == ["NLL 0.887 times"]
-    assert missed({}, {"nll": float("nan")}) is None
+    assert str(compared(overconfident, better, better)) == "0.750, -0.0300, +0.1000: met"
+    assert compared(overconfident, better, better | {"nll": 0.41}).missed == ("NLL",)
+    assert compared({}, {"nll": float("nan")}) is None
 
 
 def test_two_outputs_that_differ_by_a_logit():
