@@ -59,7 +59,7 @@ FIT_BATCH, PREDICT_BATCH = 500, 100
 NLL_BOUND, ECE_BOUND, OVERCONFIDENT = 1.05, 0.01, 0.03
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     """A task, its data, the folder of its networks, and the seed."""
 
