@@ -262,6 +262,7 @@ def head_rows(model, layers, x, y, args, device):
     times = in_turn(runs, device)
     rows = {}
     for key, run in runs.items():
+        run.call()  # warm again, whatever the run before has reset
         run.before()
         rows[key] = row(LAST_LAYER, times, key, base, largest_mb=largest_bytes(run.call) / 1e6)
     return rows
