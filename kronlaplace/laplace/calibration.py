@@ -16,7 +16,8 @@ Two scales are found from the marginals ``f_n ~ N(f(x_n), C_n)`` at a sample of 
   ``1 + h`` with the mean leverage ``h = 1/N Σ_n tr(Λ_n C_n)``, the effective parameters per example.
 
 The first cannot know that a network has memorized its labels; the second is too pessimistic where few parameters are
-effective. The leverage decides between them: ``log a = (1 − h) log a_fit + h log a_out``.
+effective. The leverage decides between them: ``log a = (1 − h) log a_fit + h log a_out``. Neither is less than 1, where the
+average over the weights has its full effect.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def calibrated_logit_scale(predictor: Predictor, examples: Iterable[tuple[Inputs
         layout: Where the examples are in the inputs.
 
     Returns:
-        ``a > 0``; 1 if there is no target that counts.
+        ``a``, at least 1; 1 if there is no target that counts.
     """
     batches = list(examples)
     parts = list(_marginals(predictor, batches, layout)) if _fits(predictor, batches, layout) else None
@@ -166,9 +167,9 @@ class _CrossEntropy:
         self._parts.append((mean, variances, labels))
 
     def log_of_best_scale(self) -> float:
-        """Return the logarithm of the scale where it is least."""
-        bound = math.log(_LARGEST_SCALE)
-        return float(minimize_scalar(self._at, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x)
+        """Return the logarithm of the scale of at least 1 where it is least."""
+        bounds = (0.0, math.log(_LARGEST_SCALE))
+        return float(minimize_scalar(self._at, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x)
 
     def _at(self, log_scale: float) -> float:
         link = self._likelihood.links[0]

@@ -337,7 +337,7 @@ class KronLaplace(PosteriorPredictions):
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision, with the noise in regression (unless it is known) and the `logit_scale` in classification.
+        """Set the prior precision, and with it the noise in regression (unless it is known) or a classifier's `logit_scale`.
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
         share a precision), by the exact evidence less than a second. The scale of the logits, which keeps a classifier as
