@@ -267,8 +267,15 @@ def against_map(scores, of_map):
     )
 
 
+def if_fewer(rows, method):
+    """How many seeds a method has, if fewer than the MAP."""
+    n, of_map = len(rows[method]), len(rows[MAP])
+    return "" if n == of_map else f" (first {n} of {of_map} seeds)"
+
+
 def table_of(rows):
-    return Table(SCORES, {method: np.array([row.scores for row in rows[method].values()]) for method in rows})
+    by_name = {method + if_fewer(rows, method): list(by_seed.values()) for method, by_seed in rows.items()}
+    return Table(SCORES, {name: np.array([row.scores for row in lines]) for name, lines in by_name.items()})
 
 
 @dataclass(frozen=True)
@@ -308,8 +315,11 @@ def bounds_table(results):
     methods = [method for method in METHODS if method != MAP and any(method in rows for rows in results.values())]
     lines = [["", *results], ["---"] * (len(results) + 1)]
     for method in methods:
-        comparisons = [compared(rows, method) if method in rows else None for rows in results.values()]
-        lines.append([method, *("" if comparison is None else str(comparison) for comparison in comparisons)])
+        cells = []
+        for rows in results.values():
+            comparison = compared(rows, method) if method in rows else None
+            cells.append("" if comparison is None else f"{comparison}{if_fewer(rows, method)}")
+        lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
