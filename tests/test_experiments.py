@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import classification_tasks, fit_cost, main_path, measure, predict_cost
+from experiments import classification_tasks, fit_cost, main_path, main_path_methods, measure, predict_cost
 from kronlaplace.demo.training import Recipe
 
 
@@ -88,7 +88,7 @@ def test_main_path(tmp_path, monkeypatch, capsys, n_classes):
     assert all(list(by_seed) == [0, 1] for by_seed in rows.values())
     assert "| tiny |" in (tmp_path / "out" / "main_path.md").read_text(encoding="utf-8")
     networks = {path: path.stat().st_mtime_ns for path in (tmp_path / "networks").iterdir()}
-    assert len(networks) == 2 * (main_path.N_ENSEMBLE + 1)
+    assert len(networks) == 2 * (main_path_methods.N_ENSEMBLE + 1)
 
     main_path.main(["--sets", "tiny", "--seeds", "1", "--methods", "temperature scaling", *folders])
     again = main_path.read_rows(tmp_path / "out" / "tiny.csv")
@@ -124,4 +124,4 @@ def test_bounds_of_the_main_path():
 
 def test_two_outputs_that_differ_by_a_logit():
     layer, x = nn.Linear(3, 1), torch.randn(5, 3)
-    torch.testing.assert_close(main_path.two_outputs(layer)(x).softmax(dim=1)[:, 1:], layer(x).sigmoid())
+    torch.testing.assert_close(main_path_methods.two_outputs(layer)(x).softmax(dim=1)[:, 1:], layer(x).sigmoid())
