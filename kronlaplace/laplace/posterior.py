@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -33,8 +34,10 @@ from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.tuning import NoiseTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
+from kronlaplace.laplace.variational import VariationalFit, VariationalOptions, find_fixed_point
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.network.preconditions import check_model
 
@@ -201,6 +204,60 @@ class KronLaplace(PosteriorPredictions):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
             self._adopt(fisher, remaining)
         return self
+
+    @in_full_precision
+    def fit_variational(
+        self,
+        data: Iterable[Any],
+        *,
+        rounds: int = 2,
+        tolerance: float = 1e-2,
+        structure: PriorStructure | str = PriorStructure.SCALAR,
+        sampling: Sampling | str = Sampling.EXACT,
+        mc_samples: int = 1,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> VariationalFit[KronLaplace]:
+        """Fit the posterior with variational curvature, and tune its prior precision with it.
+
+        The output metric is averaged over the posterior of the outputs instead of taken at the trained weights, where it
+        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). This begins with `fit` and
+        `tune`, then goes toward the fixed point in rounds that each read the data once more than the estimator does. For
+        classification, `Bernoulli`, and `HeteroscedasticGaussian`.
+
+        The posterior changes only if everything succeeds. It is then like any other: the evidence and `tune` work with its
+        curvature, though only the bound is the value of what was fitted here.
+
+        Args:
+            data: Batches ``(inputs, targets)`` of the training data that can be read several times, such as a DataLoader.
+            rounds: At most so many steps.
+            tolerance: Gain of the evidence lower bound, in nats, below which the rounds end.
+            structure: What has a prior precision of its own, as in `tune`.
+            sampling: ``"exact"``, a complete root of the averaged metric, or ``"mc"``, ``mc_samples`` random directions.
+            mc_samples: As in `estimate_fisher`.
+            seed: Seed of directions and of the draws of outputs (classification); all rounds have the same draws.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The posterior itself with the history of its rounds.
+
+        Raises:
+            ValueError: As `fit` and `tune`; for a likelihood whose metric is constant (`Gaussian`, `Euclidean`): there the
+                plain fit is already variational; for ``"empirical"`` sampling.
+            TypeError: For data that can be read only once.
+            NotImplementedError: As `fit`; for a likelihood of your own without `Likelihood.averages`, or an estimator of
+                your own whose blocks cannot be added.
+        """
+        options = VariationalOptions(
+            rounds, tolerance, structure, DirectionSampling(Sampling(sampling), mc_samples, seed), progress
+        )
+        options.check(self.likelihood, data)
+        plain = copy.copy(self)
+        plain.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed, progress=progress)
+        state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
+        with ONE_CHANGE:
+            self._change(layers=state.layers, given=state.given, likelihood=state.likelihood, fit=state.fit)
+        return VariationalFit(self, history, converged)
 
     def _adopt(self, fisher: KroneckerFisher, remaining: State) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""

@@ -51,6 +51,8 @@ class PosteriorSettings(LaplaceTorchNames):
     def __repr__(self) -> str:
         now = self._state
         state = f"fitted to {now.fit.fisher.n_examples:,} examples" if now.fit else "not fitted"
+        if now.fit and now.fit.fisher.metadata.variational:
+            state += ", variational curvature"
         names = [layer.name for layer in now.layers] or LAST
         return (
             f"{type(self).__name__}({now.likelihood}, {self.estimator}, {now.given.shown()}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Gaussian(Likelihood):
         noise_std: Standard deviation ``σ`` of the noise, in target units.
     """
 
+    metric_is_constant: ClassVar[bool] = True
     noise_std: float = 1.0
 
     def __post_init__(self) -> None:
