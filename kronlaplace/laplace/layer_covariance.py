@@ -145,11 +145,11 @@ class _SharedWeights:
         self._rows: list[Tensor] = []
 
     def add(self, gradients: LayerGradients) -> None:
-        h = gradients.gradients()[0] @ self._basis
+        g = gradients.gradients()[0]
         if self._keep_h:
-            self._rows.append(h)
+            self._rows.append(g @ self._basis)
         else:
-            r = (h.mT @ self._b) * self._root  # (N, q, p)
+            r = self._basis.mT @ (g.mT @ self._b) * self._root  # (N, q, p)
             self._rows.append(r.square().sum((1, 2)) if self._wanted.variances else r.flatten(1))
 
     def result(self) -> Tensor:
