@@ -1,11 +1,14 @@
 """Test log-likelihoods of the Laplace posterior on five UCI tables: estimators, ways of tuning, and laplace-torch.
 
     python -m experiments.uci --data-dir DATA --out experiment-results/uci
+    python -m experiments.uci --data-dir DATA --rows 200 --out experiment-results/uci-200
 
 The 20 published splits, and on each the demo's own network (one hidden layer of 50 ReLU units, the same seeds and recipe),
 kept under --out. All posteriors are of that network, so that methods compare split by split: the splits differ far more
 than the methods do. Only the rows "trained by the evidence" have a network of their own, from the same initial weights and
 with as many steps.
+
+With --rows each table is cut to so many training rows, drawn from those of the split; the test rows stay.
 
 laplace-torch's K-FAC is over all weights, with the GLM predictive and variance f_var + sigma². Its prior precision and
 noise are tuned in two ways: by 1000 steps of Adam, as in the regression example of its documentation, and by maximizing the
@@ -27,7 +30,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +61,7 @@ ESTIMATORS = {
     "diagonal": kl.Diagonal(),
     "exact block": kl.ExactBlock(),
 }
+DEFAULT = "K-FAC, default"
 SCALAR, LAYERWISE, DIAGONAL, VALIDATION = "evidence", "evidence, layer-wise", "evidence, by weight", "validation"
 STRUCTURES = {SCALAR: "scalar", LAYERWISE: "layerwise", DIAGONAL: "diagonal"}
 DOCUMENTED, MAXIMISED = "laplace-torch K-FAC, Adam", "laplace-torch K-FAC, maximised"
@@ -176,7 +180,7 @@ def posteriors_of(problem, by_weight):
 
     def by_evidence(model, estimator, structure):
         posterior = kl.KronLaplace(model, "regression", estimator).fit(batches(problem.everything))
-        return posterior.tune(structure=structure)
+        return posterior.tune("evidence", structure)
 
     def by_validation(estimator, predictive, grid=None):
         tuned = kl.KronLaplace(problem.model_of_kept, "regression", estimator).fit(batches(problem.kept))
@@ -196,6 +200,8 @@ def posteriors_of(problem, by_weight):
         if name == "K-FAC":
             make = lambda e=estimator: by_validation(e, SAMPLED_IN_TUNING, SAMPLED_GRID)  # noqa: E731
             result[f"{name}, {VALIDATION}, {OFF}"] = make, SAMPLED
+    by_default = lambda: kl.KronLaplace(problem.model, "regression").fit(batches(problem.everything)).tune()  # noqa: E731
+    result[DEFAULT] = by_default, kl.Predictive()
     result[f"{BY_EVIDENCE}, K-FAC, layer-wise"] = (
         lambda: by_evidence(problem.model_by_evidence, kl.KFAC(), "layerwise"),
         kl.Predictive(),
@@ -459,13 +465,21 @@ def report(scores, seed, folder):
 
 
 @cache
-def data_of(name, data_dir, splits):
-    return load(name, data_dir, n_splits=splits)
+def data_of(name, data_dir, splits, rows):
+    data = load(name, data_dir, n_splits=splits)
+    if rows is None:
+        return data
+    cut = [
+        (np.random.default_rng([0, k, rows]).permutation(train)[:rows], test)
+        for k, (train, test) in enumerate(data.splits)
+    ]
+    return replace(data, splits=cut)
 
 
-def split_scores(data_dir, networks, seed, device, splits, by_weight_splits, which):
+def split_scores(data_dir, networks, seed, device, splits, rows, by_weight_splits, which):
     name, k = which
-    return scores_of(problem_of(data_of(name, data_dir, splits), k, seed, device, networks), k < by_weight_splits)
+    data = data_of(name, data_dir, splits, rows)
+    return scores_of(problem_of(data, k, seed, device, networks), k < by_weight_splits)
 
 
 def main(argv=None):
@@ -473,15 +487,17 @@ def main(argv=None):
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--data-sets", nargs="+", choices=UCI, default=list(UCI))
     parser.add_argument("--splits", type=int, default=N_UCI_SPLITS)
+    parser.add_argument("--rows", type=int, help="training rows of each split; all without it")
     parser.add_argument("--by-weight-splits", type=int, default=5, help="splits with one prior precision per weight")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, default=Path("experiment-results/uci"))
     args = parser.parse_args(argv)
-    networks = args.out / "networks"
+    networks = args.out / ("networks" if args.rows is None else f"networks-{args.rows}")
     networks.mkdir(parents=True, exist_ok=True)
-    work = partial(split_scores, args.data_dir, networks, args.seed, args.device, args.splits, args.by_weight_splits)
+    fixed = args.data_dir, networks, args.seed, args.device, args.splits, args.rows, args.by_weight_splits
+    work = partial(split_scores, *fixed)
     todo = [(name, k) for k in range(args.splits) for name in args.data_sets]
     scores = {name: [] for name in args.data_sets}
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:

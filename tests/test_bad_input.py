@@ -180,7 +180,7 @@ def test_parameters_must_be_on_one_real_device():
 
 def test_regression_has_no_link():
     posterior = kl.KronLaplace(nn.Linear(4, 1), "regression").fit([X])
-    with pytest.raises(ValueError, match=r"link='mc' would have no effect: Gaussian\(noise_std=1.0\) needs none"):
+    with pytest.raises(ValueError, match=r"link='mc' would have no effect: Gaussian\(.*\) needs none"):
         posterior.predict(X, link="mc")
 
 

@@ -55,7 +55,7 @@ CALLS = {
     "method": (lambda p: p.predict(X, method="map"), "unknown method 'map'; allowed are 'glm', 'sample'"),
     "link": (
         lambda p: p.predict(X, link="logit"),
-        r"unknown link 'logit'; allowed are 'probit', 'centered-probit', 'mc', 'bridge'",
+        r"unknown link 'logit'; allowed are 'margin', 'probit', 'centered-probit', 'mc', 'bridge'",
     ),
     "link of samples": (
         lambda p: p.predict(X, method="sample", link="mc"),
@@ -67,7 +67,10 @@ CALLS = {
     "not a tensor": (lambda p: p.predict(X.numpy()), "at least one example on its first axis, .*; got ndarray"),
     "NaN inputs": (lambda p: p.predict(poisoned(0)), "the inputs contain NaN or infinite values"),
     "sample none": (lambda p: p.sample(0), "n must be at least 1, got 0"),
-    "tune method": (lambda p: p.tune(method="magic"), "unknown method 'magic'; allowed are 'evidence', 'validation'"),
+    "tune method": (
+        lambda p: p.tune(method="magic"),
+        "unknown method 'magic'; allowed are 'evidence', 'exact-evidence', 'v",
+    ),
     "tune structure": (lambda p: p.tune(structure="full"), "unknown structure 'full'; allowed are"),
     "noise": (lambda p: p.log_marginal_likelihood(noise_std=1.0), "noise_std only applies to the Gaussian likelihood"),
     "prior": (lambda p: p.log_marginal_likelihood(prior_precision=0.0), "prior_precision must be positive"),

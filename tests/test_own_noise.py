@@ -61,7 +61,7 @@ def posteriors():
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double().eval()
     x = torch.randn(30, 3).double()
     data = [(x, model(x).detach() + 0.3 * torch.randn(30, 2).double())]
-    return [kl.KronLaplace(model, likelihood).fit(data) for likelihood in (Own(0.7), kl.Gaussian(0.7))], data
+    return [kl.KronLaplace(model, likelihood).fit(data) for likelihood in (Own(0.7), kl.Gaussian(0.7, False))], data
 
 
 @pytest.mark.quick(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,10 @@ from kronlaplace.network.layer_checks import check_layers
 from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.network.output_activation import check_outputs_are_logits
 
-__all__ = ["CurvaturePass", "accumulate", "accumulate_batch", "check_batch"]
+__all__ = ["CurvaturePass", "Watch", "accumulate", "accumulate_batch", "check_batch"]
+
+Watch: TypeAlias = Callable[[Batch, Layout], None]
+"""What a caller does with every batch of the first pass: it is told the batch and where its examples are."""
 
 
 @in_full_precision
@@ -242,6 +245,7 @@ def accumulate(
     description: str,
     unsupported: Unsupported = Unsupported.ERROR,
     choose: Callable[[Inputs], Sequence[Layer]] | None = None,
+    watch: Watch | None = None,
 ) -> CurvaturePass:
     """Run the passes over the data that an accumulation's estimator needs.
 
@@ -255,6 +259,7 @@ def accumulate(
         description: Label of the progress bar.
         unsupported: How to treat layers that cannot have a block in the network as it runs.
         choose: Function that chooses the layers from the first batch's inputs, as in `CurvaturePass`.
+        watch: Called after every batch of the first pass.
 
     Returns:
         The finished passes, with their results as attributes.
@@ -283,6 +288,8 @@ def accumulate(
             which = f", pass {i + 1} of {passes}" if passes > 1 else ""
             for batch in iterate(data, device, alignment=alignment, progress=progress, description=description + which):
                 result.add(batch)
+                if watch is not None and i == 0:
+                    watch(batch, result.layout)
     result.settle()
     return result
 

@@ -16,7 +16,7 @@ from kronlaplace.data.loader import warn_of_share
 from kronlaplace.estimators import Diagonal, Estimator, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.coverage import Coverage, CoverageRow
-from kronlaplace.fisher.curvature_pass import accumulate
+from kronlaplace.fisher.curvature_pass import Watch, accumulate
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.provenance import FisherMetadata
 from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
@@ -26,7 +26,7 @@ from kronlaplace.network.fingerprint import difference, fingerprint
 from kronlaplace.network.last_layer import LAST, check_last, find_last_layer
 from kronlaplace.network.preconditions import check_model
 
-__all__ = ["check_belongs", "estimate_fisher", "with_metadata"]
+__all__ = ["check_belongs", "estimate_fisher", "estimate_while_watched", "with_metadata"]
 
 
 @in_full_precision
@@ -36,7 +36,7 @@ def estimate_fisher(
     likelihood: Likelihood | str,
     estimator: Estimator | str = "kfac",
     *,
-    sampling: Sampling | str = Sampling.MC,
+    sampling: Sampling | str = Sampling.EXACT,
     mc_samples: int = 1,
     layers: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str = (),
@@ -95,6 +95,41 @@ def estimate_fisher(
     Warns:
         UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
     """
+    return estimate_while_watched(
+        model,
+        data,
+        likelihood,
+        estimator,
+        sampling=sampling,
+        mc_samples=mc_samples,
+        layers=layers,
+        exclude=exclude,
+        unsupported=unsupported,
+        ema_decay=ema_decay,
+        seed=seed,
+        progress=progress,
+        watch=None,
+    )
+
+
+@in_full_precision
+def estimate_while_watched(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood | str,
+    estimator: Estimator | str,
+    *,
+    sampling: Sampling | str,
+    mc_samples: int,
+    layers: Sequence[str] | str | None,
+    exclude: Sequence[str] | str,
+    unsupported: Unsupported | str,
+    seed: int,
+    progress: bool,
+    watch: Watch | None,
+    ema_decay: float | None = None,
+) -> KroneckerFisher:
+    """Estimate a Fisher as `estimate_fisher` does, and show every batch to ``watch``."""
     likelihood = resolve_likelihood(likelihood)
     estimator = resolve_estimator(estimator)
     draws = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
@@ -132,6 +167,7 @@ def estimate_fisher(
             description=f"Fisher ({estimator.name})",
             unsupported=unsupported,
             choose=choose,
+            watch=watch,
         )
         blocks = accumulation.finish()
     search = search.without(passed.left_out)

@@ -14,6 +14,7 @@ In the logarithms of precisions and noise it is concave: ``log det`` of a sum of
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -63,6 +64,26 @@ class Evidence:
         self._all_eigenvalues = torch.cat(eigenvalues)
         self._eigenvalues = self._all_eigenvalues.split([len(values) for values in eigenvalues])
         self._sums = torch.stack([prior.unit_penalty(deviation, name) for name, deviation in deviations.items()])
+
+    def with_eigenvalues(self, eigenvalues: Tensor) -> Evidence:
+        """Return the evidence of another Fisher at the same weights, for one precision in all.
+
+        Args:
+            eigenvalues: Those of the other Fisher of all layers together, float64; zeros may be missing.
+        """
+        other = copy.copy(self)
+        other._all_eigenvalues = eigenvalues[eigenvalues > 0].to(self.statistics.device)
+        return other
+
+    def effective_parameters(self, precision: Tensor, scale: Tensor) -> float:
+        """``γ = Σ t / (1 + t)`` with ``t = c λ / δ`` (MacKay 1992), for one precision in all.
+
+        Args:
+            precision: ``δ``, 0-dim.
+            scale: ``c``, as `scale` gives it.
+        """
+        ratio = self._all_eigenvalues * (scale / precision)
+        return float((ratio / (ratio + 1)).sum())
 
     def belongs_to(self, prior: Prior) -> bool:
         """Tell whether a prior differs from that of this evidence only in its multiples."""

@@ -15,6 +15,7 @@ from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
+from kronlaplace.laplace.output_kernel import OutputKernel
 from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
 from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
@@ -32,6 +33,8 @@ class Stored:
         prior: The prior.
         likelihood: The likelihood, with the noise that predictions use.
         temperature: ``τ``.
+        logit_scale: ``a``.
+        kernel: The kernel of the training outputs, if there is one.
     """
 
     fisher: KroneckerFisher
@@ -39,6 +42,8 @@ class Stored:
     prior: Prior
     likelihood: Likelihood
     temperature: float
+    logit_scale: float
+    kernel: OutputKernel | None = None
 
 
 def write(path: str | PathLike[str], stored: Stored) -> None:
@@ -46,10 +51,13 @@ def write(path: str | PathLike[str], stored: Stored) -> None:
     tensors = {f"fisher/{name}": tensor for name, tensor in stored.fisher.to_tensors().items()}
     tensors |= {f"mean/{name}": tensor for name, tensor in stored.mean.items()}
     tensors |= stored.prior.to_tensors()
+    if stored.kernel is not None:
+        tensors["output_kernel"] = stored.kernel.matrix
     values = {
         "fisher": stored.fisher.to_json(),
         "likelihood": stored.likelihood.to_json(),
         "temperature": stored.temperature,
+        "logit_scale": stored.logit_scale,
         "prior": stored.prior.to_json(),
     }
     save_tensors(path, "posterior", tensors, values)
@@ -95,6 +103,8 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         prior_from_tensors(tensors, values.get("prior", {}), layers),
         Likelihood.from_json(values["likelihood"]),
         values["temperature"],
+        values.get("logit_scale", 1.0),
+        OutputKernel(tensors["output_kernel"].cpu()) if "output_kernel" in tensors else None,
     )
 
 

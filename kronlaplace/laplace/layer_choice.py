@@ -10,7 +10,8 @@ from torch import nn
 
 from kronlaplace._arguments import choice
 from kronlaplace.estimators import Estimator
-from kronlaplace.fisher.estimation import check_belongs, estimate_fisher
+from kronlaplace.fisher.curvature_pass import Watch
+from kronlaplace.fisher.estimation import check_belongs, estimate_while_watched
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.merging import merge_fishers
 from kronlaplace.laplace.state import State
@@ -63,10 +64,10 @@ class LayerChoice:
         return find_layers(self.model, self.wanted, self.unsupported, self.exclude)
 
     def estimate(
-        self, data: Iterable[Any], likelihood: Likelihood, estimator: Estimator, **options: Any
+        self, data: Iterable[Any], likelihood: Likelihood, estimator: Estimator, watch: Watch | None, **options: Any
     ) -> KroneckerFisher:
-        """Estimate the Fisher of these layers."""
-        return estimate_fisher(
+        """Estimate the Fisher of these layers, in passes that ``watch`` may follow."""
+        return estimate_while_watched(
             self.model,
             data,
             likelihood,
@@ -74,6 +75,7 @@ class LayerChoice:
             layers=self.wanted,
             exclude=self.exclude,
             unsupported=self.unsupported,
+            watch=watch,
             **options,
         )
 

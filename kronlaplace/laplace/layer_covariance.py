@@ -11,7 +11,8 @@ is smaller, and in the second case ``R`` is formed a few rows at a time. Blocks 
 Kronecker product, and layers with groups of rows, have ``R_c = Uᵀ vec(X_c)``.
 
 Where the layer's output is the network's own, ``g_c`` is the unit vector ``e_c``: nothing is propagated back, and the
-variances are ``Σ_j u_cj b_j²`` with ``u_cj = Σ_i (Q_G)_ci² w_ij``, which is made once.
+variances are ``Σ_j u_cj b_j²`` with ``u_cj = Σ_i (Q_G)_ci² w_ij``, which is made once. With ``s_i = Σ_j w_ij b_j²`` the
+margin between ``c`` and ``t`` has the variance ``Σ_i ((Q_G)_ci − (Q_G)_ti)² s_i``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class OutputCovariance(Enum):
     """Variances only."""
     CENTERED_VARIANCES = auto()
     """Variances only, of the classes less the mean of all classes at their position."""
+    MARGIN_VARIANCES = auto()
+    """Variances only, of the classes less the most probable class at their position."""
     BY_POSITION = auto()
     """The classes at one position of one example."""
     BY_EXAMPLE = auto()
@@ -48,12 +51,17 @@ class OutputCovariance(Enum):
     @property
     def variances(self) -> bool:
         """Whether only variances are requested."""
-        return self in (OutputCovariance.VARIANCES, OutputCovariance.CENTERED_VARIANCES)
+        return self is OutputCovariance.VARIANCES or self.relative
 
     @property
     def by_class(self) -> bool:
         """Whether the classes at one position belong together."""
-        return self in (OutputCovariance.BY_POSITION, OutputCovariance.CENTERED_VARIANCES)
+        return self is OutputCovariance.BY_POSITION or self.relative
+
+    @property
+    def relative(self) -> bool:
+        """Whether the variances are of differences between classes."""
+        return self in (OutputCovariance.CENTERED_VARIANCES, OutputCovariance.MARGIN_VARIANCES)
 
 
 class LayerCovariance(Protocol):
@@ -103,11 +111,29 @@ def output_layer_part(
         return None
     gradient_basis, activation_basis = bases
     squares = batch.project(activation_basis)[0].square()  # (N, T, p)
+    if wanted is OutputCovariance.MARGIN_VARIANCES:
+        return _margin_variances(squares @ inverse.weights.T, gradient_basis[0], outputs)
     if wanted.variances:
         weights = inverse.row_weights if wanted is OutputCovariance.VARIANCES else inverse.centered_row_weights
         return (squares @ weights.T).reshape(outputs.shape)
     spread = (squares @ inverse.weights.T).reshape(*outputs.shape[:-1], 1, -1)  # (N, ..., 1, q)
     return (gradient_basis[0] * spread) @ gradient_basis[0].T
+
+
+def _margin_variances(spread: Tensor, basis: Tensor, outputs: Tensor) -> Tensor:
+    """Return the variances of the margins to the largest output, of the shape of the outputs.
+
+    Args:
+        spread: ``Σ_j w_ij b_j²``, ``(N, T, q)``.
+        basis: ``Q_G``, ``(q, q)``.
+        outputs: The layer's outputs, ``(N, ..., q)``.
+    """
+    basis = basis - basis.mean(0)  # a shift common to all outputs would drown the margins in rounding
+    top = outputs.reshape(spread.shape).argmax(-1)
+    variance = spread @ basis.square().T
+    with_top = (spread * basis[top]) @ basis.T
+    margins = variance + variance.gather(-1, top.unsqueeze(-1)) - 2 * with_top
+    return margins.clamp_min(0).reshape(outputs.shape)
 
 
 class _SingleUse:

@@ -92,8 +92,9 @@ class Linearized:
 
         Returns:
             The outputs as the network gives them, and, with ``M`` outputs per example: variances of the outputs' shape
-            (``OutputCovariance.VARIANCES``, ``CENTERED_VARIANCES``), ``(N, ..., C, C)`` (``BY_POSITION``; without the class
-            axis in the middle), ``(N, M, M)`` (``BY_EXAMPLE``), or ``(N·M, N·M)`` (``JOINT``).
+            (``OutputCovariance.VARIANCES``, ``CENTERED_VARIANCES``, ``MARGIN_VARIANCES``), ``(N, ..., C, C)``
+            (``BY_POSITION``; without the class axis in the middle), ``(N, M, M)`` (``BY_EXAMPLE``), or ``(N·M, N·M)``
+            (``JOINT``).
         """
         outputs, covariances = [], []
         axis, shared = self._layout.input_axis, self._layout.shared_inputs
@@ -166,11 +167,12 @@ class Linearized:
         parts = []
         passes = groups.numel()
         for group in groups.tolist():
+            base = _subtracted(f.detach().reshape(n, -1)[:, group], wanted)
             for element in group:
                 passes -= 1
                 direction = torch.zeros(n, elements.numel(), dtype=f.dtype, device=f.device)
-                if wanted is OutputCovariance.CENTERED_VARIANCES:
-                    direction[:, group] = -1 / len(group)
+                if base is not None:
+                    direction[:, group] = -base
                 direction[:, element] += 1
                 observer.backward(f, direction, receive, retain_graph=passes > 0)
             results = [term.result() for term in terms.values()]
@@ -184,3 +186,12 @@ class Linearized:
         by_position = torch.stack(parts, dim=1)
         by_position = by_position.view(n, *positions, *by_position.shape[2:])
         return (by_position.movedim(-1, class_axis) if wanted.variances else by_position), kept
+
+
+def _subtracted(f: Tensor, wanted: OutputCovariance) -> Tensor | None:
+    """Return the weights of what is subtracted from each of the outputs ``f``, ``(N, C)``, or None if nothing is."""
+    if wanted is OutputCovariance.CENTERED_VARIANCES:
+        return torch.full_like(f, 1 / f.shape[1])
+    if wanted is OutputCovariance.MARGIN_VARIANCES:
+        return torch.zeros_like(f).scatter_(1, f.argmax(1, keepdim=True), 1)
+    return None

@@ -33,7 +33,7 @@ KEYWORDS: Mapping[str, Mapping[str, str]] = {
     },
     "predict": {
         "pred_type": 'method=, "glm" or, for "nn", "sample"',
-        "link_approx": 'link=, "probit", "mc" or "bridge"',
+        "link_approx": 'link=, "probit" (the default there; here it is "margin" for several classes), "mc" or "bridge"',
         "diagonal_output": "diagonal=",
     },
     "draw": {

@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace._arguments import Choice, choice, positive_number
+from kronlaplace._arguments import Choice, choice, positive_number, seed_number, warn
 from kronlaplace._precision import in_full_precision
 from kronlaplace.damping import DampedInverse
 from kronlaplace.data.device import device_of
+from kronlaplace.data.kept_examples import KeptExamples
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.estimation import with_metadata
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
+from kronlaplace.laplace.calibration import calibrated_logit_scale, has_logit_scale, keeping, training_examples
+from kronlaplace.laplace.exact_evidence import by_exact_evidence, has_exact_evidence
 from kronlaplace.laplace.given_prior import GivenPrior
+from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
 from kronlaplace.laplace.migration import VALUES, told_of
+from kronlaplace.laplace.output_kernel import OutputKernel, output_kernel
 from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
 from kronlaplace.laplace.predictions import PosteriorPredictions
 from kronlaplace.laplace.predictive import Predictive
@@ -32,12 +37,13 @@ from kronlaplace.laplace.prior_mean import PriorMean
 from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
-from kronlaplace.laplace.tuning import NoiseTuning, by_evidence
+from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
 from kronlaplace.laplace.variational import VariationalFit, VariationalOptions, find_fixed_point
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.network.preconditions import check_model
 
@@ -45,9 +51,12 @@ __all__ = ["KronLaplace", "TuningMethod"]
 
 
 class TuningMethod(Choice):
-    """The objective of `KronLaplace.tune`: the ``EVIDENCE``, or the likelihood of ``VALIDATION`` data."""
+    """The objective of `KronLaplace.tune`: the ``EVIDENCE``, that with the exact Gauss-Newton matrix (``EXACT_EVIDENCE``),
+    or the likelihood of ``VALIDATION`` data.
+    """
 
     EVIDENCE = "evidence"
+    EXACT_EVIDENCE = "exact-evidence"
     VALIDATION = "validation"
 
 
@@ -139,7 +148,9 @@ class KronLaplace(PosteriorPredictions):
             return moved
         fisher = state.fit.fisher.to(device_of(self.model), {layer.name: layer.dtype for layer in layers})
         fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
-        return replace(moved, fit=self._fit_of(fisher, layers))
+        was, now = state.fit.mean[layers[0].name].dtype, layers[0].matrix().dtype
+        examples = state.fit.examples.to(device_of(self.model), None if was == now else now)
+        return replace(moved, fit=self._fit_of(fisher, layers, state.fit.kernel, examples))
 
     @told_of
     @in_full_precision
@@ -164,6 +175,7 @@ class KronLaplace(PosteriorPredictions):
                 may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
                 could not have one; `estimator` becomes the one that it was made with. A Fisher that was made of blocks
                 alone is taken to be of this network at its present weights, by the posterior's likelihood and estimator.
+                The exact evidence (see `tune`) needs ``data``.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
@@ -190,10 +202,12 @@ class KronLaplace(PosteriorPredictions):
         if before is not None:
             likelihood = before.metadata.likelihood  # with the noise of that fit; it may have been tuned since
         ready_made = fisher is not None
+        examples = KeptExamples(seed_number(seed))
         if fisher is None:
             assert data is not None
             options = {"sampling": sampling, "mc_samples": mc_samples, "seed": seed, "progress": progress}
-            fisher = self._choice.estimate(data, likelihood, self.estimator, **options)
+            watch = keeping(examples) if has_logit_scale(likelihood) else None
+            fisher = self._choice.estimate(data, likelihood, self.estimator, watch, **options)
             names = list(fisher)
         else:
             if not fisher.has_metadata:
@@ -202,7 +216,12 @@ class KronLaplace(PosteriorPredictions):
         remaining, fisher = self._choice.settle(state, fisher, names, ready_made, before)
         with torch.inference_mode(False):
             fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
-            self._adopt(fisher, remaining)
+            kernel = None
+            if data is not None and before is None:
+                kernel = output_kernel(self.model, remaining.layers, data, fisher)
+            if before is not None and state.fit is not None:
+                examples.merge(state.fit.examples)
+            self._adopt(fisher, remaining, kernel, examples)
         return self
 
     @in_full_precision
@@ -259,20 +278,29 @@ class KronLaplace(PosteriorPredictions):
             self._change(layers=state.layers, given=state.given, likelihood=state.likelihood, fit=state.fit)
         return VariationalFit(self, history, converged)
 
-    def _adopt(self, fisher: KroneckerFisher, remaining: State) -> None:
+    def _adopt(
+        self,
+        fisher: KroneckerFisher,
+        remaining: State,
+        kernel: OutputKernel | None,
+        examples: KeptExamples,
+        logit_scale: float = 1.0,
+    ) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
-        fit = self._fit_of(fisher, remaining.layers)
+        fit = self._fit_of(fisher, remaining.layers, kernel, examples)
         if estimator_to_json(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_json(fisher.metadata.settings)
         with ONE_CHANGE:
-            changes: dict[str, Any] = {"fit": fit}
+            changes: dict[str, Any] = {"fit": fit, "logit_scale": logit_scale}
             if remaining.layers is not self._layers:  # else the prior may have been set meanwhile
                 changes |= {"layers": remaining.layers, "given": remaining.given}
             self._change(likelihood=self.likelihood.completed_by(fisher.metadata.likelihood), **changes)
 
-    def _fit_of(self, fisher: KroneckerFisher, layers: Sequence[Layer]) -> Fit:
+    def _fit_of(
+        self, fisher: KroneckerFisher, layers: Sequence[Layer], kernel: OutputKernel | None, examples: KeptExamples
+    ) -> Fit:
         means = {layer.name: layer.matrix() for layer in layers}
-        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights))
+        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights), kernel, examples)
 
     @property
     def fisher(self) -> KroneckerFisher:
@@ -356,35 +384,46 @@ class KronLaplace(PosteriorPredictions):
     @in_full_precision
     def tune(
         self,
-        method: TuningMethod | str = TuningMethod.EVIDENCE,
+        method: TuningMethod | str | None = None,
         structure: PriorStructure | str = PriorStructure.SCALAR,
         data: Iterable[Any] | None = None,
         *,
-        noise: NoiseTuning | str = NoiseTuning.TUNED,
+        noise: NoiseTuning | str | None = None,
+        logit_scale: ScaleTuning | str = ScaleTuning.TUNED,
         predictive: Predictive | None = None,
         grid: Sequence[float] | None = None,
         progress: bool = False,
     ) -> KronLaplace:
-        """Set the prior precision, and in regression the noise with it (unless it is known).
+        """Set the prior precision, with the noise in regression (unless it is known) and the `logit_scale` in classification.
 
         By the evidence it costs milliseconds after the fit (only sums over cached eigenvalues, if all weights of a block
-        share a precision). By validation it costs one prediction of the validation data for every point of the grid.
+        share a precision), by the exact evidence less than a second. The scale of the logits, which keeps a classifier as
+        certain as it was where it has data (see `kronlaplace.laplace.calibration`), costs one prediction of up to 1,024
+        training examples, of which `fit` keeps copies. By validation it costs one prediction of the validation data for
+        every point of the grid.
 
         Args:
-            method: ``"evidence"``, the log marginal likelihood; ``"validation"``, the negative log-likelihood of ``data``
-                under ``predictive``.
+            method: ``"evidence"``, the log marginal likelihood; ``"exact-evidence"``, that with the exact Gauss-Newton
+                matrix of all layers together, see `kronlaplace.laplace.exact_evidence`; ``"validation"``, the negative
+                log-likelihood of ``data`` under ``predictive``. None is ``"exact-evidence"`` where a fit to data has made it
+                possible (a `Gaussian` likelihood, up to 1,024 targets, one precision for all weights), else ``"evidence"``:
+                with few targets the evidence through Kronecker factors takes far too large a noise.
             structure: What has a precision of its own: ``"scalar"`` all weights together, ``"layerwise"`` every block,
                 ``"diagonal"`` every weight. With ``"validation"`` the ratios of the precisions are those that the evidence
                 prefers, and the grid has factors in front.
-            data: Batches ``(inputs, targets)`` that were not used for training (``"validation"`` only), readable several
-                times.
-            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it is
-                known, and stays as the posterior's `likelihood` has it.
-            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the probit link.
+            data: For ``"validation"`` batches ``(inputs, targets)`` that were not used for training, readable several
+                times. For an evidence the training data, to calibrate the scale of the logits where `fit` has seen none: for
+                a posterior that was loaded, or fitted with ``fisher=``.
+            noise: With a `Gaussian` likelihood ``"tuned"``, its ``noise_std`` is found with the prior, or ``"fixed"``, it
+                stays as the posterior's `likelihood` has it. None keeps a noise that was stated, as in ``Gaussian(0.1)``,
+                and tunes one that was not, as in ``Gaussian()`` or ``"regression"``.
+            logit_scale: Whether a classifier's `logit_scale` is ``"tuned"`` too (with ``"validation"`` it is 1), or stays as
+                it is, ``"fixed"``.
+            predictive: How predictions will be made; None is `Predictive()`, the linearized one with the default link.
             grid: Prior precisions to try, or factors if ``structure`` is not ``"scalar"``; None for two each decade from
                 1e-4 to 1e6, or 1e4. In regression they are meant for the noise of the training errors; every one is tried
-                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With
-                ``noise="fixed"`` they are tried as they are.
+                with the noise that is best for it, and moves with that, so that curvature and prior keep their ratio. With a
+                noise that stays they are tried as they are.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -399,18 +438,31 @@ class KronLaplace(PosteriorPredictions):
             UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
                 square error on the training data; for validation data that are one process's share.
         """
-        method = choice(TuningMethod, method, "method", VALUES)
         structure = choice(PriorStructure, structure, "structure")
-        if method is TuningMethod.EVIDENCE:
-            if data is not None or predictive is not None or grid is not None:
+        state = self._at_its_weights()
+        calibrated = choice(ScaleTuning, logit_scale, "logit_scale") is ScaleTuning.TUNED and has_logit_scale(
+            state.likelihood
+        )
+        if method is None:
+            exact = has_exact_evidence(state, structure)
+            method = TuningMethod.EXACT_EVIDENCE if exact else TuningMethod.EVIDENCE
+        method = choice(TuningMethod, method, "method", VALUES)
+        if method is not TuningMethod.VALIDATION:
+            if predictive is not None or grid is not None:
+                raise TypeError('predictive and grid are for method="validation"; the evidence does not use them.')
+            if data is not None and not calibrated:
                 raise TypeError(
-                    'data, predictive and grid are for method="validation"; the evidence does not use them.'
+                    'data are for method="validation", or for a classifier whose logit_scale is tuned; the evidence does '
+                    "not use them."
                 )
-            tuned = by_evidence(self._at_its_weights(), structure, noise)
+            tune = by_evidence if method is TuningMethod.EVIDENCE else by_exact_evidence
+            tuned = tune(state, structure, noise)
+            if calibrated:
+                tuned = replace(tuned, logit_scale=self._calibrated_scale(tuned, data))
         else:
             tuned = by_validation(
                 self.model,
-                self._at_its_weights(),
+                replace(state, logit_scale=1.0) if calibrated else state,
                 lambda trial: Predictor(self.model, self.with_hyperparameters(trial)._state),
                 data,
                 structure,
@@ -423,6 +475,22 @@ class KronLaplace(PosteriorPredictions):
             self.hyperparameters = replace(tuned, temperature=self.temperature)  # it may have been set meanwhile
         return self
 
+    def _calibrated_scale(self, tuned: Hyperparameters, data: Iterable[Any] | None) -> float:
+        """Return the scale of the logits at other hyperparameters, or, without examples, the present one with a warning."""
+        fit = self._state.fitted
+        metadata = fit.fisher.metadata
+        layout = Layout(metadata.input_axis, metadata.shared_inputs)
+        examples = fit.examples if data is None else training_examples(self.model, data, self.likelihood, layout)
+        if not len(examples):
+            warn(
+                "the scale of the logits stays as it is, because the fit has seen no data (it took a ready-made Fisher, or "
+                "the posterior was loaded): predictions may be far less certain than the network. Give tune the training "
+                'data, tune(data=...), or leave the scale alone, tune(logit_scale="fixed").'
+            )
+            return self.logit_scale
+        at_tuned = self.with_hyperparameters(replace(tuned, logit_scale=1.0))
+        return calibrated_logit_scale(Predictor(self.model, at_tuned._state), examples.batches(), layout)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: the posterior's mean and factors, hyperparameters, how they came about.
 
@@ -434,7 +502,12 @@ class KronLaplace(PosteriorPredictions):
         """
         state = self._at_its_weights()
         fit = state.fitted
-        files.write(path, files.Stored(fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature))
+        files.write(
+            path,
+            files.Stored(
+                fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature, state.logit_scale, fit.kernel
+            ),
+        )
 
     @classmethod
     @told_of
@@ -460,7 +533,7 @@ class KronLaplace(PosteriorPredictions):
             temperature=stored.temperature,
             layers=list(stored.fisher),
         )
-        posterior._adopt(stored.fisher, posterior._state)
+        posterior._adopt(stored.fisher, posterior._state, stored.kernel, KeptExamples(), stored.logit_scale)
         return posterior
 
     def _at_its_weights(self) -> State:

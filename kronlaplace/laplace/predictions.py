@@ -104,8 +104,9 @@ class PosteriorPredictions(PosteriorSettings):
                 which counts as several inputs): the predictions of all of its batches, joined.
             method: ``"glm"``, the linearized model: a Gaussian over the outputs in closed form, then the link.
                 ``"sample"``: the network itself, averaged over ``n_samples`` draws of its weights.
-            link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs),
-                or, for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
+            link: Classification with ``"glm"``: for several classes ``"margin"`` (the default), ``"probit"``,
+                ``"centered-probit"``, ``"mc"`` (``n_samples`` draws of the outputs), or ``"bridge"`` (Laplace bridge); for
+                `Bernoulli` ``"probit"`` (the default) or ``"mc"``. See `kronlaplace.Link`.
             n_samples: Number of draws, if any are made; 100 if not given.
             diagonal: Whether ``"mc"`` and ``"bridge"`` take only the variances of the outputs, without their covariances:
                 much cheaper for many classes.

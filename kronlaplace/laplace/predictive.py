@@ -35,8 +35,9 @@ class Predictive:
 
     Args:
         method: ``"glm"`` or ``"sample"``.
-        link: Classification with ``"glm"``: ``"probit"`` (the default), ``"mc"`` (``n_samples`` draws of the outputs), or,
-            for several classes, ``"centered-probit"`` or ``"bridge"`` (Laplace bridge); see `kronlaplace.Link`.
+        link: Classification with ``"glm"``: for several classes ``"margin"`` (the default), ``"probit"``,
+            ``"centered-probit"``, ``"mc"`` (``n_samples`` draws of the outputs), or ``"bridge"`` (Laplace bridge); for
+            `Bernoulli` ``"probit"`` (the default) or ``"mc"``. See `kronlaplace.Link`.
         n_samples: Number of draws, if any are made; 100 if not given.
         diagonal: Whether ``"mc"`` and ``"bridge"`` take the outputs' variances only, without the covariances between
             classes; for thousands of classes.
@@ -107,6 +108,12 @@ class Predictive:
             allowed = [link.value for link in links]
             raise ValueError(f"link {Link(self.link).value!r} is not for {likelihood}; allowed are {allowed}.")
 
+    def link_for(self, likelihood: Likelihood) -> Link | None:
+        """Return the link, by default the likelihood's first one; None if it has none."""
+        if self.link is not None:
+            return Link(self.link)
+        return likelihood.links[0] if likelihood.links else None
+
     def linearized(self, outputs: Tensor, covariance: Tensor, likelihood: Likelihood) -> Tensor | Prediction:
         """Return the prediction when the outputs are Gaussian.
 
@@ -118,7 +125,7 @@ class Predictive:
         axis = likelihood.class_axis_of(outputs)
         outputs = wide(outputs)
         mean, covariance = classes_last(outputs, covariance, axis)
-        link = Link.PROBIT if self.link is None else Link(self.link)
+        link = self.link_for(likelihood) or Link.PROBIT  # a likelihood without links takes any, and ignores it
         prediction = likelihood.predictive(mean, covariance, link, self.draws, self.generator(outputs.device))
         if isinstance(prediction, Prediction):
             if outputs.ndim == 1:
@@ -128,9 +135,12 @@ class Predictive:
 
     def output_covariance(self, likelihood: Likelihood) -> OutputCovariance:
         """Return which covariances `linearized` needs."""
-        if self.link is Link.CENTERED_PROBIT:
+        link = self.link_for(likelihood)
+        if link is Link.MARGIN:
+            return OutputCovariance.MARGIN_VARIANCES
+        if link is Link.CENTERED_PROBIT:
             return OutputCovariance.CENTERED_VARIANCES
-        of_classes = Link.BRIDGE in likelihood.links and self.link in (Link.MC, Link.BRIDGE)
+        of_classes = Link.BRIDGE in likelihood.links and link in (Link.MC, Link.BRIDGE)
         return OutputCovariance.BY_POSITION if of_classes and not self.diagonal else OutputCovariance.VARIANCES
 
 

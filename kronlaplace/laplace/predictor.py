@@ -71,14 +71,15 @@ class Predictor:
     def outputs_and_covariance(
         self, x: Any, wanted: OutputCovariance, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the network's outputs and their covariance under the linearized model."""
+        """Return the mean of the outputs and their covariance under the linearized model."""
         inputs = checked_inputs(self._model, x, differentiable)
         state = self._state
         fit = state.fitted
         layout = Layout(fit.fisher.metadata.input_axis, fit.fisher.metadata.shared_inputs)
         network = Linearized(self._model, state.layers, state.inverses, state.likelihood, layout, fit.known)
         with _gradients(differentiable), explained_errors(self._model, inputs.value):
-            return network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
+            f, covariance = network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
+            return (f if state.logit_scale == 1 else state.logit_scale * f), covariance
 
     def outputs(self, x: Any) -> Tensor:
         """Return the network's outputs at its trained weights, without a graph."""
@@ -98,7 +99,9 @@ class Predictor:
         """Return a source of draws of the weights."""
         state = self._state
         generator = torch.Generator(device=device_of(self._model)).manual_seed(seed)
-        return WeightSampler(state.layers, state.fitted.mean, state.inverses, generator, antithetic)
+        return WeightSampler(
+            state.layers, state.fitted.mean, state.inverses, generator, antithetic, logit_scale=state.logit_scale
+        )
 
 
 @contextmanager

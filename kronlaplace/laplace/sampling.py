@@ -25,6 +25,7 @@ class WeightSampler:
         inverses: Its covariance, by layer.
         generator: Source of the draws.
         antithetic: Whether every second draw mirrors the one before it about the mean.
+        logit_scale: ``a``; ``(a − 1) f(x)`` is added to the outputs at every draw.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class WeightSampler:
         inverses: Mapping[str, DampedInverse],
         generator: torch.Generator,
         antithetic: bool,
+        logit_scale: float = 1.0,
     ) -> None:
         self._layers = layers
         self._means = means
         self._inverses = inverses
         self._generator = generator
         self._step = 2 if antithetic else 1
+        self._logit_scale = logit_scale
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """``n`` draws, ``{parameter name: (n, *shape)}``; ``n`` is even for antithetic ones."""
@@ -63,10 +66,12 @@ class WeightSampler:
     def outputs(self, model: nn.Module, inputs: Inputs, n: int) -> Iterator[Tensor]:
         """Yield the network's outputs at each of ``n`` draws; the inputs may carry a graph."""
         network = Replica(model).model  # drawn weights are put into a network that nobody else sees
+        at_mean = inputs.run(network) if self._logit_scale != 1 else None
         for _ in range(0, n, self._step):
             draws = self.draw(self._step)
             for k in range(self._step):
-                yield inputs.run(network, {name: draw[k] for name, draw in draws.items()})
+                outputs = inputs.run(network, {name: draw[k] for name, draw in draws.items()})
+                yield outputs if at_mean is None else outputs + (self._logit_scale - 1) * at_mean
 
     def predict(self, model: nn.Module, likelihood: Likelihood, inputs: Inputs, n: int) -> Tensor | Prediction:
         """Return the likelihood's mean and variance, averaged over ``n`` draws; the inputs may carry a graph."""

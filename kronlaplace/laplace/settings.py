@@ -1,4 +1,4 @@
-"""The settings of a posterior that can be read and set at any time: prior, noise, temperature."""
+"""The settings of a posterior that can be read and set at any time: prior, noise, temperature, scale of the logits."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class PosteriorSettings(LaplaceTorchNames):
         if now.fit and now.fit.fisher.metadata.variational:
             state += ", variational curvature"
         names = [layer.name for layer in now.layers] or LAST
+        scale = "" if now.logit_scale == 1 else f"logit_scale={now.logit_scale:.4g}, "
         return (
             f"{type(self).__name__}({now.likelihood}, {self.estimator}, {now.given.shown()}, "
-            f"temperature={now.temperature:g}, layers={names}, {state})"
+            f"temperature={now.temperature:g}, {scale}layers={names}, {state})"
         )
 
     @property
@@ -126,7 +127,7 @@ class PosteriorSettings(LaplaceTorchNames):
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """Prior, noise and temperature as one value; may be set after the fit, all at once.
+        """Prior, noise, temperature and scale of the logits as one value; may be set after the fit, all at once.
 
         Raises:
             RuntimeError: If ``layers="last"``, before the fit has found that layer.
@@ -152,6 +153,7 @@ class PosteriorSettings(LaplaceTorchNames):
         if not isinstance(new, Hyperparameters):
             raise TypeError(f"hyperparameters must be a kl.Hyperparameters, got {type(new).__name__}.")
         positive_number(new.temperature, "temperature")
+        self._checked_scale(new.logit_scale)
         return self._state.with_hyperparameters(replace(new, prior=owned(new.prior.over(self._layers))))
 
     @property
@@ -168,3 +170,27 @@ class PosteriorSettings(LaplaceTorchNames):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._change(temperature=positive_number(value, "temperature"))
+
+    @property
+    def logit_scale(self) -> float:
+        """``a``, the mean of a classifier's logits is ``a f(x)``; may be set after the fit. `tune` calibrates it.
+
+        It acts on the outputs, in all predictions and draws of outputs; the weights that `sample` draws are without it. A
+        new fit sets it to 1.
+
+        Raises:
+            ValueError: On setting, if it is not positive, or not 1 where the outputs are not logits.
+        """
+        return self._state.logit_scale
+
+    @logit_scale.setter
+    def logit_scale(self, value: float) -> None:
+        self._change(logit_scale=self._checked_scale(value))
+
+    def _checked_scale(self, value: float) -> float:
+        value = positive_number(value, "logit_scale")
+        if value != 1 and not self.likelihood.accepts_logits:
+            raise ValueError(
+                f"logit_scale is for outputs that are logits; {self.likelihood} has others. Leave it at 1."
+            )
+        return value

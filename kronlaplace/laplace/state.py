@@ -17,11 +17,13 @@ from torch import Tensor
 
 from kronlaplace._arguments import warn
 from kronlaplace.damping import DampedInverse
+from kronlaplace.data.kept_examples import KeptExamples
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, noise_rescaling
 from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.linearized import ShapeCache
+from kronlaplace.laplace.output_kernel import OutputKernel
 from kronlaplace.laplace.prior import Prior
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
@@ -38,6 +40,8 @@ class Fit:
         fisher: The Fisher.
         mean: The weights that it was estimated at, each block's matrix ``(q, p)``.
         guard: Notices when the network's weights change.
+        kernel: The kernel of the training outputs, for a small regression table.
+        examples: A sample of the training examples, for a classifier that was fitted to data.
         known: What passes over the network have found out, by what was asked of them.
         unclear: Layers that the user has been warned of by `State.warn_of_rounding`.
     """
@@ -45,6 +49,8 @@ class Fit:
     fisher: KroneckerFisher
     mean: Mapping[str, Tensor]
     guard: WeightsGuard
+    kernel: OutputKernel | None = None
+    examples: KeptExamples = field(default_factory=KeptExamples)
     known: dict[Hashable, ShapeCache] = field(default_factory=dict)
     unclear: set[str] = field(default_factory=set)
 
@@ -73,6 +79,7 @@ class State:
         given: The prior, tied to the layers if they are known.
         temperature: ``τ``.
         fit: What came of the data, None before.
+        logit_scale: ``a``, multiplies the mean of a classifier's logits.
     """
 
     layers: Sequence[Layer]
@@ -80,6 +87,7 @@ class State:
     given: Prior | GivenPrior
     temperature: float
     fit: Fit | None = None
+    logit_scale: float = 1.0
 
     @property
     def fitted(self) -> Fit:
@@ -107,12 +115,12 @@ class State:
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """Prior, noise and temperature.
+        """Prior, noise, temperature and scale of the logits.
 
         Raises:
             RuntimeError: If the layers are not known yet.
         """
-        return Hyperparameters(self.prior, self.likelihood.noise_std, self.temperature)
+        return Hyperparameters(self.prior, self.likelihood.noise_std, self.temperature, self.logit_scale)
 
     def with_hyperparameters(self, new: Hyperparameters) -> State:
         """Return the state with other hyperparameters and the same fit.
@@ -122,7 +130,13 @@ class State:
         """
         noise = new.noise_std
         likelihood = self.likelihood if noise is None else self.likelihood.with_noise_std(noise)
-        return replace(self, given=new.prior, likelihood=likelihood, temperature=new.temperature)
+        return replace(
+            self,
+            given=new.prior,
+            likelihood=likelihood,
+            temperature=new.temperature,
+            logit_scale=new.logit_scale,
+        )
 
     def over(self, layers: Sequence[Layer]) -> State:
         """Return the state over other layers: some of its own, its own after the network moved, or the last one."""

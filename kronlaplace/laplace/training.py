@@ -25,11 +25,12 @@ from kronlaplace.data.loader import Rewind, iterate, warn_of_share
 from kronlaplace.estimators import Estimator
 from kronlaplace.fisher.curvature_pass import check_batch
 from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.laplace.calibration import has_logit_scale
 from kronlaplace.laplace.evidence import check_has_evidence
-from kronlaplace.laplace.posterior import KronLaplace
+from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
 from kronlaplace.laplace.prior import Prior, PriorStructure
 from kronlaplace.laplace.prior_precision import Precision
-from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, known_noise
+from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, ScaleTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.network.alignment import Alignment
@@ -90,7 +91,7 @@ def train_by_evidence(
     burn_in: int = 0,
     patience: int | None = None,
     structure: PriorStructure | str = PriorStructure.LAYERWISE,
-    noise: NoiseTuning | str = NoiseTuning.TUNED,
+    noise: NoiseTuning | str | None = None,
     prior_precision: Prior | Precision = 1.0,
     temperature: float = 1.0,
     unsupported: Unsupported | str = Unsupported.ERROR,
@@ -106,7 +107,7 @@ def train_by_evidence(
     Args:
         model: The network, at its initialisation or trained already.
         data: Batches ``(inputs, targets)`` of the training data, readable again and again, such as a DataLoader.
-        likelihood: As in `KronLaplace`; a Gaussian's noise is where training begins.
+        likelihood: As in `KronLaplace`; a Gaussian's noise is where training begins, and stays unless it is tuned.
         estimator: As in `KronLaplace`; one that makes a single pass is the natural choice.
         optimizer: For the weights, without weight decay, which the prior replaces. None is ``Adam(lr=1e-3)``.
         scheduler: Of the optimizer; it makes one step after every epoch.
@@ -115,7 +116,7 @@ def train_by_evidence(
         burn_in: Epochs before the first.
         patience: Looks in a row without a larger evidence (by 1e-3 nats) after which training stops; None never stops early.
         structure: What has a prior precision of its own: ``"scalar"``, ``"layerwise"`` or ``"diagonal"``.
-        noise: As in `KronLaplace.tune`: ``"tuned"``, or ``"fixed"`` where a Gaussian likelihood's is known.
+        noise: As in `KronLaplace.tune`: ``"tuned"``, ``"fixed"``, or None: a Gaussian likelihood's is tuned unless stated.
         prior_precision: Until the first look.
         temperature: As in `KronLaplace`; it also divides the log-likelihood in training.
         unsupported: As in `KronLaplace`. Parameters without a block are trained without a prior.
@@ -183,7 +184,7 @@ def train_by_evidence(
             if epoch <= burn_in or ((epoch - burn_in) % every and epoch < epochs):
                 continue
             posterior.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed).tune(
-                structure=structure, noise=noise
+                TuningMethod.EVIDENCE, structure, noise=noise, logit_scale=ScaleTuning.FIXED
             )
             record = _record(epoch, posterior)
             history.append(record)
@@ -201,6 +202,8 @@ def train_by_evidence(
     posterior.likelihood = record.likelihood
     posterior.prior = record.prior
     posterior.fit(fisher=fisher)
+    if has_logit_scale(posterior.likelihood):
+        posterior.logit_scale = posterior._calibrated_scale(posterior.hyperparameters, data)
     return EvidenceTraining(posterior, tuple(history), record)
 
 

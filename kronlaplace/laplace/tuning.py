@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,11 @@ __all__ = [
     "PRECISION_BOUNDS",
     "SUSPICIOUS_NOISE",
     "NoiseTuning",
+    "ScaleTuning",
     "Tuned",
     "by_evidence",
     "check_noise",
+    "finish",
     "known_noise",
     "maximize_evidence",
 ]
@@ -71,18 +73,31 @@ _HALVINGS = 40
 
 
 class NoiseTuning(Choice):
-    """How a Gaussian likelihood's noise is treated: ``TUNED`` with the prior, or known and ``FIXED``."""
+    """How a Gaussian likelihood's noise is treated: ``TUNED`` with the prior, or ``FIXED`` at its value."""
 
     TUNED = "tuned"
     FIXED = "fixed"
 
 
-def known_noise(noise: NoiseTuning | str, likelihood: Likelihood) -> float | None:
+class ScaleTuning(Choice):
+    """How the scale of a classifier's logits is treated: ``TUNED`` with the prior, or ``FIXED``."""
+
+    TUNED = "tuned"
+    FIXED = "fixed"
+
+
+def known_noise(noise: NoiseTuning | str | None, likelihood: Likelihood) -> float | None:
     """Return the likelihood's noise if it is to stay as it is; None if it is tuned, or if there is none.
+
+    Args:
+        noise: Whether it is tuned or fixed; None is as `Likelihood.noise_known` says.
+        likelihood: The likelihood.
 
     Raises:
         ValueError: For an unknown option, or a fixed noise where there is none.
     """
+    if noise is None:
+        return likelihood.noise_std if likelihood.noise_known else None
     if choice(NoiseTuning, noise, "noise") is NoiseTuning.TUNED:
         return None
     if likelihood.noise_std is None:
@@ -106,13 +121,13 @@ class Tuned:
     at_the_edge: tuple[str, ...] = ()
 
 
-def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | str) -> Hyperparameters:
+def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | str | None) -> Hyperparameters:
     """Return the hyperparameters with the largest evidence.
 
     Args:
         state: A fitted posterior's state.
         structure: Which groups of weights have a precision, or a multiple of the prior's unit, of their own.
-        noise: Whether the noise is also tuned, or known.
+        noise: Whether the noise is tuned too, or fixed; None: fixed if it is known.
 
     Raises:
         ValueError: For a fixed noise where there is none, or weights of a prior whose unit is not the identity.
@@ -121,7 +136,19 @@ def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | st
         UserWarning: If the optimum is at the edge of the range searched, or the noise is much larger than the errors.
     """
     known = known_noise(noise, state.likelihood)
-    tuned = maximize_evidence(state.evidence, structure, state.temperature, known)
+    return finish(state, maximize_evidence(state.evidence, structure, state.temperature, known))
+
+
+def finish(state: State, tuned: Tuned) -> Hyperparameters:
+    """Return tuned hyperparameters for the posterior, with warnings if they look wrong.
+
+    Args:
+        state: A fitted posterior's state.
+        tuned: What was found.
+
+    Warns:
+        UserWarning: If the optimum is at the edge of the range searched, or the noise is much larger than the errors.
+    """
     if tuned.at_the_edge:
         warn(
             f"the evidence is largest at the edge of the range searched for: {', '.join(tuned.at_the_edge)}. It has "
@@ -134,7 +161,7 @@ def by_evidence(state: State, structure: PriorStructure, noise: NoiseTuning | st
         "its training errors do not reveal it",
     )
     noise_std = state.likelihood.noise_std if tuned.noise_std is None else tuned.noise_std
-    return Hyperparameters(state.prior.with_multiples(tuned.multiples), noise_std, state.temperature)
+    return replace(state.hyperparameters, prior=state.prior.with_multiples(tuned.multiples), noise_std=noise_std)
 
 
 def check_noise(state: State, tuned: float | None, meaning: str) -> None:
@@ -153,7 +180,7 @@ def check_noise(state: State, tuned: float | None, meaning: str) -> None:
         warn(
             f"the tuned noise_std, {tuned:.3g}, is {tuned / error:.3g} times the network's root mean square error on "
             f"the training data, {error:.3g}: {meaning}. Train with more data or weight decay, or stop earlier; if the "
-            'noise is known set it, posterior.likelihood = kl.Gaussian(noise_std), and tune with noise="fixed".'
+            "noise is known set it, posterior.likelihood = kl.Gaussian(noise_std), and tune again."
         )
 
 

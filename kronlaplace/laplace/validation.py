@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def by_validation(
     predictor: Callable[[Hyperparameters], Predictor],
     data: Iterable[Any] | None,
     structure: PriorStructure,
-    noise: NoiseTuning | str,
+    noise: NoiseTuning | str | None,
     predictive: Predictive | None,
     grid: Sequence[float] | None,
     progress: bool,
@@ -70,7 +70,7 @@ def by_validation(
         predictor: Predicts with the posterior at other hyperparameters.
         data: Batches with targets.
         structure: What has a precision of its own.
-        noise: Whether the noise is also tuned, or known.
+        noise: Whether the noise is tuned too, or fixed; None: fixed if it is known.
         predictive: How predictions will be made.
         grid: Precisions or factors to try.
         progress: Whether to show a progress bar.
@@ -195,7 +195,9 @@ class Validator:
         return Candidate(float(result.fun), with_noise(float(result.x)))
 
     def _at(self, multiples: Tensor, noise_std: float | None) -> Hyperparameters:
-        return Hyperparameters(self._state.prior.with_multiples(multiples), noise_std, self._state.temperature)
+        return replace(
+            self._state.hyperparameters, prior=self._state.prior.with_multiples(multiples), noise_std=noise_std
+        )
 
     def _errors(self, at: Hyperparameters) -> tuple[Tensor, Tensor]:
         """Squared errors and variances of the function, of all targets, on the CPU."""

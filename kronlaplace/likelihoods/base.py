@@ -46,8 +46,13 @@ class Likelihood(ABC):
         """Standard deviation (or another scale) of the observation noise, in target units, or None if there is none."""
         return None
 
+    @property
+    def noise_known(self) -> bool:
+        """Whether the noise is known, so that it is tuned on request only."""
+        return False
+
     def with_noise_std(self, noise_std: float) -> Likelihood:
-        """Return a copy with a different noise.
+        """Return a copy with a different noise, known or not as before.
 
         Raises:
             ValueError: If this likelihood has no ``noise_std``.
@@ -360,7 +365,7 @@ class Likelihood(ABC):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """Links that `predictive` supports; empty if it needs no link."""
+        """Links that `predictive` supports, the default one first; empty if it needs no link."""
         return (Link.PROBIT, Link.MC)
 
     def _n_exact_directions(self, outputs: Tensor, targets: Tensor | None) -> int:
@@ -393,7 +398,11 @@ class Likelihood(ABC):
         Raises:
             ValueError: If the likelihood is not registered, or has different parameters.
         """
-        return LIKELIHOODS.from_json(values)
+        return LIKELIHOODS.from_json({**_OF_EARLIER_FILES.get(values.get("name", ""), {}), **values})
+
+
+_OF_EARLIER_FILES: Mapping[str, Mapping[str, Any]] = {"Gaussian": {"noise_known": False}}
+"""By class what files may lack that were written before it had the field."""
 
 
 LIKELIHOODS: ClassRegistry[Likelihood] = ClassRegistry(Likelihood, "likelihood", lambda cls: cls.__name__)  # type: ignore[type-abstract]

@@ -14,7 +14,14 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages, average_softmax
 from kronlaplace.likelihoods.base import Likelihood
-from kronlaplace.likelihoods.links import Link, centered_probit_scaled, laplace_bridge, mean_over_samples, probit_scaled
+from kronlaplace.likelihoods.links import (
+    Link,
+    centered_probit_scaled,
+    laplace_bridge,
+    margin_scaled,
+    mean_over_samples,
+    probit_scaled,
+)
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
 from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements
 
@@ -235,7 +242,7 @@ class Categorical(Likelihood):
 
     @property
     def links(self) -> tuple[Link, ...]:
-        return (Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
+        return (Link.MARGIN, Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
 
     def averages(
         self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
@@ -260,6 +267,8 @@ class Categorical(Likelihood):
     ) -> Tensor:
         """Compute class probabilities by ``link``, of the shape of ``mean``, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
+        if link is Link.MARGIN:
+            return F.softmax(margin_scaled(mean, covariance), dim=-1)
         if link is Link.PROBIT:
             return F.softmax(probit_scaled(mean, covariance), dim=-1)
         if link is Link.CENTERED_PROBIT:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +30,24 @@ class Gaussian(Likelihood):
     """Regression with independent Gaussian noise; outputs of any shape ``(N, ...)``, targets of the same shape.
 
     Args:
-        noise_std: Standard deviation ``σ`` of the noise, in target units.
+        noise_std: Standard deviation ``σ`` of the noise, in target units; None if it is not known, which begins with 1.
+        noise_known: Whether `KronLaplace.tune` keeps the noise unless asked otherwise; None: if it is given. Likelihoods
+            with the same noise are equal, known or not.
     """
 
     metric_is_constant: ClassVar[bool] = True
-    noise_std: float = 1.0
+    # None becomes a value in __post_init__.
+    noise_std: float = None  # type: ignore[assignment]
+    noise_known: bool = field(default=None, compare=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        given: dict[str, Any] = dict(vars(self))
+        if given["noise_known"] is None:
+            object.__setattr__(self, "noise_known", given["noise_std"] is not None)
+        if given["noise_std"] is None:
+            object.__setattr__(self, "noise_std", 1.0)
+        if given["noise_known"] not in (True, False, None):
+            raise TypeError(f"noise_known must be True, False or None, got {self.noise_known!r}.")
         if not (isinstance(self.noise_std, (int, float)) and 0 < self.noise_std < math.inf):
             raise ValueError(f"noise_std must be a positive finite number, got {self.noise_std!r}.")
 

@@ -23,6 +23,8 @@ __all__ = [
     "centered_probit_scaled",
     "is_whole",
     "laplace_bridge",
+    "margin_scaled",
+    "margin_variances",
     "mean_over_samples",
     "probit_scaled",
     "symmetric_root",
@@ -37,12 +39,18 @@ _BUDGET = 2**22
 class Link(Choice):
     """Rule that turns a Gaussian over the outputs into class probabilities.
 
-    ``PROBIT`` is MacKay's closed form. ``CENTERED_PROBIT`` applies it to each logit minus the mean of all logits: the
-    softmax is invariant to a shift of all logits, and the variance of that shift is not uncertainty about the class.
+    The default is the likelihood's first one: ``MARGIN`` for `Categorical`, ``PROBIT`` for `Bernoulli`.
+
+    ``MARGIN`` applies MacKay's closed form to each logit minus that of the most probable class (see `margin_scaled`): the
+    network's class stays the most probable, and with two classes it is ``PROBIT`` for the difference of their logits.
+    ``PROBIT`` is MacKay's closed form for each logit. ``CENTERED_PROBIT`` applies it to each logit minus the mean of all
+    logits. The softmax is invariant to a shift of all logits, and the variance of that shift is not uncertainty about the
+    class: ``PROBIT`` takes it for that, ``MARGIN`` and ``CENTERED_PROBIT`` do not.
     ``MC`` averages over samples of the outputs. ``BRIDGE`` is a Laplace bridge to a Dirichlet (after Hobbhahn et al. 2022,
     see `laplace_bridge`).
     """
 
+    MARGIN = "margin"
     PROBIT = "probit"
     CENTERED_PROBIT = "centered-probit"
     MC = "mc"
@@ -86,6 +94,36 @@ def centered_probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
     if is_whole(mean, covariance):
         covariance = _variance_without_shift(mean, covariance)
     return probit_scaled(mean - mean.mean(-1, keepdim=True), covariance)
+
+
+def margin_variances(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return the variances of the margins to the most probable class, of the shape of the mean.
+
+    Args:
+        mean: Mean of the outputs, ``(..., C)``.
+        covariance: Full covariance of the outputs, ``(..., C, C)``, or the variances of the margins themselves, ``(..., C)``.
+    """
+    if not is_whole(mean, covariance):
+        return covariance
+    top = mean.argmax(-1, keepdim=True)
+    with_top = covariance.gather(-1, top.unsqueeze(-2).expand(*mean.shape, 1)).squeeze(-1)
+    variance = variance_of(mean, covariance)
+    return (variance + variance.gather(-1, top) - 2 * with_top).clamp_min(0)
+
+
+def margin_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Apply `probit_scaled` to the margins ``f_k − f_t`` to the most probable class ``t``, the first if there are several.
+
+    The result has the shape of the mean; it is zero for ``t`` and at most zero for all others. This is MacKay 1992 for each
+    pair of classes ``{k, t}``: of the softmax, ``p_k / (p_k + p_t)`` is the probability that he gives to ``k`` of the two.
+    Where two classes swap places as the most probable, the margins of all others change, and their probabilities jump.
+
+    Args:
+        mean: Mean of the outputs, ``(..., C)``.
+        covariance: Full covariance of the outputs, ``(..., C, C)``, or the variances of the margins, ``(..., C)``.
+    """
+    top = mean.argmax(-1, keepdim=True)
+    return probit_scaled(mean - mean.gather(-1, top), margin_variances(mean, covariance))
 
 
 @in_full_precision

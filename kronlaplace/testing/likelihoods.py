@@ -271,7 +271,8 @@ def _check_predictions(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
         certain = likelihood.predictive(mean, torch.zeros_like(covariance), link, 2, generator(8))
         center = certain if isinstance(certain, Tensor) else certain.mean
         require_equal(center, expected_mean, f"a prediction without covariance is sample_mean ({where})")
-        if several and link not in (Link.MC, Link.CENTERED_PROBIT):  # variances are those of centered outputs there
+        # With a link for differences between outputs, variances are those of the differences.
+        if several and link not in (Link.MC, Link.CENTERED_PROBIT, Link.MARGIN):
             full, only_diagonal = (
                 likelihood.predictive(mean, s, link, 2, generator(8)) for s in (torch.diag_embed(variances), variances)
             )

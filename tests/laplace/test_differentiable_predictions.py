@@ -15,7 +15,8 @@ QUESTIONS = {
     "covariance": lambda p, x, **d: p.functional_variance(x, **d),
     "variances": lambda p, x, **d: p.functional_variance(x, diagonal=True, **d),
     "joint": lambda p, x, **d: p.functional_variance(x, joint=True, **d),
-    "probit": lambda p, x, **d: p.predict(x, **d),
+    "margin": lambda p, x, **d: p.predict(x, **d),
+    "probit": lambda p, x, **d: p.predict(x, link="probit", **d),
     "mc": lambda p, x, **d: p.predict(x, link="mc", n_samples=5, **d),
     "mc, diagonal": lambda p, x, **d: p.predict(x, link="mc", n_samples=5, diagonal=True, **d),
     "bridge": lambda p, x, **d: p.predict(x, link="bridge", **d),
@@ -98,7 +99,7 @@ def test_derivatives_by_one_of_several_inputs():
     assert torch.autograd.gradcheck(probabilities, extra, fast_mode=True)
 
 
-@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["margin", "probit", "centered-probit", "mc", "bridge"])
 @pytest.mark.parametrize(("units", "outputs"), [(1, 3), (1, 5), (2, 4)])
 def test_derivatives_where_the_covariance_is_singular(units, outputs, link):
     """More outputs than hidden units, of which only the first layer is uncertain; against differences."""
@@ -116,7 +117,7 @@ def test_derivatives_where_the_covariance_is_singular(units, outputs, link):
     torch.testing.assert_close((gradient * step).sum(), difference.detach(), rtol=1e-2, atol=1e-7)
 
 
-@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["margin", "probit", "centered-probit", "mc", "bridge"])
 def test_derivatives_where_the_covariance_is_zero(link):
     """All units of the layer that is uncertain are dead: there is nothing to average over."""
     torch.manual_seed(0)

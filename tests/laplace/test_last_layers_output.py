@@ -38,6 +38,7 @@ def test_the_output_layer_needs_no_gradients(network, estimator, structure):
         assert_close(seen.functional_variance(x, **options), unseen.functional_variance(x, **options), 1e-10)
     for options in (
         {},
+        {"link": "probit"},
         {"link": "centered-probit"},
         {"link": "bridge"},
         {"link": "mc"},

@@ -133,7 +133,7 @@ def test_tuning_finds_the_maximum_of_the_evidence(likelihood, structure):
     case = cnn(likelihood)
     posterior = fitted(case, prior_precision=1e-3)
     before = posterior.log_marginal_likelihood()
-    posterior.tune(structure=structure)
+    posterior.tune("evidence", structure)
     assert posterior.prior_precision.shape == (() if structure == "scalar" else (3,))
     best = posterior.log_marginal_likelihood()
     assert best > before
@@ -196,7 +196,7 @@ def test_samples_are_reproducible():
 
 
 @pytest.mark.quick(3)
-@pytest.mark.parametrize("link", ["probit", "centered-probit", "mc", "bridge"])
+@pytest.mark.parametrize("link", ["margin", "probit", "centered-probit", "mc", "bridge"])
 @pytest.mark.parametrize("network", CASES)
 def test_classification_predictions_are_probabilities(network, link):
     case = CASES[network]()
@@ -211,7 +211,7 @@ def test_probit_prediction_by_hand():
     posterior = fitted(case)
     variance = posterior.functional_variance(case.inputs).diagonal(dim1=1, dim2=2)
     expected = (case.model(case.inputs) / (1 + math.pi / 8 * variance).sqrt()).softmax(1)
-    torch.testing.assert_close(posterior.predict(case.inputs), expected.detach())
+    torch.testing.assert_close(posterior.predict(case.inputs, link="probit"), expected.detach())
 
 
 def test_centered_probit_prediction_by_hand():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
+from kronlaplace.laplace.layer_covariance import OutputCovariance, _margin_variances
 from kronlaplace.likelihoods.links import Link
 from tests.support import oracles
 from tests.support.cases import case
@@ -148,8 +149,9 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
         groups = index.reshape(-1, 1) if axis is None else index.movedim(axis - 1, -1).reshape(-1, outputs.shape[axis])
         for group in groups:
             mean, block = outputs.reshape(n, -1)[:, group], covariance[:, group][:, :, group]
-            # The centred link has a variance for each class whatever is asked; it is not that of the class alone.
-            block = block.diagonal(dim1=1, dim2=2) if diagonal and link is not Link.CENTERED_PROBIT else block
+            # The links of differences have a variance for each class whatever is asked; it is not that of the class alone.
+            alone = link not in (Link.MARGIN, Link.CENTERED_PROBIT)
+            block = block.diagonal(dim1=1, dim2=2) if diagonal and alone else block
             expected = made.likelihood.predictive(
                 mean, block, link or Link.PROBIT, 4000, torch.Generator().manual_seed(7)
             )
@@ -160,6 +162,50 @@ def test_predictions_go_position_by_position(network, likelihood, axis, diagonal
                 torch.testing.assert_close(actual.reshape(n, -1)[:, group], wanted, rtol=RTOL, atol=atol)
         if axis is not None:
             torch.testing.assert_close(p.sum(axis), torch.ones_like(p.sum(axis)))
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("layers", [None, "last"])
+@pytest.mark.parametrize("estimator", ["kfac", "ekfac", "exact", "diagonal"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "tokens", "segmentation"])
+def test_variances_of_margins_equal_dense(network, estimator, layers):
+    """Of every class less the most probable one, another at every position: the dense covariance between contrasts."""
+    made = problem(network)
+    posterior = made.fitted(estimator, prior_precision=0.5, layers=layers)
+    _, covariance = outputs_and_covariance(made, posterior)
+    f, actual = posterior._predictor().outputs_and_covariance(made.inputs, OutputCovariance.MARGIN_VARIANCES)
+    axis = posterior.likelihood.class_axis_of(f)
+    index = torch.arange(f[0].numel()).view(f.shape[1:])
+    expected = torch.zeros_like(f).flatten(1)
+    for group in index.movedim(axis - 1, -1).reshape(-1, f.shape[axis]):
+        for n, row in enumerate(f.flatten(1)[:, group]):
+            A = torch.eye(len(row), dtype=torch.float64)
+            A[:, int(row.argmax())] -= 1
+            expected[n, group] = (A @ covariance[n, group][:, n, group] @ A.T).diagonal()
+    assert_close(actual, expected.view(f.shape))
+
+
+def test_variances_of_margins_withstand_a_shift_of_all_outputs():
+    """The data say nothing of a shift common to all classes, so its variance can exceed all others by far."""
+    columns = torch.cat([torch.ones(4, 1), torch.randn(4, 3)], dim=1).double()
+    basis = torch.linalg.qr(columns).Q  # its first column is the shift
+    spread = torch.rand(5, 1, 4).double()
+    spread[..., 0] = 1e8
+    outputs = torch.randn(5, 4).double()
+    covariance = (basis[:, 1:] * spread[..., 1:]) @ basis[:, 1:].T  # margins have nothing of the shift
+    top = outputs.argmax(1)
+    A = torch.eye(4).double() - torch.nn.functional.one_hot(top, 4).unsqueeze(1)
+    expected = (A @ covariance @ A.mT).diagonal(dim1=1, dim2=2)
+    for dtype, difference in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        actual = _margin_variances(spread.to(dtype), basis.to(dtype), outputs.to(dtype))
+        assert_close(actual.double(), expected, difference)
+
+
+def test_the_default_links():
+    for likelihood, link in (("classification", "margin"), ("binary", "probit")):
+        made = problem("mlp", likelihood)
+        posterior = made.fitted()
+        assert_close(posterior.predict(made.inputs), posterior.predict(made.inputs, link=link), 0)
 
 
 @pytest.mark.quick(1)

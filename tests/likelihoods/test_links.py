@@ -23,6 +23,7 @@ def monte_carlo(f, covariance, inverse_link, n=400_000):
     [
         (kl.Categorical(), Link.MC, 0.005),
         (kl.Categorical(), Link.PROBIT, 0.05),
+        (kl.Categorical(), Link.MARGIN, 0.05),
         (kl.Bernoulli(), Link.MC, 0.005),
         (kl.Bernoulli(), Link.PROBIT, 0.03),
     ],
@@ -48,6 +49,59 @@ def test_mc_link_uses_the_correlations():
     torch.testing.assert_close(predictive(f, together, Link.MC, 1000, generator), f.softmax(1))
     apart = predictive(f, torch.full((1, 2), 9.0).double(), Link.MC, 1000, generator)
     assert apart[0, 0] < f.softmax(1)[0, 0] - 0.1
+
+
+def contrasts(f):
+    """The matrix that takes from every logit that of the most probable class."""
+    n_classes = len(f)
+    matrix = torch.eye(n_classes, dtype=torch.float64)
+    matrix[:, int(f.argmax())] -= 1
+    return matrix
+
+
+@given(st.integers(2, 8), st.integers(1, 8), st.floats(-3, 4), st.integers(0, 1000))
+def test_margin_link_applies_mackay_to_the_margins(n_classes, rank, log_scale, seed):
+    """Against the dense covariance of all margins, however singular; shifts of all logits by anything change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    f = 3 * torch.randn(n_classes, generator=generator).double()
+    root = torch.randn(n_classes, rank, generator=generator).double()
+    covariance = 10**log_scale * root @ root.T
+    A = contrasts(f)
+    variances = (A @ covariance @ A.T).diagonal()
+    expected = (A @ f / (1 + math.pi / 8 * variances).sqrt()).softmax(0)
+    for shift in (0, 7 * covariance.diagonal().mean()):
+        moved = (f + shift / 3)[None], (covariance + shift)[None]
+        torch.testing.assert_close(kl.Categorical().predictive(*moved, Link.MARGIN, 0, None)[0], expected)
+    actual = kl.Categorical().predictive(f[None], variances[None], Link.MARGIN, 0, None)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    assert actual.argmax() == f.argmax()
+    odds = actual / (actual + actual.max())  # of every class against the most probable: MacKay's
+    one_against_one = kl.Bernoulli().predictive(A @ f, variances, Link.PROBIT, 0, None)
+    torch.testing.assert_close(odds, one_against_one, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 3)], ids=str)
+def test_margin_link_of_two_classes_is_the_probit_link_of_their_difference(leading):
+    mean, covariance = gaussians(leading, n_outputs=2)
+    actual = kl.Categorical().predictive(mean, covariance, Link.MARGIN, 0, None)[..., 1]
+    difference = torch.tensor([-1.0, 1.0]).double()
+    variance = difference @ covariance @ difference
+    expected = kl.Bernoulli().predictive(mean @ difference, variance, Link.PROBIT, 0, None)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+def test_margin_link_goes_from_the_softmax_to_the_uniform_distribution():
+    mean, covariance = gaussians((5,), n_outputs=4)
+    for scale, expected, difference in ((0, mean.softmax(1), 1e-14), (1e-8, mean.softmax(1), 1e-6), (1e14, 0.25, 1e-5)):
+        actual = kl.Categorical().predictive(mean, scale * covariance, Link.MARGIN, 0, None)
+        torch.testing.assert_close(actual, torch.ones_like(mean) * expected, rtol=difference, atol=0)
+
+
+def test_margin_link_of_equal_logits():
+    """Whichever of them counts as the most probable, the two have the same probability."""
+    f, covariance = torch.tensor([[1.0, 3.0, 3.0]]).double(), gaussians((1,))[1]
+    p = kl.Categorical().predictive(f, covariance, Link.MARGIN, 0, None)[0]
+    assert p[1] == p[2] > p[0]
 
 
 def bridge(f, covariance):
@@ -120,6 +174,7 @@ LEADING = [(), (5,), (2, 3), (2, 1, 3, 2)]
 
 
 PREDICTING = [
+    (kl.Categorical(), Link.MARGIN),
     (kl.Categorical(), Link.PROBIT),
     (kl.Categorical(), Link.BRIDGE),
     (kl.Categorical(), Link.MC),

@@ -12,7 +12,7 @@ from tests.support.posteriors import Problem, dense_precision
 from tests.support.posteriors import problem as problem_of
 
 RTOL = 1e-8
-GLM_LINKS = [Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE]
+GLM_LINKS = [Link.MARGIN, Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE]
 
 
 class Tokens(nn.Module):

@@ -20,7 +20,7 @@ STRUCTURES = ["scalar", "layerwise", "vector", "dict"]
 LIKELIHOODS = {
     "classification": lambda: kl.Categorical(),
     "binary": lambda: kl.Bernoulli(),
-    "regression": lambda: kl.Gaussian(0.6),
+    "regression": lambda: kl.Gaussian(0.6, noise_known=False),
     "heteroscedastic": lambda: kl.HeteroscedasticGaussian(),
 }
 SMALL = ["mlp", "cnn"]

@@ -28,7 +28,7 @@ ESTIMATORS = {
     "diagonal": kl.Diagonal(),
     "exact": kl.ExactBlock(),
 }
-LINKS = ("probit", "centered-probit", "mc", "bridge")
+LINKS = ("margin", "probit", "centered-probit", "mc", "bridge")
 
 
 class Convolved(nn.Module):

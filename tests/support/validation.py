@@ -38,7 +38,8 @@ def independent_nll(made, precision, x, y, predictive, **options):
 
 
 PREDICTIVES = {
-    "probit": kl.Predictive(),
+    "default": kl.Predictive(),
+    "probit": kl.Predictive(link="probit"),
     "mc": kl.Predictive(link="mc", n_samples=30, seed=2),
     "mc, diagonal": kl.Predictive(link="mc", n_samples=30, diagonal=True),
     "bridge": kl.Predictive(link="bridge"),

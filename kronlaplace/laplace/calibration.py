@@ -1,0 +1,221 @@
+"""The scale of a classifier's logits, from the training data.
+
+The posterior predictive averages over the weights, which makes every prediction less certain, the network's own training
+labels included: a network that fits them with probability 0.999 predicts them with 0.6 after the average. In the sense of
+Kullback and Leibler the Gaussian nearest to the posterior has another mean, which makes up for that. Here its mean is moved
+along the one direction that is known without another pass and that changes no decision, the last layer's own weights: the
+logits become ``a f(x)``, with the posterior's covariance around them.
+
+Two scales are found from the marginals ``f_n ~ N(f(x_n), C_n)`` at a sample of training examples.
+
+* ``a_fit``: the predictive is nearest to the network's own probabilities, in cross-entropy. It undoes the average where
+  there are training data, so that uncertainty is added only where variances are larger.
+* ``a_out``: the labels are most likely when each example is left out. Leaving out one example moves its own logits to
+  ``f_n + C (π_n − y_n)`` (the stationary point of the other examples' posterior, whose covariance is ``C``). A Kronecker
+  product knows an example only through means over all, so its ``C_n`` is that of the other examples, up to the factor
+  ``1 + h`` with the mean leverage ``h = 1/N Σ_n tr(Λ_n C_n)``, the effective parameters per example.
+
+The first cannot know that a network has memorized its labels; the second is too pessimistic where few parameters are
+effective. The leverage decides between them: ``log a = (1 − h) log a_fit + h log a_out``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from kronlaplace.data.deferred_checks import Batch
+from kronlaplace.data.device import device_of, preserved_random_state
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.data.kept_examples import KeptExamples
+from kronlaplace.data.loader import Rewind, iterate
+from kronlaplace.fisher.curvature_pass import Watch
+from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.predictive import classes_last
+from kronlaplace.laplace.predictor import Predictor
+from kronlaplace.likelihoods import Bernoulli, Categorical, Likelihood
+from kronlaplace.likelihoods.links import Link, margin_variances
+from kronlaplace.network.alignment import Alignment
+from kronlaplace.network.example_axes import Layout
+
+__all__ = ["calibrated_logit_scale", "has_logit_scale", "keeping", "training_examples"]
+
+_LARGEST_SCALE = 1e3
+
+_BUDGET = 2**25
+"""Entries of covariances to have at a time."""
+
+
+def has_logit_scale(likelihood: Likelihood) -> bool:
+    """Return whether the outputs are logits, whose scale can be calibrated."""
+    return isinstance(likelihood, (Categorical, Bernoulli))
+
+
+def keeping(examples: KeptExamples) -> Watch:
+    """Return a function that adds each batch of a pass to a sample of examples."""
+
+    def watch(batch: Batch, layout: Layout) -> None:
+        if batch.targets is not None:
+            examples.add(batch.inputs, batch.targets, layout.input_axis, layout.shared_inputs)
+
+    return watch
+
+
+def training_examples(model: nn.Module, data: Iterable[Any], likelihood: Likelihood, layout: Layout) -> KeptExamples:
+    """Return a sample of the examples of a data set, in one pass over the data and none over the network.
+
+    Raises:
+        TypeError: If the batches have no targets.
+    """
+    examples = KeptExamples()
+    device = device_of(model)
+    with preserved_random_state(device), Rewind(data):
+        for batch in iterate(
+            data, device, alignment=Alignment(model, likelihood), progress=False, description="Calibration"
+        ):
+            if batch.targets is None:
+                raise TypeError(
+                    "the scale of the logits needs batches of (inputs, targets); some come without targets."
+                )
+            keeping(examples)(batch, layout)
+    return examples
+
+
+@dataclass(frozen=True)
+class _Marginals:
+    """Gaussian logits, one row for each position of each example.
+
+    Attributes:
+        mean: ``f``, shape ``(n, C)``; ``C`` is 1 for yes/no outputs.
+        covariance: ``C``, shape ``(n, C, C)``.
+        labels: Probabilities of the classes, ``(n, C)``, mostly zeros and ones.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    labels: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The network's own, ``π``, ``(n, C)``."""
+        return self.mean.sigmoid() if self.mean.shape[1] == 1 else self.mean.softmax(1)
+
+    @property
+    def leverages(self) -> Tensor:
+        """``tr(Λ C)`` with the Fisher information of the logits ``Λ = diag(π) − ππᵀ``, shape ``(n,)``."""
+        pi = self.probabilities
+        variances = (pi * self.covariance.diagonal(dim1=1, dim2=2)).sum(1)
+        return variances - torch.einsum("nc,ncd,nd->n", pi, self.covariance, pi)
+
+    def without_their_labels(self, factor: float) -> _Marginals:
+        """Return the marginals of the other examples' posterior, whose covariance is ``factor`` times as large."""
+        covariance = factor * self.covariance
+        shift = torch.einsum("ncd,nd->nc", covariance, self.probabilities - self.labels)
+        return _Marginals(self.mean + shift, covariance, self.labels)
+
+
+def calibrated_logit_scale(predictor: Predictor, examples: Iterable[tuple[Inputs, Tensor]], layout: Layout) -> float:
+    """Return the scale of the logits; see the module's docstring.
+
+    Args:
+        predictor: Predicts with the posterior, at a scale of 1.
+        examples: Training examples, in batches ``(inputs, targets)`` on the network's device.
+        layout: Where the examples are in the inputs.
+
+    Returns:
+        ``a > 0``; 1 if there is no target that counts.
+    """
+    batches = list(examples)
+    parts = list(_marginals(predictor, batches, layout)) if _fits(predictor, batches, layout) else None
+
+    def again() -> Iterable[_Marginals]:
+        return _marginals(predictor, batches, layout) if parts is None else parts
+
+    leverages = torch.cat([part.leverages for part in again()]) if batches else torch.zeros(0)
+    if not len(leverages):
+        return 1.0
+    leverage = float(leverages.mean())
+    fit, out = _CrossEntropy(predictor.likelihood), _CrossEntropy(predictor.likelihood)
+    for part in again():
+        fit.add(part, part.probabilities)
+        out.add(part.without_their_labels(1 + leverage), part.labels)
+    share = min(leverage, 1.0)
+    return math.exp((1 - share) * fit.log_of_best_scale() + share * out.log_of_best_scale())
+
+
+class _CrossEntropy:
+    """The cross-entropy of the predictive with given labels, as a function of the logits' scale."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self._likelihood = likelihood
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, marginals: _Marginals, labels: Tensor) -> None:
+        """Take labels ``(n, C)`` and the marginals that are to predict them, of which only variances are kept."""
+        mean, covariance = marginals.mean, marginals.covariance
+        if self._likelihood.links[0] is Link.MARGIN:
+            variances = margin_variances(mean, covariance)
+        else:
+            variances = covariance.diagonal(dim1=1, dim2=2)
+        self._parts.append((mean, variances, labels))
+
+    def log_of_best_scale(self) -> float:
+        """Return the logarithm of the scale where it is least."""
+        bound = math.log(_LARGEST_SCALE)
+        return float(minimize_scalar(self._at, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x)
+
+    def _at(self, log_scale: float) -> float:
+        link = self._likelihood.links[0]
+        total = 0.0
+        for mean, variances, labels in self._parts:
+            p = self._likelihood.predictive(math.exp(log_scale) * mean, variances, link, 0, None)
+            assert isinstance(p, Tensor)
+            tiny = torch.finfo(p.dtype).tiny
+            terms = labels * p.clamp_min(tiny).log()
+            if p.shape[1] == 1:
+                terms = terms + (1 - labels) * (1 - p).clamp_min(tiny).log()
+            total -= float(terms.sum())
+        return total
+
+
+def _fits(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: Layout) -> bool:
+    """Return whether all covariances can be kept, rather than computed twice."""
+    return sum(inputs.count(layout.input_axis) * _size(predictor, inputs, layout) for inputs, _ in batches) <= _BUDGET
+
+
+def _size(predictor: Predictor, inputs: Inputs, layout: Layout) -> int:
+    """Return the number of entries of one example's covariances."""
+    outputs = predictor.outputs(inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value)
+    axis = predictor.likelihood.class_axis_of(outputs)
+    return outputs.numel() * (1 if axis is None else outputs.shape[axis])
+
+
+def _marginals(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: Layout) -> Iterator[_Marginals]:
+    """Yield the marginals at all positions whose targets count, some examples at a time."""
+    likelihood = predictor.likelihood
+    for inputs, targets in batches:
+        step = max(1, _BUDGET // _size(predictor, inputs, layout))
+        for start in range(0, len(targets), step):
+            part = inputs.examples(layout.input_axis, start, start + step, layout.shared_inputs)
+            yes_or_no = isinstance(likelihood, Bernoulli)
+            wanted = OutputCovariance.VARIANCES if yes_or_no else OutputCovariance.BY_POSITION
+            f, covariance = predictor.outputs_and_covariance(part.value, wanted)
+            y = targets[start : start + step]
+            if yes_or_no:
+                yield _Marginals(
+                    f.reshape(-1, 1).double(), covariance.reshape(-1, 1, 1).double(), y.reshape(-1, 1).double()
+                )
+                continue
+            mean, covariance = classes_last(f, covariance, likelihood.class_axis_of(f))
+            c = mean.shape[-1]
+            counts = y.flatten().long() != likelihood.ignored_target
+            labels = torch.nn.functional.one_hot(y.flatten().long()[counts], c)
+            yield _Marginals(
+                mean.reshape(-1, c)[counts].double(), covariance.reshape(-1, c, c)[counts].double(), labels.double()
+            )
