@@ -18,7 +18,7 @@ from kronlaplace.likelihoods.links import is_whole, symmetric_root
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.likelihoods.tensors import one_element_at_a_time, output_elements
 
-__all__ = ["AveragedSampling"]
+__all__ = ["AveragedSampling", "OfOneBatch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class AveragedSampling(DirectionSampling):
     """By batch, the sum of ``E[log p(y | f)]`` over its targets, 0-dim, float64; None without targets."""
 
     def of_batch(self, batch: Batch) -> DirectionSampling:
-        return _OfOneBatch(self.kind, self.mc_samples, self.seed, metric=self.metric(batch))
+        return OfOneBatch(self.kind, self.mc_samples, self.seed, metric=self.metric(batch))
 
     @torch.no_grad()
     def metric(self, batch: Batch) -> tuple[Tensor, bool]:
@@ -55,8 +55,12 @@ class AveragedSampling(DirectionSampling):
 
 
 @dataclass(frozen=True, eq=False)
-class _OfOneBatch(DirectionSampling):
-    """The rule for a batch whose averaged metric, or diagonal of it, is known, with the classes on the last axis."""
+class OfOneBatch(DirectionSampling):
+    """Rule that takes the directions of one batch from its averaged metric.
+
+    Args:
+        metric: The metric as `Averages` has it, and whether that is its diagonal only.
+    """
 
     _: KW_ONLY
     metric: tuple[Tensor, bool]
@@ -65,10 +69,7 @@ class _OfOneBatch(DirectionSampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         metric, diagonal = self.metric
-        if diagonal:
-            root = metric.sqrt()
-        else:
-            root = symmetric_root(metric) if self.kind is Sampling.MC else _few_columns(metric)
+        root = _few_columns(metric) if self.kind is Sampling.EXACT and not diagonal else _smooth_root(metric, diagonal)
         object.__setattr__(self, "root", root)
 
     def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
@@ -101,6 +102,11 @@ class _OfOneBatch(DirectionSampling):
             bits = torch.randint(2, shape, generator=generator, device=root.device)
             signs = (2 * bits - 1).to(root.dtype) / math.sqrt(self.mc_samples)
             yield root * signs if self.metric[1] else (root @ signs.unsqueeze(-1)).squeeze(-1)
+
+
+def _smooth_root(metric: Tensor, diagonal: bool) -> Tensor:
+    """Return the symmetric root, which depends smoothly on the metric."""
+    return metric.sqrt() if diagonal else symmetric_root(metric)
 
 
 def _few_columns(metric: Tensor) -> Tensor:

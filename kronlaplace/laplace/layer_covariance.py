@@ -189,7 +189,7 @@ class _SharedWeights:
         total: Tensor | None = None
         for i in range(0, q, rows_at_a_time):
             part = slice(i, i + rows_at_a_time)
-            r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b) * self._root[part]
+            r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b).mul_(self._root[part])
             products = _products(r.flatten(2), self._wanted)
             total = products if total is None else total + products
         assert total is not None

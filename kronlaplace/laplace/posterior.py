@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -39,7 +39,14 @@ from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
-from kronlaplace.laplace.variational import VariationalFit, VariationalOptions, find_fixed_point
+from kronlaplace.laplace.variational import (
+    LowerBound,
+    VariationalFit,
+    VariationalOptions,
+    check_curved,
+    find_fixed_point,
+    lower_bound,
+)
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
@@ -229,54 +236,84 @@ class KronLaplace(PosteriorPredictions):
         self,
         data: Iterable[Any],
         *,
-        rounds: int = 2,
+        rounds: int = 1,
         tolerance: float = 1e-2,
         structure: PriorStructure | str = PriorStructure.SCALAR,
-        sampling: Sampling | str = Sampling.EXACT,
+        sampling: Sampling | str = Sampling.MC,
         mc_samples: int = 1,
         seed: int = 0,
         progress: bool = False,
     ) -> VariationalFit[KronLaplace]:
-        """Fit the posterior with variational curvature, and tune its prior precision with it.
+        """Fit the posterior with variational curvature, and set its prior precision with it.
 
         The output metric is averaged over the posterior of the outputs instead of taken at the trained weights, where it
-        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). This begins with `fit` and
-        `tune`, then goes toward the fixed point in rounds that each read the data once more than the estimator does. For
-        classification, `Bernoulli`, and `HeteroscedasticGaussian`.
+        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). After a plain, exact fit, every
+        round takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and `HeteroscedasticGaussian`.
 
-        The posterior changes only if everything succeeds. It is then like any other: the evidence and `tune` work with its
-        curvature, though only the bound is the value of what was fitted here.
+        The posterior changes only if everything succeeds. It is then like any other: it predicts, and `tune` and the
+        evidence work, with the new curvature; `tune` also finds the `logit_scale`, which is 1 here.
 
         Args:
             data: Batches ``(inputs, targets)`` of the training data that can be read several times, such as a DataLoader.
-            rounds: At most so many steps.
-            tolerance: Gain of the evidence lower bound, in nats, below which the rounds end.
+            rounds: At most so many steps. Each costs one backward pass per output, for the covariances of the outputs of a
+                batch at a time, and what `fit` costs with the same sampling; an estimator of several passes needs the
+                covariances in each.
+            tolerance: Gain of the evidence lower bound from step to step, in nats, below which the rounds end. A step that
+                lowers it by as much is taken back and halved.
             structure: What has a prior precision of its own, as in `tune`.
-            sampling: ``"exact"``, a complete root of the averaged metric, or ``"mc"``, ``mc_samples`` random directions.
+            sampling: Of the rounds. ``"mc"``: a root of the averaged metric times random signs, one backward pass for each
+                of ``mc_samples``. ``"exact"``: all columns of a root; take it for small data sets.
             mc_samples: As in `estimate_fisher`.
-            seed: Seed of directions and of the draws of outputs (classification); all rounds have the same draws.
+            seed: Seed of the signs and, for `Categorical`, of the draws of outputs. All rounds have the same draws.
             progress: Whether to show progress bars.
 
         Returns:
-            The posterior itself with the history of its rounds.
+            The posterior itself, with the history of the bound.
 
         Raises:
-            ValueError: As `fit` and `tune`; for a likelihood whose metric is constant (`Gaussian`, `Euclidean`): there the
-                plain fit is already variational; for ``"empirical"`` sampling.
+            ValueError: As `fit`; without targets; for a likelihood whose metric is constant (`Gaussian`, `Euclidean`), where
+                the plain fit is already variational; for ``sampling="empirical"``.
             TypeError: For data that can be read only once.
             NotImplementedError: As `fit`; for a likelihood of your own without `Likelihood.averages`, or an estimator of
                 your own whose blocks cannot be added.
+
+        Warns:
+            UserWarning: As `fit` and `tune`.
         """
         options = VariationalOptions(
-            rounds, tolerance, structure, DirectionSampling(Sampling(sampling), mc_samples, seed), progress
+            rounds, tolerance, structure, DirectionSampling(sampling, mc_samples, seed), progress
         )
-        options.check(self.likelihood, data)
+        check_curved(self.likelihood)
+        if isinstance(data, Iterator):
+            raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
         plain = copy.copy(self)
-        plain.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed, progress=progress)
+        plain.fit(data, seed=seed, progress=progress)
         state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
         with ONE_CHANGE:
-            self._change(layers=state.layers, given=state.given, likelihood=state.likelihood, fit=state.fit)
+            self._state = replace(state, temperature=self.temperature)  # it may have been set meanwhile
         return VariationalFit(self, history, converged)
+
+    @in_full_precision
+    def evidence_lower_bound(self, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> LowerBound:
+        """Compute the evidence lower bound of the linearized network, ``E_q[log p(D | f)] / τ − KL(q ‖ prior)``.
+
+        It is what `fit_variational` maximizes, and can be computed for any posterior, at the trained weights as its mean
+        (without the `logit_scale`). Costs one prediction of the data.
+
+        Args:
+            data: Batches ``(inputs, targets)`` of the data that the posterior was fitted to.
+            seed: Seed of the draws of outputs (`Categorical` only; the others have closed forms or quadrature).
+            progress: Whether to show a progress bar.
+
+        Raises:
+            RuntimeError: Before `fit`, or if the weights changed after it.
+            ValueError: For a likelihood whose metric is constant: its evidence is known exactly.
+            TypeError: For data without targets.
+            NotImplementedError: For a likelihood of your own without `Likelihood.averages`.
+        """
+        check_curved(self.likelihood)
+        state = replace(self._at_its_weights(), logit_scale=1.0)
+        return lower_bound(self.model, state, data, seed_number(seed), progress)
 
     def _adopt(
         self,

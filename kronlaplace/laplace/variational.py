@@ -14,14 +14,15 @@ evidence lower bound of the linearized network,
 
     E_q[log p(D | f)] / τ − KL(q ‖ prior),
 
-so that it ascends if ``ρ`` is small enough. ``ρ`` is halved where the bound falls. The prior precision is set after every step
-to the fixed point ``δ ‖θ − m‖² = γ``, where the bound is stationary in ``δ`` if ``S`` is: the maximum of the evidence with that
-Fisher.
+so that it ascends if ``ρ`` is small enough. ``ρ`` is 1 in the first step, then ½, and is halved where the bound falls. The
+prior precision is set after every step to the fixed point ``δ ‖θ − m‖² = γ``, the maximum of the evidence with that Fisher:
+where ``S`` is stationary, so is the bound in ``δ``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -45,7 +46,7 @@ from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.alignment import Alignment
 
-__all__ = ["VariationalFit", "VariationalOptions", "VariationalRound", "find_fixed_point"]
+__all__ = ["LowerBound", "VariationalFit", "VariationalOptions", "check_curved", "find_fixed_point", "lower_bound"]
 
 _FIRST_STEP = 1.0
 _STEP = 0.5
@@ -67,7 +68,7 @@ class VariationalOptions:
     tolerance: float
     structure: PriorStructure | str
     sampling: DirectionSampling
-    progress: bool
+    progress: bool = False
 
     def __post_init__(self) -> None:
         positive_integer(self.rounds, "rounds")
@@ -78,41 +79,37 @@ class VariationalOptions:
                 'variational curvature averages the Fisher over outputs: sampling must be "exact" or "mc", got "empirical".'
             )
 
-    def check(self, likelihood: Likelihood, data: Iterable[Any]) -> None:
-        """Check that the metric can be averaged, and that the data can be read several times.
 
-        Raises:
-            ValueError: For a likelihood whose metric is constant.
-            TypeError: For an iterator.
-        """
-        if likelihood.metric_is_constant:
-            raise ValueError(
-                f"the metric of {likelihood} is the same at all outputs, so its variational curvature is the plain one: "
-                "use fit(data).tune(), which gives the same posterior."
-            )
-        if isinstance(data, Iterator):
-            raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
+def check_curved(likelihood: Likelihood) -> None:
+    """Check that a likelihood's output metric is not constant.
+
+    Raises:
+        ValueError: If it is, with what to use instead.
+    """
+    if likelihood.metric_is_constant:
+        raise ValueError(
+            f"the output metric of {likelihood} is the same at all outputs, so the variational posterior is the plain one, "
+            "and its value is the evidence: use fit(data), tune() and log_marginal_likelihood()."
+        )
 
 
 @dataclass(frozen=True)
-class VariationalRound:
-    """A posterior on the way to the fixed point, with its value.
+class LowerBound:
+    """The evidence lower bound of a linearized network, with its parts, in nats.
 
     Attributes:
-        bound: The evidence lower bound of the linearized network in nats, ``expected_log_likelihood / τ − divergence``.
-        expected_log_likelihood: ``E_q[log p(D | f)]`` over the Gaussian outputs of the linearized network, in nats.
-        divergence: ``KL(q ‖ prior)`` in nats.
+        value: ``expected_log_likelihood / τ − divergence``.
+        expected_log_likelihood: ``E_q[log p(D | f)]`` over the Gaussian outputs.
+        divergence: ``KL(q ‖ prior)`` over the weights.
         effective_parameters: ``γ = P − tr(D S)``.
-        prior: The prior, with the precisions chosen for this posterior.
-        step: ``ρ``, the share of the new Fisher in the one of this posterior; 0 for the plain fit.
+        prior: The prior.
     """
 
-    bound: float
+    value: float
     expected_log_likelihood: float
     divergence: float
     effective_parameters: float
-    prior: Prior
-    step: float
+    prior: Prior = field(repr=False)
 
     @property
     def prior_precision(self) -> Tensor:
@@ -125,60 +122,52 @@ class VariationalFit(Generic[_Posterior]):
     """The result of `KronLaplace.fit_variational`.
 
     Attributes:
-        posterior: The posterior, fitted.
-        history: The plain fit, and every posterior with a larger bound (up to the tolerance) after it.
+        posterior: The posterior, fitted. If the rounds ended before they converged, its own bound is not known; see
+            `KronLaplace.evidence_lower_bound`.
+        history: The bound of the plain fit, and of every posterior after it that was taken and from which a round began.
         converged: Whether the bound grew by less than the tolerance in the end, or no step could raise it.
     """
 
     posterior: _Posterior
-    history: tuple[VariationalRound, ...] = field(repr=False)
+    history: tuple[LowerBound, ...] = field(repr=False)
     converged: bool
-
-    @property
-    def bound(self) -> float:
-        """The evidence lower bound of the posterior, in nats."""
-        return self.history[-1].bound
 
 
 def find_fixed_point(
-    model: nn.Module, state: State, estimator: Estimator, data: Iterable[Any], options: VariationalOptions
-) -> tuple[State, tuple[VariationalRound, ...], bool]:
+    model: nn.Module, plain: State, estimator: Estimator, data: Iterable[Any], options: VariationalOptions
+) -> tuple[State, tuple[LowerBound, ...], bool]:
     """Return the posterior with variational curvature, the history, and whether the search converged.
 
     Args:
         model: The network.
-        state: The plain fit to the same data.
+        plain: The plain fit to the same data.
         estimator: The estimator of that fit.
         data: Batches with targets.
         options: The options.
     """
-    search = _Search(model, estimator, data, options)
     structure = PriorStructure(options.structure)
-    best = _tuned(state, structure)
-    record, target = search.round(best, 1, 0.0)
-    history, step, converged = [record], _FIRST_STEP, False
+    trial = best = _tuned(plain, structure)
+    target = plain.fitted.fisher
+    history: list[LowerBound] = []
+    step, converged = _FIRST_STEP, False
     for k in range(1, options.rounds + 1):
-        mixed = mix_fishers(best.fitted.fisher, target, step)
-        trial = _tuned(replace(best, fit=replace(best.fitted, fisher=mixed)), structure)
-        if k == options.rounds:
-            record, new = search.value(trial, step), target
-        else:
-            record, new = search.round(trial, k + 1, step)
-        gain = record.bound - history[-1].bound
+        description = f"Variational round {k} of {options.rounds}"
+        bound, averaged = _round(model, trial, estimator, data, options, description)
+        gain = bound.value - history[-1].value if history else math.inf
         if gain > -options.tolerance:
-            best, target = trial, new
-            history.append(record)
-            step = min(step, _STEP)
-            if gain < options.tolerance:
-                converged = True
-                break
+            step = step if not history else min(step, _STEP)
+            best, target = trial, averaged
+            history.append(bound)
         else:
             step /= 2
-            if step < _SMALLEST_STEP:
-                converged = True
-                break
-    by_evidence(best, structure, NoiseTuning.TUNED)  # for its warnings
-    return best, tuple(history), converged
+        if gain < options.tolerance and (gain > -options.tolerance or step < _SMALLEST_STEP):
+            converged = True
+            trial = best
+            break
+        fisher = mix_fishers(best.fitted.fisher, target, step)
+        trial = _tuned(replace(best, fit=replace(best.fitted, fisher=fisher)), structure)
+    by_evidence(trial, structure, NoiseTuning.TUNED)  # for its warnings
+    return trial, tuple(history), converged
 
 
 def _tuned(state: State, structure: PriorStructure) -> State:
@@ -187,59 +176,51 @@ def _tuned(state: State, structure: PriorStructure) -> State:
     return replace(state, given=state.prior.with_multiples(tuned.multiples))
 
 
-class _Search:
-    """Passes over the data with a posterior."""
-
-    def __init__(self, model: nn.Module, estimator: Estimator, data: Iterable[Any], options: VariationalOptions) -> None:
-        self._model = model
-        self._estimator = estimator
-        self._data = data
-        self._options = options
-
-    def round(self, state: State, number: int, step: float) -> tuple[VariationalRound, KroneckerFisher]:
-        """Return the value of a posterior, and the Fisher of the metric averaged over its outputs."""
-        sampling = self._sampling(state)
-        plain = state.fitted.fisher
-        with torch.inference_mode(False):
-            accumulation = Accumulation(self._estimator, state.layers)
-            passed = accumulate(
-                self._model,
-                self._data,
-                state.likelihood,
-                accumulation,
-                sampling,
-                progress=self._options.progress,
-                description=f"Variational round {number} of {self._options.rounds}",
-            )
-            blocks = accumulation.finish()
-        metadata = replace(plain.metadata, variational=True, seed=sampling.seed)
-        fisher = KroneckerFisher(blocks, passed.n_examples, metadata, plain.statistics)
-        return _record(state, sampling, step), fisher
-
-    def value(self, state: State, step: float) -> VariationalRound:
-        """Return the value of a posterior only."""
-        sampling = self._sampling(state)
-        device = device_of(self._model)
-        alignment = Alignment(self._model, state.likelihood)
-        progress = self._options.progress
-        with preserved_random_state(device), Rewind(self._data):
-            for batch in iterate(
-                self._data, device, alignment=alignment, progress=progress, description="Evidence lower bound"
-            ):
-                sampling.metric(batch)
-        return _record(state, sampling, step)
-
-    def _sampling(self, state: State) -> AveragedSampling:
-        rule = self._options.sampling
-        return AveragedSampling(rule.kind, rule.mc_samples, rule.seed, predictor=Predictor(self._model, state))
+def _round(
+    model: nn.Module,
+    state: State,
+    estimator: Estimator,
+    data: Iterable[Any],
+    options: VariationalOptions,
+    description: str,
+) -> tuple[LowerBound, KroneckerFisher]:
+    """Return the bound of a posterior, and the Fisher of the metric averaged over its outputs."""
+    rule, plain = options.sampling, state.fitted.fisher
+    sampling = AveragedSampling(rule.kind, rule.mc_samples, rule.seed, predictor=Predictor(model, state))
+    with torch.inference_mode(False):
+        accumulation = Accumulation(estimator, state.layers)
+        accumulate(
+            model, data, state.likelihood, accumulation, sampling, progress=options.progress, description=description
+        )
+        blocks = accumulation.finish()
+    metadata = replace(plain.metadata, variational=True, sampling=rule.kind, mc_samples=rule.mc_samples, seed=rule.seed)
+    fisher = KroneckerFisher(blocks, plain.n_examples, metadata, plain.statistics)
+    return _bound(state, sampling), fisher
 
 
-def _record(state: State, sampling: AveragedSampling, step: float) -> VariationalRound:
+def lower_bound(model: nn.Module, state: State, data: Iterable[Any], seed: int, progress: bool) -> LowerBound:
+    """Return the evidence lower bound of a posterior in one pass over the data it was fitted to.
+
+    Raises:
+        TypeError: If batches come without targets.
+    """
+    sampling = AveragedSampling(seed=seed, predictor=Predictor(model, state))
+    device, alignment = device_of(model), Alignment(model, state.likelihood)
+    with preserved_random_state(device), Rewind(data):
+        for batch in iterate(data, device, alignment=alignment, progress=progress, description="Evidence lower bound"):
+            if batch.targets is None:
+                raise TypeError(
+                    "the evidence lower bound needs batches of (inputs, targets); some come without targets."
+                )
+            sampling.metric(batch)
+    return _bound(state, sampling)
+
+
+def _bound(state: State, sampling: AveragedSampling) -> LowerBound:
     parts = [part for part in sampling.log_likelihoods.values() if part is not None]
     expected = float(torch.stack(parts).sum())
     divergence, effective = _divergence(state)
-    bound = expected / state.temperature - divergence
-    return VariationalRound(bound, expected, divergence, effective, state.prior, step)
+    return LowerBound(expected / state.temperature - divergence, expected, divergence, effective, state.prior)
 
 
 def _divergence(state: State) -> tuple[float, float]:
@@ -253,5 +234,5 @@ def _divergence(state: State) -> tuple[float, float]:
         scale = evidence.scale(state.likelihood.noise_std, state.temperature).detach().clone().requires_grad_()
         occam = evidence.occam(prior.multiples.to(scale.device), scale)
         (slope,) = torch.autograd.grad(occam, scale)
-        effective = float(slope * scale)
+    effective = float(slope * scale.detach())
     return 0.5 * (float(occam.detach()) - effective), effective

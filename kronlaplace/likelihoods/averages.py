@@ -25,8 +25,8 @@ class Averages:
     """What a likelihood averages over outputs ``f ~ N(mean, covariance)``.
 
     Attributes:
-        metric: The output metric ``E[M(f)]`` at each position, ``(N, ..., C, C)``, or its diagonal, ``(N, ..., C)``, if it is
-            diagonal at all outputs.
+        metric: The output metric ``E[M(f)]`` at each position, ``(N, ..., C, C)``, or its diagonal, ``(N, ..., C)``, if it
+            is diagonal at all outputs.
         log_likelihood: The sum of ``E[log p(y | f)]`` over all targets, 0-dim, float64; None without targets.
     """
 

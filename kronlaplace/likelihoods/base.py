@@ -345,7 +345,7 @@ class Likelihood(ABC):
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not define its averages over Gaussian outputs (Likelihood.averages), which "
-            "variational curvature consists of. Define the method, or use fit, whose curvature is that at the trained weights."
+            "variational curvature consists of. Define the method, or use fit, whose curvature is at the trained weights."
         )
 
     @abstractmethod

@@ -77,8 +77,8 @@ class HeteroscedasticGaussian(Likelihood):
     ) -> Averages:
         """Compute both averages in closed form; see `Likelihood.averages`.
 
-        With the variance ``v`` of ``s``, ``E[e⁻ˢ] = e^{v/2 − s}``, and ``E[(y − μ)² e⁻ˢ]`` is that times the second moment of
-        ``y − μ`` when the mean of ``μ`` is shifted by ``−Cov(μ, s)``.
+        With the variance ``v`` of ``s``, ``E[e⁻ˢ] = e^{v/2 − s}``, and ``E[(y − μ)² e⁻ˢ]`` is that times the second moment
+        of ``y − μ`` when the mean of ``μ`` is shifted by ``−Cov(μ, s)``.
         """
         mu, log_variance = mean.double().chunk(2, dim=1)
         variance_mu, variance_s = covariance.double().diagonal(dim1=-2, dim2=-1).chunk(2, dim=1)
