@@ -248,7 +248,8 @@ class KronLaplace(PosteriorPredictions):
 
         The output metric is averaged over the posterior of the outputs instead of taken at the trained weights, where it
         nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). After a plain, exact fit, every
-        round takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and `HeteroscedasticGaussian`.
+        round takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and
+        `HeteroscedasticGaussian`.
 
         The posterior changes only if everything succeeds. It is then like any other: it predicts, and `tune` and the
         evidence work, with the new curvature; `tune` also finds the `logit_scale`, which is 1 here.
