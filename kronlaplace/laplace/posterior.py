@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -38,8 +39,17 @@ from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
+from kronlaplace.laplace.variational import (
+    LowerBound,
+    VariationalFit,
+    VariationalOptions,
+    check_curved,
+    find_fixed_point,
+    lower_bound,
+)
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.network.preconditions import check_model
@@ -220,6 +230,91 @@ class KronLaplace(PosteriorPredictions):
                 examples.merge(state.fit.examples)
             self._adopt(fisher, remaining, kernel, examples)
         return self
+
+    @in_full_precision
+    def fit_variational(
+        self,
+        data: Iterable[Any],
+        *,
+        rounds: int = 1,
+        tolerance: float = 1e-2,
+        structure: PriorStructure | str = PriorStructure.SCALAR,
+        sampling: Sampling | str = Sampling.MC,
+        mc_samples: int = 1,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> VariationalFit[KronLaplace]:
+        """Fit the posterior with variational curvature, and set its prior precision with it.
+
+        The output metric is averaged over the posterior of the outputs instead of taken at the trained weights, where it
+        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). After a plain, exact fit, every
+        round takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and
+        `HeteroscedasticGaussian`.
+
+        The posterior changes only if everything succeeds. It is then like any other: it predicts, and `tune` and the
+        evidence work, with the new curvature; `tune` also finds the `logit_scale`, which is 1 here.
+
+        Args:
+            data: Batches ``(inputs, targets)`` of the training data that can be read several times, such as a DataLoader.
+            rounds: At most so many steps. Each costs one backward pass per output, for the covariances of the outputs of a
+                batch at a time, and what `fit` costs with the same sampling; an estimator of several passes needs the
+                covariances in each.
+            tolerance: Gain of the evidence lower bound from step to step, in nats, below which the rounds end. A step that
+                lowers it by as much is taken back and halved.
+            structure: What has a prior precision of its own, as in `tune`.
+            sampling: Of the rounds. ``"mc"``: a root of the averaged metric times random signs, one backward pass for each
+                of ``mc_samples``. ``"exact"``: all columns of a root; take it for small data sets.
+            mc_samples: As in `estimate_fisher`.
+            seed: Seed of the signs and, for `Categorical`, of the draws of outputs. All rounds have the same draws.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The posterior itself, with the history of the bound.
+
+        Raises:
+            ValueError: As `fit`; without targets; for a likelihood whose metric is constant (`Gaussian`, `Euclidean`), where
+                the plain fit is already variational; for ``sampling="empirical"``.
+            TypeError: For data that can be read only once.
+            NotImplementedError: As `fit`; for a likelihood of your own without `Likelihood.averages`, or an estimator of
+                your own whose blocks cannot be added.
+
+        Warns:
+            UserWarning: As `fit` and `tune`.
+        """
+        options = VariationalOptions(
+            rounds, tolerance, structure, DirectionSampling(sampling, mc_samples, seed), progress
+        )
+        check_curved(self.likelihood)
+        if isinstance(data, Iterator):
+            raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
+        plain = copy.copy(self)
+        plain.fit(data, seed=seed, progress=progress)
+        state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
+        with ONE_CHANGE:
+            self._state = replace(state, temperature=self.temperature)  # it may have been set meanwhile
+        return VariationalFit(self, history, converged)
+
+    @in_full_precision
+    def evidence_lower_bound(self, data: Iterable[Any], *, seed: int = 0, progress: bool = False) -> LowerBound:
+        """Compute the evidence lower bound of the linearized network, ``E_q[log p(D | f)] / τ − KL(q ‖ prior)``.
+
+        It is what `fit_variational` maximizes, and can be computed for any posterior, at the trained weights as its mean
+        (without the `logit_scale`). Costs one prediction of the data.
+
+        Args:
+            data: Batches ``(inputs, targets)`` of the data that the posterior was fitted to.
+            seed: Seed of the draws of outputs (`Categorical` only; the others have closed forms or quadrature).
+            progress: Whether to show a progress bar.
+
+        Raises:
+            RuntimeError: Before `fit`, or if the weights changed after it.
+            ValueError: For a likelihood whose metric is constant: its evidence is known exactly.
+            TypeError: For data without targets.
+            NotImplementedError: For a likelihood of your own without `Likelihood.averages`.
+        """
+        check_curved(self.likelihood)
+        state = replace(self._at_its_weights(), logit_scale=1.0)
+        return lower_bound(self.model, state, data, seed_number(seed), progress)
 
     def _adopt(
         self,
