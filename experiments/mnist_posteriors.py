@@ -92,9 +92,9 @@ def posteriors(model, train, validation, link):
             if tuning == "validation":
                 posterior.tune("validation", data=validation, predictive=LINKS[link], grid=GRID)
             elif tuning == "evidence":
-                posterior.tune()
+                posterior.tune(logit_scale="fixed")
             elif name != LAST:
-                posterior.tune(structure="layerwise")
+                posterior.tune(structure="layerwise", logit_scale="fixed")
             else:
                 continue
             yield name, tuning, posterior

@@ -117,7 +117,7 @@ class Ours:
         self.posterior.fit(fisher=self.posterior.fisher)
 
     def tune(self, structure):
-        self.posterior.tune(structure=structure)
+        self.posterior.tune(structure=structure, logit_scale="fixed")
 
     def evidence(self):
         return float(self.posterior.log_marginal_likelihood())

@@ -168,6 +168,7 @@ class CurvaturePass:
                 self._accumulation.start(self._choose(batch.inputs))
             self._choose = None
             self._forward.observe(self._accumulation.layers)
+        sampling = self._sampling.of_batch(batch)
         outputs = self._outputs(batch)
         detached = outputs.detach()
         if batch.index == 0 and self._accumulation.passes > 1 and self._sampling.kind is Sampling.MC:
@@ -180,7 +181,7 @@ class CurvaturePass:
                 self._forward.observer,
                 outputs,
                 self.likelihood,
-                self._sampling,
+                sampling,
                 self._accumulation,
                 targets=batch.targets,
                 index=batch.index,

@@ -87,6 +87,8 @@ class KroneckerFisher(Mapping[str, Block]):
     def __repr__(self) -> str:
         lines = "\n".join(f"  {block!r}" for block in self.values())
         estimator = f"{self.metadata.estimator}, " if self.has_metadata else ""
+        if self.has_metadata and self.metadata.variational:
+            estimator += "variational, "
         return f"KroneckerFisher({estimator}n_examples={self.n_examples})\n{lines}"
 
     @overload

@@ -9,7 +9,7 @@ from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.network.fingerprint import difference
 
-__all__ = ["merge_fishers"]
+__all__ = ["estimators_of", "merge_fishers"]
 
 
 def merge_fishers(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerFisher:
@@ -41,7 +41,7 @@ def merge_fishers(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerF
     _check_fit(first, second)
     n_examples = first.n_examples + second.n_examples
     weights = first.n_examples / n_examples, second.n_examples / n_examples
-    estimators = _estimators(first)
+    estimators = estimators_of(first)
     blocks = {name: estimators[name].combine(first[name], second[name], weights) for name in first}
     for name, block in blocks.items():
         block.shares_weights_over_space = first[name].shares_weights_over_space
@@ -51,7 +51,7 @@ def merge_fishers(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerF
     return KroneckerFisher(blocks, n_examples, first.metadata, statistics)
 
 
-def _estimators(fisher: KroneckerFisher) -> dict[str, Estimator]:
+def estimators_of(fisher: KroneckerFisher) -> dict[str, Estimator]:
     """Return the estimator of each layer's block: the Fisher's own, or `Diagonal` on layers without factors."""
     estimator = estimator_from_json(fisher.metadata.settings)
     made_by = {row.layer: row.estimator for row in fisher.metadata.coverage if row.shape is not None}
@@ -96,6 +96,7 @@ def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
     yield "the estimator", estimator_from_json(metadata.settings)
     yield "the sampling", metadata.sampling.value
     yield "mc_samples", metadata.mc_samples
+    yield "the curvature", "variational" if metadata.variational else "at the trained weights"
     yield "the axis of the inputs that counts the examples", metadata.input_axis
     yield "the content of the data", "inputs only" if fisher.statistics is None else "inputs and targets"
     for name in sorted(fisher):

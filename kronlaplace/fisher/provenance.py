@@ -29,6 +29,8 @@ class FisherMetadata:
         shared_inputs: Paths of the input tensors that are the same for all examples.
         ema_decay: Decay of the moving average, or None for a plain mean.
         last_layer: Layer whose output is the network's output, or None if it has no block.
+        variational: Whether the output metric was averaged over a posterior of the outputs, as `KronLaplace.fit_variational`
+            does, rather than taken at the trained weights.
     """
 
     likelihood: Likelihood
@@ -44,6 +46,7 @@ class FisherMetadata:
     shared_inputs: tuple[str, ...] = ()
     ema_decay: float | None = None
     last_layer: str | None = None
+    variational: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-compatible values."""
@@ -61,6 +64,7 @@ class FisherMetadata:
             "shared_inputs": list(self.shared_inputs),
             "ema_decay": self.ema_decay,
             "last_layer": self.last_layer,
+            "variational": self.variational,
         }
 
     @classmethod
@@ -80,4 +84,5 @@ class FisherMetadata:
             shared_inputs=tuple(values["shared_inputs"]),
             ema_decay=values["ema_decay"],
             last_layer=values["last_layer"],
+            variational=values.get("variational", False),
         )

@@ -174,11 +174,11 @@ class _SharedWeights:
         self._rows: list[Tensor] = []
 
     def add(self, gradients: LayerGradients) -> None:
-        h = gradients.gradients()[0] @ self._basis
+        g = gradients.gradients()[0]
         if self._keep_h:
-            self._rows.append(h)
+            self._rows.append(g @ self._basis)
         else:
-            r = (h.mT @ self._b) * self._root  # (N, q, p)
+            r = self._basis.mT @ (g.mT @ self._b) * self._root  # (N, q, p)
             self._rows.append(r.square().sum((1, 2)) if self._wanted.variances else r.flatten(1))
 
     def result(self) -> Tensor:
@@ -192,7 +192,7 @@ class _SharedWeights:
         total: Tensor | None = None
         for i in range(0, q, rows_at_a_time):
             part = slice(i, i + rows_at_a_time)
-            r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b) * self._root[part]
+            r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b).mul_(self._root[part])
             products = _products(r.flatten(2), self._wanted)
             total = products if total is None else total + products
         assert total is not None

@@ -9,7 +9,7 @@ import torch
 from kronlaplace._arguments import warn
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
-from kronlaplace.estimators.kfoc.truncation import concatenated, terms_of, truncated
+from kronlaplace.estimators.kfoc.truncation import nearest_product
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.prior import IsotropicPrior, LayerwisePrior
@@ -64,9 +64,4 @@ def _sum(block: Block, earlier: Block) -> tuple[Block, bool]:
             f"{math.prod(block.shape):,} weights, which no single block equals; sums are kept exactly for up to "
             f"{LARGEST_DENSE:,} weights. Use Kronecker products for both tasks (kl.KFAC), or kl.Diagonal for both."
         )
-    terms = concatenated([terms_of(block), terms_of(earlier)])
-    sizes, gradients, activations = truncated(terms, [], 1, f"the precision of layer {block.name!r}")
-    gradient, activation, size = gradients[:, 0], activations[:, 0], sizes[:, 0].to(block.dtype)
-    if block.gradient_factor.ndim == 2:
-        gradient, activation, size = gradient[0], activation[0], size[0]
-    return KroneckerBlock(gradient, activation, size, block.name), False
+    return nearest_product(block, earlier), False

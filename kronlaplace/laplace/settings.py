@@ -51,6 +51,8 @@ class PosteriorSettings(LaplaceTorchNames):
     def __repr__(self) -> str:
         now = self._state
         state = f"fitted to {now.fit.fisher.n_examples:,} examples" if now.fit else "not fitted"
+        if now.fit and now.fit.fisher.metadata.variational:
+            state += ", variational curvature"
         names = [layer.name for layer in now.layers] or LAST
         scale = "" if now.logit_scale == 1 else f"logit_scale={now.logit_scale:.4g}, "
         return (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kronlaplace._arguments import Choice
 from kronlaplace._registry import ClassRegistry
+from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.links import Link
 from kronlaplace.likelihoods.prediction import Prediction
 
@@ -124,6 +125,12 @@ class Likelihood(ABC):
 
     accepts_log_softmax: ClassVar[bool] = False
     """Whether the outputs of a log-softmax are accepted in place of logits."""
+
+    metric_is_constant: ClassVar[bool] = False
+    """Whether the output metric is the same at all outputs, so that averages over outputs do not change it."""
+
+    outputs_are_independent: ClassVar[bool] = False
+    """Whether `averages` needs the variances of the outputs only, not their covariances."""
 
     @property
     def ignored_target(self) -> int | None:
@@ -318,6 +325,28 @@ class Likelihood(ABC):
             ValueError: If the shapes do not fit.
             NotImplementedError: If the likelihood has no noise model.
         """
+
+    def averages(
+        self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
+    ) -> Averages:
+        """Compute the output metric and the log-likelihood of the targets, both averaged over Gaussian outputs.
+
+        `KronLaplace.fit_variational` needs it, and a likelihood without it cannot be used there.
+
+        Args:
+            mean: Mean of the outputs, ``(N, ..., C)``, with the classes on the last axis.
+            covariance: Covariance at each position, ``(N, ..., C, C)``, or, if `outputs_are_independent`, variances of the
+                shape of ``mean``.
+            targets: Targets in the data, as in `check_targets`, if there are any.
+            generator: Source of draws.
+
+        Raises:
+            NotImplementedError: If the likelihood does not define it.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define its averages over Gaussian outputs (Likelihood.averages), which "
+            "variational curvature consists of. Define the method, or use fit, whose curvature is at the trained weights."
+        )
 
     @abstractmethod
     def sample_mean(self, outputs: Tensor) -> Tensor:

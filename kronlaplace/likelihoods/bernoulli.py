@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronlaplace._precision import wide
+from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.base import Likelihood
 from kronlaplace.likelihoods.links import Link, mean_over_samples, probit_scaled
+from kronlaplace.likelihoods.logistic import logistic_curvature
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
 from kronlaplace.likelihoods.tensors import check_same_shape, log_at_least_tiny, one_element_at_a_time, sum_and_count
 
@@ -24,6 +26,7 @@ class Bernoulli(Likelihood):
     """Independent yes/no outputs: logits of any shape ``(N, ...)``, targets in ``[0, 1]`` of that shape."""
 
     accepts_logits: ClassVar[bool] = True
+    outputs_are_independent: ClassVar[bool] = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Bernoulli", outputs, targets)
@@ -57,6 +60,15 @@ class Bernoulli(Likelihood):
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         probability = torch.sigmoid(wide(outputs))
         return (probability - targets.to(probability.dtype)).to(outputs.dtype)
+
+    def averages(
+        self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
+    ) -> Averages:
+        """Compute both averages by quadrature, to nearly machine precision; see `Likelihood.averages`."""
+        metric, softplus = logistic_curvature(mean, covariance)
+        if targets is None:
+            return Averages(metric, None)
+        return Averages(metric, (targets.reshape(mean.shape).double() * mean.double() - softplus).sum())
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return torch.sigmoid(wide(outputs))

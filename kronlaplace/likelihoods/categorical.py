@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronlaplace._precision import wide
+from kronlaplace.likelihoods.averages import Averages, average_softmax
 from kronlaplace.likelihoods.base import Likelihood
 from kronlaplace.likelihoods.links import (
     Link,
@@ -242,6 +243,21 @@ class Categorical(Likelihood):
     @property
     def links(self) -> tuple[Link, ...]:
         return (Link.MARGIN, Link.PROBIT, Link.CENTERED_PROBIT, Link.MC, Link.BRIDGE)
+
+    def averages(
+        self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
+    ) -> Averages:
+        """Compute both averages over 64 draws of the outputs, in pairs that mirror each other; see `Likelihood.averages`.
+
+        Ignored positions have a metric of zero.
+        """
+        metric, normalizer = average_softmax(mean, covariance, generator)
+        if targets is None:
+            return Averages(metric, None)
+        ignored = self._ignored(targets)
+        of_target = mean.double().gather(-1, _index(targets, mean.shape[-1]).unsqueeze(-1)).squeeze(-1)
+        log_likelihood = (of_target - normalizer).masked_fill(ignored, 0).sum()
+        return Averages(metric.masked_fill(ignored[..., None, None], 0), log_likelihood)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
         return F.softmax(wide(outputs), dim=self._axis(outputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Euclidean(Likelihood):
     The outputs have any shape ``(N, ...)``, and the targets the same shape. There is no noise model, so the
     log-likelihood has no normalizer and there are no predictions. `Gaussian` adds a noise model.
     """
+
+    metric_is_constant: ClassVar[bool] = True
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         check_same_shape("Euclidean", outputs, targets)

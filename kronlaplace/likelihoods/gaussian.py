@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Gaussian(Likelihood):
             with the same noise are equal, known or not.
     """
 
+    metric_is_constant: ClassVar[bool] = True
     # None becomes a value in __post_init__.
     noise_std: float = None  # type: ignore[assignment]
     noise_known: bool = field(default=None, compare=False)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._precision import wide
+from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.base import Likelihood
 from kronlaplace.likelihoods.links import Link, variance_of
 from kronlaplace.likelihoods.prediction import Prediction, gaussian_nll
@@ -70,6 +71,25 @@ class HeteroscedasticGaussian(Likelihood):
         error = wide(targets).reshape(mean.shape) - mean
         precision = torch.exp(-log_variance)
         return torch.cat([-error * precision, 0.5 * (1 - error.square() * precision)], dim=1).to(outputs.dtype)
+
+    def averages(
+        self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
+    ) -> Averages:
+        """Compute both averages in closed form; see `Likelihood.averages`.
+
+        With the variance ``v`` of ``s``, ``E[e⁻ˢ] = e^{v/2 − s}``, and ``E[(y − μ)² e⁻ˢ]`` is that times the second moment
+        of ``y − μ`` when the mean of ``μ`` is shifted by ``−Cov(μ, s)``.
+        """
+        mu, log_variance = mean.double().chunk(2, dim=1)
+        variance_mu, variance_s = covariance.double().diagonal(dim1=-2, dim2=-1).chunk(2, dim=1)
+        precision = torch.exp(0.5 * variance_s - log_variance)
+        metric = torch.cat([precision, torch.full_like(precision, 0.5)], dim=1)
+        if targets is None:
+            return Averages(metric, None)
+        c = mu.shape[1]
+        shifted = targets.reshape(mu.shape).double() - mu + covariance.double().diagonal(c, dim1=-2, dim2=-1)
+        square = precision * (shifted.square() + variance_mu)
+        return Averages(metric, -0.5 * (square + log_variance + math.log(2 * math.pi)).sum())
 
     @property
     def predictions_match_outputs(self) -> bool:

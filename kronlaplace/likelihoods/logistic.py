@@ -1,4 +1,4 @@
-"""The mean and the entropy of a yes/no answer whose logit is Gaussian, by quadrature to nearly machine precision.
+"""Averages over a yes/no answer whose logit is Gaussian, by quadrature to nearly machine precision.
 
 The integrands are analytic in a strip around the real line, where the trapezoidal rule converges exponentially
 (Trefethen and Weideman 2014, Thm. 5.1). For a standard deviation ``s`` of at most 1 the nodes are ``m + s z`` at a step of
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["binary_entropy", "logistic_moments"]
+__all__ = ["binary_entropy", "logistic_curvature", "logistic_moments"]
 
 _STEP = 0.5
 _CHUNK = 2**13
@@ -36,6 +36,35 @@ def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     moments = [_moments(m, v.clamp_min(0).sqrt()) for m, v in parts]
     p, entropy = (torch.cat(values).view(mean.shape) for values in zip(*moments, strict=True))
     return p, entropy
+
+
+def logistic_curvature(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``E[σ′(f)]`` and ``E[log(1 + eᶠ)]`` for ``f ~ N(mean, variance)``, in float64; arguments as `logistic_moments`.
+
+    Above a standard deviation of 1 the second is integrated by parts twice, ``∫ σ′(t) E[(f − t)₊] dt``.
+    """
+    parts = zip(mean.double().flatten().split(_CHUNK), variance.double().flatten().split(_CHUNK), strict=True)
+    averages = [_curvature(m, v.clamp_min(0).sqrt()) for m, v in parts]
+    slope, softplus = (torch.cat(values).view(mean.shape) for values in zip(*averages, strict=True))
+    return slope, softplus
+
+
+def _curvature(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both averages for vectors in float64."""
+    z = _nodes(_Z_LIMIT, mean)
+    weight = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    f = mean + std * z
+    narrow_slope = (weight * torch.sigmoid(f) * torch.sigmoid(-f)).sum(0)
+    narrow_softplus = (weight * F.softplus(f)).sum(0)
+    narrow = std <= 1
+    t, s = _nodes(_LOGIT_LIMIT, mean), torch.where(narrow, 1, std)
+    u = (mean - t) / s
+    slope, density = torch.sigmoid(t) * torch.sigmoid(-t), torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi)
+    wide_slope = (slope * density).sum(0) / s
+    wide_softplus = (slope * ((mean - t) * torch.special.ndtr(u) + s * density)).sum(0)
+    return _STEP * torch.where(narrow, narrow_slope, wide_slope), _STEP * torch.where(
+        narrow, narrow_softplus, wide_softplus
+    )
 
 
 def _moments(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

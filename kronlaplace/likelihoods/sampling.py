@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._arguments import choice, positive_integer, seed_number
+from kronlaplace.data.deferred_checks import Batch
 from kronlaplace.likelihoods.base import Likelihood, Sampling
 
 __all__ = ["DirectionSampling"]
@@ -42,6 +43,10 @@ class DirectionSampling:
             raise ValueError(
                 f'mc_samples={self.mc_samples} only applies when sampling="mc" (got sampling={self.kind.value!r}).'
             )
+
+    def of_batch(self, batch: Batch) -> DirectionSampling:
+        """Return the rule for one batch; a pass over data calls it before the network runs on the batch."""
+        return self
 
     def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
         """Return the number ``V`` of `directions` for the same arguments."""
