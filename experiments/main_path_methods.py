@@ -93,6 +93,10 @@ def of_kronlaplace(model, problem, layers=None, **tuning):
     return posterior.tune(**tuning).predict
 
 
+def variational(model, problem):
+    return kl.KronLaplace(model, problem.likelihood).fit_variational(problem.loader).posterior.predict
+
+
 def of_laplace_torch(model, problem, **options):
     model = copy.deepcopy(model)
     if problem.data.n_classes == 2:
@@ -134,6 +138,7 @@ METHODS: dict[str, tuple[Callable, Callable]] = {
     "kronlaplace, no option set": (Problem.map, of_kronlaplace),
     "kronlaplace, last layer": (Problem.map, partial(of_kronlaplace, layers="last")),
     "kronlaplace, logits not scaled": (Problem.map, partial(of_kronlaplace, logit_scale="fixed")),
+    "kronlaplace, variational": (Problem.map, variational),
     "laplace-torch, no option set": (Problem.map, of_laplace_torch),
     "laplace-torch, all layers": (Problem.map, partial(of_laplace_torch, subset_of_weights="all")),
     "temperature scaling": (Problem.of_kept, temperature_scaling),
