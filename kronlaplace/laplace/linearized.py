@@ -46,10 +46,11 @@ class ShapeCache:
         self.kept_per_example: int | None = None
         """The number of values kept per example."""
 
-    def chunk(self) -> int:
-        """Return the number of examples to process at a time."""
+    def chunk(self, budget: int | None = None) -> int:
+        """Return the number of examples to process at a time, which keep at most ``budget`` numbers."""
         kept = self.kept_per_example
-        return _FIRST_CHUNK if kept is None else max(1, min(_MAX_CHUNK, layer_covariance.BUDGET // max(kept, 1)))
+        budget = layer_covariance.BUDGET if budget is None else budget
+        return _FIRST_CHUNK if kept is None else max(1, min(_MAX_CHUNK, budget // max(kept, 1)))
 
 
 class Linearized:
@@ -62,6 +63,7 @@ class Linearized:
         likelihood: Tells which axis of the outputs holds the classes.
         layout: Where the examples are in the inputs, from the fit.
         known: What earlier calls have found out, by what they were asked for; kept by the caller.
+        budget: How many numbers a chunk of examples may keep; None for `layer_covariance.BUDGET`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Linearized:
         likelihood: Likelihood,
         layout: Layout,
         known: dict[Hashable, ShapeCache],
+        budget: int | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -79,6 +82,7 @@ class Linearized:
         self._likelihood = likelihood
         self._layout = layout
         self._known = known
+        self._budget = budget
 
     def outputs_and_covariance(
         self, x: Inputs, wanted: OutputCovariance, *, differentiable: bool = False
@@ -104,7 +108,7 @@ class Linearized:
         known = self._known.setdefault((wanted, differentiable, shapes), ShapeCache(self._layout))
         start = 0
         while start < n:
-            count = n if wanted is OutputCovariance.JOINT else known.chunk()
+            count = n if wanted is OutputCovariance.JOINT else known.chunk(self._budget)
             part = x.examples(axis, start, start + count, shared)
             f, covariance = self._chunk(part, wanted, differentiable, known)
             outputs.append(f)

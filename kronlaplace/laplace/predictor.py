@@ -29,11 +29,13 @@ class Predictor:
     Args:
         model: The network.
         state: The posterior's state, fitted to the network at its present weights.
+        budget: How many numbers the covariances of some examples may keep at a time; None for the default.
     """
 
-    def __init__(self, model: nn.Module, state: State) -> None:
+    def __init__(self, model: nn.Module, state: State, budget: int | None = None) -> None:
         self._model = model
         self._state = state
+        self._budget = budget
 
     @property
     def model(self) -> nn.Module:
@@ -76,7 +78,9 @@ class Predictor:
         state = self._state
         fit = state.fitted
         layout = Layout(fit.fisher.metadata.input_axis, fit.fisher.metadata.shared_inputs)
-        network = Linearized(self._model, state.layers, state.inverses, state.likelihood, layout, fit.known)
+        network = Linearized(
+            self._model, state.layers, state.inverses, state.likelihood, layout, fit.known, self._budget
+        )
         with _gradients(differentiable), explained_errors(self._model, inputs.value):
             f, covariance = network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
             return (f if state.logit_scale == 1 else state.logit_scale * f), covariance

@@ -53,6 +53,9 @@ _STEP = 0.5
 _SMALLEST_STEP = 2.0**-6
 """Step at which the search ends: no step raises the bound."""
 
+_BUDGET = 2**21
+"""Numbers that the covariances of some examples of a batch may keep: about as much as the fit needs for a batch."""
+
 _Posterior = TypeVar("_Posterior")
 
 
@@ -186,7 +189,7 @@ def _round(
 ) -> tuple[LowerBound, KroneckerFisher]:
     """Return the bound of a posterior, and the Fisher of the metric averaged over its outputs."""
     rule, plain = options.sampling, state.fitted.fisher
-    sampling = AveragedSampling(rule.kind, rule.mc_samples, rule.seed, predictor=Predictor(model, state))
+    sampling = AveragedSampling(rule.kind, rule.mc_samples, rule.seed, predictor=Predictor(model, state, _BUDGET))
     with torch.inference_mode(False):
         accumulation = Accumulation(estimator, state.layers)
         accumulate(
@@ -204,7 +207,7 @@ def lower_bound(model: nn.Module, state: State, data: Iterable[Any], seed: int, 
     Raises:
         TypeError: If batches come without targets.
     """
-    sampling = AveragedSampling(seed=seed, predictor=Predictor(model, state))
+    sampling = AveragedSampling(seed=seed, predictor=Predictor(model, state, _BUDGET))
     device, alignment = device_of(model), Alignment(model, state.likelihood)
     with preserved_random_state(device), Rewind(data):
         for batch in iterate(data, device, alignment=alignment, progress=progress, description="Evidence lower bound"):
