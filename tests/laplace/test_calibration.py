@@ -69,8 +69,9 @@ def scale_by_loops(f, covariance, labels):
             cross_entropy, args=arguments, bounds=(0, math.log(1e3)), method="bounded", options={"xatol": 1e-6}
         ).x
 
-    without = [m + (1 + h) * c @ (p - y) for m, c, p, y in zip(f, covariance, pi, labels, strict=True)]
-    fit, out = best(f, covariance, pi), best(without, [(1 + h) * c for c in covariance], labels)
+    larger = 1 / (1 - min(h, 0.95))
+    without = [m + larger * c @ (p - y) for m, c, p, y in zip(f, covariance, pi, labels, strict=True)]
+    fit, out = best(f, covariance, pi), best(without, [larger * c for c in covariance], labels)
     return math.exp((1 - min(h, 1)) * fit + min(h, 1) * out)
 
 
