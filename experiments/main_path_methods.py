@@ -94,7 +94,7 @@ def of_kronlaplace(model, problem, layers=None, **tuning):
 
 
 def variational(model, problem):
-    return kl.KronLaplace(model, problem.likelihood).fit_variational(problem.loader).posterior.predict
+    return kl.KronLaplace(model, problem.likelihood).fit_variational(problem.loader).posterior.tune().predict
 
 
 def of_laplace_torch(model, problem, **options):

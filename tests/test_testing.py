@@ -213,7 +213,7 @@ BROKEN_LIKELIHOODS = {
     NoiseIgnored: r"log_likelihood\(statistics, noise_std\) is that of a likelihood with that noise",
     OtherShape: r"predictions have the shape of the outputs",
     OtherProduct: r"metric_product is the sum of d dᵀ over exact directions times a vector",
-    Unnormalized: r"probabilities of the classes sum to one \(with link='probit'\)",
+    Unnormalized: r"probabilities of the classes sum to one \(with link='margin'\)",
     OutOfRange: r"probabilities lie between 0 and 1",
     NegativeVariance: r"variances are not negative",
     OtherMean: r"a prediction without covariance is sample_mean",
