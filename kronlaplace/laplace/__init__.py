@@ -11,6 +11,7 @@ from kronlaplace.laplace.report import Report
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
 from kronlaplace.laplace.uncertainty import Uncertainty
+from kronlaplace.laplace.variational import LowerBound, VariationalFit
 
 __all__ = [
     "Comparison",
@@ -24,6 +25,7 @@ __all__ = [
     "KronLaplace",
     "KroneckerPrior",
     "LayerwisePrior",
+    "LowerBound",
     "NoiseTuning",
     "Predictive",
     "PredictiveMethod",
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "TuningMethod",
     "Uncertainty",
+    "VariationalFit",
     "train_by_evidence",
 ]
 

@@ -263,7 +263,7 @@ class KronLaplace(PosteriorPredictions):
                 lowers it by as much is taken back and halved.
             structure: What has a prior precision of its own, as in `tune`.
             sampling: ``"mc"``: a root of the averaged metric times random signs, one backward pass for each of
-                ``mc_samples``; in the plain fit, drawn labels. ``"exact"``: all columns of a root; take it for small data sets.
+                ``mc_samples``; in the plain fit, drawn labels. ``"exact"``: all columns of a root, for small data sets.
             mc_samples: As in `estimate_fisher`.
             seed: Seed of the signs and, for `Categorical`, of the draws of outputs. All rounds have the same draws.
             progress: Whether to show progress bars.
