@@ -288,7 +288,8 @@ class KronLaplace(PosteriorPredictions):
             raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
         plain = copy.copy(self)
         plain.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed, progress=progress)
-        state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
+        with torch.inference_mode(False):
+            state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
         with ONE_CHANGE:
             self._state = replace(state, temperature=self.temperature)  # it may have been set meanwhile
         return VariationalFit(self, history, converged)
@@ -313,7 +314,8 @@ class KronLaplace(PosteriorPredictions):
         """
         check_curved(self.likelihood)
         state = replace(self._at_its_weights(), logit_scale=1.0)
-        return lower_bound(self.model, state, data, seed_number(seed), progress)
+        with torch.inference_mode(False):
+            return lower_bound(self.model, state, data, seed_number(seed), progress)
 
     def _adopt(
         self,

@@ -125,9 +125,9 @@ class VariationalFit(Generic[_Posterior]):
     """The result of `KronLaplace.fit_variational`.
 
     Attributes:
-        posterior: The posterior, fitted. If the rounds ended before they converged, its own bound is not known; see
-            `KronLaplace.evidence_lower_bound`.
-        history: The bound of the plain fit, and of every posterior after it that was taken and from which a round began.
+        posterior: The posterior, fitted. If the rounds ended before they converged, the bound of what the last one made is
+            not in the history; see `KronLaplace.evidence_lower_bound`.
+        history: The bound of the plain fit, and of every posterior after it from which a round began and that was kept.
         converged: Whether the bound grew by less than the tolerance in the end, or no step could raise it.
     """
 
@@ -157,14 +157,15 @@ def find_fixed_point(
         description = f"Variational round {k} of {options.rounds}"
         bound, averaged = _round(model, trial, estimator, data, options, description)
         gain = bound.value - history[-1].value if history else math.inf
-        if gain > -options.tolerance:
-            step = step if not history else min(step, _STEP)
+        accepted = gain > -options.tolerance
+        if accepted:
+            step = min(step, _STEP) if history else step
             best, target = trial, averaged
             history.append(bound)
         else:
             step /= 2
-        if gain < options.tolerance and (gain > -options.tolerance or step < _SMALLEST_STEP):
-            converged = True
+        converged = gain < options.tolerance if accepted else step < _SMALLEST_STEP
+        if converged or (k == options.rounds and not accepted):
             trial = best
             break
         fisher = mix_fishers(best.fitted.fisher, target, step)
