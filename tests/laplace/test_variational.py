@@ -212,6 +212,15 @@ def test_average_of_softmax_is_that_of_quadrature():
     torch.testing.assert_close(metric.sum(-1), torch.zeros(2000, 3), rtol=0, atol=1e-14)
 
 
+def test_a_shift_of_all_logits_averages_out():
+    """The draws mirror each other, so the average of a linear function is exact, and the softmax does not see the shift."""
+    f = torch.randn(5, 3)
+    metric, normalizer = averages.average_softmax(f, 4 * torch.ones(5, 3, 3), torch.Generator().manual_seed(0))
+    p = f.softmax(-1)
+    torch.testing.assert_close(metric, torch.diag_embed(p) - p[:, :, None] * p[:, None], rtol=0, atol=1e-12)
+    torch.testing.assert_close(normalizer, f.logsumexp(-1), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0, 1.01, 8.0])
 def test_averages_of_the_logistic_function_are_integrals(sigma):
     for mean in (-30.0, -2.0, 0.0, 5.0):
