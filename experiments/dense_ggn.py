@@ -78,7 +78,7 @@ def main(argv=None):
     add("MAP", test_f.softmax(1))
     fisher = kl.estimate_fisher(model, [(x, y)], "classification", sampling="exact")
     for name, layers in (("K-FAC, last layer", list(fisher)[-1:]), ("K-FAC, all layers", list(fisher))):
-        posterior = kl.KronLaplace(model, "classification", layers=layers).fit(fisher=fisher).tune()
+        posterior = kl.KronLaplace(model, "classification", layers=layers).fit(fisher=fisher).tune(logit_scale="fixed")
         covariance = posterior.functional_variance(test_x)
         precision, evidence = float(posterior.prior_precision), float(posterior.log_marginal_likelihood())
         add(name, averaged(covariance), covariance, precision, evidence)

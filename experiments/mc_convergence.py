@@ -30,7 +30,7 @@ def errors(model, data, likelihood, samples, seeds):
     for n in samples:
         squared = []
         for seed in range(seeds):
-            sampled = kl.estimate_fisher(model, data, likelihood, mc_samples=n, seed=seed)
+            sampled = kl.estimate_fisher(model, data, likelihood, sampling="mc", mc_samples=n, seed=seed)
             for name, block in exact.items():
                 difference = sampled[name].gradient_factor - block.gradient_factor
                 squared.append(float(difference.norm() / block.gradient_factor.norm()) ** 2)

@@ -6,7 +6,7 @@ The network is trained as in the demo, on the first 55,000 training digits; the 
 Fisher of each estimator is estimated once, `sampling="exact"`, and tuned three ways: one prior precision or one per layer
 by the evidence, and one by the likelihood of the validation digits on a grid. Two kinds of other digits are to be told
 from the test digits by the predictive entropy: the test digits turned by 90 degrees, and scikit-learn's 8x8 digits scaled
-to 28x28. The table is of one link; the CSV has all four, every seed and the prior precisions. Trained networks are kept in
+to 28x28. The table is of one link; the CSV has all five, every seed and the prior precisions. Trained networks are kept in
 `--out` and taken from there the next time; delete them to train again.
 """
 
@@ -49,6 +49,7 @@ LAST = "K-FAC, last layer"
 TUNINGS = ("evidence", "evidence by layer", "validation")
 LINKS = {
     "mc": kl.Predictive(link="mc", n_samples=1000),
+    "margin": kl.Predictive(link="margin"),
     "probit": kl.Predictive(link="probit"),
     "centered-probit": kl.Predictive(link="centered-probit"),
     "bridge": kl.Predictive(link="bridge"),
@@ -91,9 +92,9 @@ def posteriors(model, train, validation, link):
             if tuning == "validation":
                 posterior.tune("validation", data=validation, predictive=LINKS[link], grid=GRID)
             elif tuning == "evidence":
-                posterior.tune()
+                posterior.tune(logit_scale="fixed")
             elif name != LAST:
-                posterior.tune(structure="layerwise")
+                posterior.tune(structure="layerwise", logit_scale="fixed")
             else:
                 continue
             yield name, tuning, posterior

@@ -392,10 +392,14 @@ class TestQuality:
     """The full recipes reach what the README says."""
 
     @pytest.mark.grid
-    def test_digits_are_trained(self, tmp_path):
+    def test_the_posterior_of_digits_helps(self, tmp_path):
+        """Without an option, over all layers: as certain as the network on digits, less on digits that are turned."""
         main(["demo", "--dataset", "digits", "--out", str(tmp_path)])
-        scores = {row["method"]: row for row in read(tmp_path / "digits" / "table.csv")}
-        assert float(scores["MAP"]["accuracy"]) > 0.96
+        at_map, _, laplace = read(tmp_path / "digits" / "table.csv")
+        assert float(at_map["accuracy"]) > 0.96
+        assert float(laplace["nll"]) < 1.05 * float(at_map["nll"])
+        assert float(laplace["ece"]) < float(at_map["ece"]) + 0.01
+        assert float(laplace["ood_auroc"]) > float(at_map["ood_auroc"])
 
     @pytest.mark.grid
     @pytest.mark.parametrize("name", ["moons", "breast-cancer", "wine"])
@@ -404,6 +408,7 @@ class TestQuality:
         at_map, _, laplace = read(tmp_path / name / "table.csv")
         assert float(at_map["accuracy"]) > 0.95
         assert float(laplace["ood_auroc"]) > float(at_map["ood_auroc"]) + 0.2
+        assert float(laplace["nll"]) < float(at_map["nll"]) + 0.02
 
     @pytest.mark.grid
     def test_laplace_covers_the_gap_of_the_sine(self, tmp_path):
@@ -421,6 +426,8 @@ class TestQuality:
         assert float(at_map["accuracy"]) >= 0.985
         assert float(laplace["accuracy"]) >= 0.985
         assert float(laplace["ood_auroc"]) >= float(at_map["ood_auroc"])
+        assert float(laplace["nll"]) < 1.05 * float(at_map["nll"])
+        assert float(laplace["ece"]) < float(at_map["ece"]) + 0.01
 
     @pytest.mark.skipif(not REAL_DATA, reason="set KRONLAPLACE_DATA to a folder with uci/")
     def test_boston(self, tmp_path):

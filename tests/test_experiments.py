@@ -1,13 +1,15 @@
-"""The experiments that measure costs run, at sizes at which they measure nothing."""
+"""The experiments run, at sizes at which they measure nothing."""
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import kronlaplace as kl
-from experiments import fit_cost, measure, predict_cost, variational
+from experiments import classification_tasks, fit_cost, main_path, main_path_methods, measure, predict_cost, variational
+from kronlaplace.demo.training import Recipe
 
 
 def table(path):
@@ -82,3 +84,63 @@ def test_variational(tmp_path, monkeypatch, capsys):
     assert float(table(tmp_path / "cost.csv")[variational.PLAIN]["time_ratio"]) == 1
     assert "variational, two rounds" in capsys.readouterr().out
     assert (tmp_path / "variational.png").exists()
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")
+def test_main_path(tmp_path, monkeypatch, capsys, n_classes):
+    inputs, labels = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).numpy(), np.arange(40) % n_classes
+
+    def network():
+        return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1 if n_classes == 2 else 3))
+
+    def data(data_dir, seed):
+        return classification_tasks.table("tiny", inputs, labels, seed)
+
+    task = classification_tasks.Task("tiny table", data, network, Recipe(20, 8, 1e-2), split_by_seed=True)
+    monkeypatch.setitem(classification_tasks.TASKS, "tiny", task)
+    folders = ["--cache", str(tmp_path / "networks"), "--out", str(tmp_path / "out")]
+    own = [method for method in main_path.METHODS if "laplace-torch" not in method]
+    main_path.main(["--sets", "tiny", "--seeds", "2", "--methods", *own, *folders])
+    rows = main_path.read_rows(tmp_path / "out" / "tiny.csv")
+    assert list(rows) == own
+    assert all(list(by_seed) == [0, 1] for by_seed in rows.values())
+    assert "| tiny |" in (tmp_path / "out" / "main_path.md").read_text(encoding="utf-8")
+    networks = {path: path.stat().st_mtime_ns for path in (tmp_path / "networks").iterdir()}
+    assert len(networks) == 2 * (main_path_methods.N_ENSEMBLE + 1)
+
+    main_path.main(["--sets", "tiny", "--seeds", "1", "--methods", "temperature scaling", *folders])
+    again = main_path.read_rows(tmp_path / "out" / "tiny.csv")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "networks").iterdir()} == networks
+    assert list(again) == own
+    assert again["temperature scaling"][0].scores[:-1] == rows["temperature scaling"][0].scores[:-1]
+    assert again[main_path.MAP] == rows[main_path.MAP]
+
+
+def test_bounds_of_the_main_path():
+    def rows(**methods):
+        keys = [column.key for column in main_path.SCORES]
+        default = {"accuracy": 0.9, "confidence": 0.9, "nll": 0.4, "ece": 0.02, "auroc": 0.7}
+        return {
+            name: {
+                seed: main_path.Row(tuple((default | changes).get(key, 0.0) for key in keys))
+                for seed, changes in enumerate(by_seed)
+            }
+            for name, by_seed in methods.items()
+        }
+
+    def compared(base, *by_seed):
+        return main_path.compared(rows(MAP=[base] * len(by_seed), other=by_seed), "other")
+
+    assert compared({}, {"nll": 0.419, "ece": 0.029, "auroc": 0.71}).missed == ()
+    assert str(compared({}, {"nll": 0.44, "ece": 0.035})) == "1.100, +0.0150, +0.0000: misses NLL, ECE, AUROC"
+    overconfident = {"confidence": 0.95, "ece": 0.05}
+    better = {"nll": 0.3, "ece": 0.02, "auroc": 0.8}
+    assert str(compared(overconfident, better, better)) == "0.750, -0.0300, +0.1000: met"
+    assert compared(overconfident, better, better | {"nll": 0.41}).missed == ("NLL",)
+    assert compared({}, {"nll": float("nan")}) is None
+
+
+def test_two_outputs_that_differ_by_a_logit():
+    layer, x = nn.Linear(3, 1), torch.randn(5, 3)
+    torch.testing.assert_close(main_path_methods.two_outputs(layer)(x).softmax(dim=1)[:, 1:], layer(x).sigmoid())

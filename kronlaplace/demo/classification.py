@@ -137,7 +137,7 @@ def _targets(data: ClassificationData) -> Tensor:
 
 def _notes(data: ClassificationData, posteriors: Mapping[str, KronLaplace]) -> list[str]:
     tuned = [
-        f"{method}: prior precision {prior_precision_of(posterior):.4g}, "
+        f"{method}: prior precision {prior_precision_of(posterior):.4g}, scale of the logits {posterior.logit_scale:.4g}, "
         f"log marginal likelihood {float(posterior.log_marginal_likelihood()):.2f}"
         for method, posterior in posteriors.items()
     ]

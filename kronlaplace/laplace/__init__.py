@@ -4,7 +4,8 @@ from kronlaplace.laplace.comparison import Comparison
 from kronlaplace.laplace.draws import Draws
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.kronecker_prior import KroneckerPrior
-from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
+from kronlaplace.laplace.posterior import KronLaplace
+from kronlaplace.laplace.posterior_tuning import TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
 from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
 from kronlaplace.laplace.report import Report

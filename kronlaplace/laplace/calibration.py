@@ -13,10 +13,12 @@ Two scales are found from the marginals ``f_n ~ N(f(x_n), C_n)`` at a sample of 
 * ``a_out``: the labels are most likely when each example is left out. Leaving out one example moves its own logits to
   ``f_n + C (π_n − y_n)`` (the stationary point of the other examples' posterior, whose covariance is ``C``). A Kronecker
   product knows an example only through means over all, so its ``C_n`` is that of the other examples, up to the factor
-  ``1 + h`` with the mean leverage ``h = 1/N Σ_n tr(Λ_n C_n)``, the effective parameters per example.
+  ``1 / (1 − h)`` with the mean leverage ``h = 1/N Σ_n tr(Λ_n C_n)``, the effective parameters per example, as in
+  generalized cross-validation (Golub, Heath and Wahba 1979).
 
 The first cannot know that a network has memorized its labels; the second is too pessimistic where few parameters are
-effective. The leverage decides between them: ``log a = (1 − h) log a_fit + h log a_out``.
+effective. The leverage decides between them: ``log a = (1 − h) log a_fit + h log a_out``. Neither is less than 1, where the
+average over the weights has its full effect.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ from kronlaplace.network.example_axes import Layout
 __all__ = ["calibrated_logit_scale", "has_logit_scale", "keeping", "training_examples"]
 
 _LARGEST_SCALE = 1e3
+
+_LARGEST_LEVERAGE = 0.95
+"""Effective parameters per example from which the covariance without an example is not larger still."""
 
 _BUDGET = 2**25
 """Entries of covariances to have at a time."""
@@ -129,7 +134,7 @@ def calibrated_logit_scale(predictor: Predictor, examples: Iterable[tuple[Inputs
         layout: Where the examples are in the inputs.
 
     Returns:
-        ``a > 0``; 1 if there is no target that counts.
+        ``a``, at least 1; 1 if there is no target that counts.
     """
     batches = list(examples)
     parts = list(_marginals(predictor, batches, layout)) if _fits(predictor, batches, layout) else None
@@ -144,7 +149,7 @@ def calibrated_logit_scale(predictor: Predictor, examples: Iterable[tuple[Inputs
     fit, out = _CrossEntropy(predictor.likelihood), _CrossEntropy(predictor.likelihood)
     for part in again():
         fit.add(part, part.probabilities)
-        out.add(part.without_their_labels(1 + leverage), part.labels)
+        out.add(part.without_their_labels(1 / (1 - min(leverage, _LARGEST_LEVERAGE))), part.labels)
     share = min(leverage, 1.0)
     return math.exp((1 - share) * fit.log_of_best_scale() + share * out.log_of_best_scale())
 
@@ -166,9 +171,9 @@ class _CrossEntropy:
         self._parts.append((mean, variances, labels))
 
     def log_of_best_scale(self) -> float:
-        """Return the logarithm of the scale where it is least."""
-        bound = math.log(_LARGEST_SCALE)
-        return float(minimize_scalar(self._at, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x)
+        """Return the logarithm of the scale of at least 1 where it is least."""
+        bounds = (0.0, math.log(_LARGEST_SCALE))
+        return float(minimize_scalar(self._at, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x)
 
     def _at(self, log_scale: float) -> float:
         link = self._likelihood.links[0]

@@ -111,29 +111,32 @@ def output_layer_part(
         return None
     gradient_basis, activation_basis = bases
     squares = batch.project(activation_basis)[0].square()  # (N, T, p)
-    if wanted is OutputCovariance.MARGIN_VARIANCES:
-        return _margin_variances(squares @ inverse.weights.T, gradient_basis[0], outputs)
     if wanted.variances:
         weights = inverse.row_weights if wanted is OutputCovariance.VARIANCES else inverse.centered_row_weights
-        return (squares @ weights.T).reshape(outputs.shape)
+        variances = squares @ weights.T  # (N, T, C)
+        if wanted is OutputCovariance.MARGIN_VARIANCES:
+            top = outputs.reshape(variances.shape).argmax(-1)
+            variances = _margin_variances(variances, squares @ inverse.weights.T, gradient_basis[0], top)
+        return variances.reshape(outputs.shape)
     spread = (squares @ inverse.weights.T).reshape(*outputs.shape[:-1], 1, -1)  # (N, ..., 1, q)
     return (gradient_basis[0] * spread) @ gradient_basis[0].T
 
 
-def _margin_variances(spread: Tensor, basis: Tensor, outputs: Tensor) -> Tensor:
-    """Return the variances of the margins to the largest output, of the shape of the outputs.
+def _margin_variances(centered: Tensor, spread: Tensor, basis: Tensor, top: Tensor) -> Tensor:
+    """Return the variances of the outputs less one of them, ``(N, T, q)``.
+
+    All three terms are of centered outputs: a shift common to all would drown the margins in rounding.
 
     Args:
+        centered: Variances of the outputs less their mean, ``(N, T, q)``.
         spread: ``Σ_j w_ij b_j²``, ``(N, T, q)``.
         basis: ``Q_G``, ``(q, q)``.
-        outputs: The layer's outputs, ``(N, ..., q)``.
+        top: The index of the output that is subtracted, ``(N, T)``.
     """
-    basis = basis - basis.mean(0)  # a shift common to all outputs would drown the margins in rounding
-    top = outputs.reshape(spread.shape).argmax(-1)
-    variance = spread @ basis.square().T
-    with_top = (spread * basis[top]) @ basis.T
-    margins = variance + variance.gather(-1, top.unsqueeze(-1)) - 2 * with_top
-    return margins.clamp_min(0).reshape(outputs.shape)
+    shift = basis.mean(0)
+    spread_of_top = spread * (basis[top] - shift)
+    with_top = spread_of_top @ basis.T - (spread_of_top @ shift).unsqueeze(-1)
+    return (centered + centered.gather(-1, top.unsqueeze(-1)) - 2 * with_top).clamp_min(0)
 
 
 class _SingleUse:

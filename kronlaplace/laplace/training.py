@@ -27,7 +27,8 @@ from kronlaplace.fisher.curvature_pass import check_batch
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.calibration import has_logit_scale
 from kronlaplace.laplace.evidence import check_has_evidence
-from kronlaplace.laplace.posterior import KronLaplace, TuningMethod
+from kronlaplace.laplace.posterior import KronLaplace
+from kronlaplace.laplace.posterior_tuning import TuningMethod
 from kronlaplace.laplace.prior import Prior, PriorStructure
 from kronlaplace.laplace.prior_precision import Precision
 from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, ScaleTuning, known_noise

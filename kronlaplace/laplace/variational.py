@@ -9,8 +9,8 @@ Kullback-Leibler divergence, has the precision
 expected Hessian, as it has everywhere). At saturated outputs the metric at ``f(x_n)`` is nearly zero and its average is not.
 
 It is a fixed point. From the posterior ``q`` of a Fisher ``F``, a pass over the data gives a new Fisher ``F'`` of the
-averaged metric, and ``(1 − ρ) F + ρ F'`` is the next; with exact blocks this is a step along the natural gradient of the
-evidence lower bound of the linearized network,
+averaged metric, and ``(1 − ρ) F + ρ F'`` is the next; with exact blocks, or a diagonal, this is a step along the natural
+gradient of the evidence lower bound of the linearized network,
 
     E_q[log p(D | f)] / τ − KL(q ‖ prior),
 

@@ -101,7 +101,7 @@ def margin_variances(mean: Tensor, covariance: Tensor) -> Tensor:
 
     Args:
         mean: Mean of the outputs, ``(..., C)``.
-        covariance: Full covariance of the outputs, ``(..., C, C)``, or the variances of the margins themselves, ``(..., C)``.
+        covariance: Full covariance of the outputs, ``(..., C, C)``, or already the variances of the margins, ``(..., C)``.
     """
     if not is_whole(mean, covariance):
         return covariance

@@ -107,7 +107,7 @@ def test_factor_with_nan_is_refused_with_the_layers_name():
 @pytest.fixture
 def fisher():
     case = cnn()
-    return kl.estimate_fisher(case.model, case.batches(), "classification", mc_samples=2, seed=3)
+    return kl.estimate_fisher(case.model, case.batches(), "classification", sampling="mc", mc_samples=2, seed=3)
 
 
 def test_fisher_algebra_equals_dense(fisher):

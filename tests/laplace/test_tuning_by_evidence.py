@@ -405,7 +405,7 @@ def test_a_better_prior_mean_is_more_evidence():
 
 def test_the_evidence_takes_no_data():
     posterior = fitted("mlp", "classification")
-    for options in ({"data": []}, {"grid": [1.0]}, {"predictive": kl.Predictive()}):
+    for options in ({"data": [], "logit_scale": "fixed"}, {"grid": [1.0]}, {"predictive": kl.Predictive()}):
         with pytest.raises(TypeError, match="the evidence does not use them"):
             posterior.tune(**options)
     with pytest.raises(ValueError, match="unknown method 'marglik'; allowed are 'evidence', 'exact-evidence', 'valid"):

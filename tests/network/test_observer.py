@@ -421,7 +421,7 @@ def test_vectors_of_another_shape_are_refused():
 
 def test_a_fisher_of_blocks_alone(tmp_path):
     model = convolutional().eval()
-    known = kl.estimate_fisher(model, batches(model), "classification")
+    known = kl.estimate_fisher(model, batches(model), "classification", sampling="mc")
     with kl.NetworkObserver(model, kl.find_layers(model)) as observer:
         accumulation = kl.Accumulation(kl.KFAC(), observer.layers)
         for index, (x, y) in enumerate(batches(model)):
