@@ -5,7 +5,7 @@ Kullback-Leibler divergence, has the precision
 
     S⁻¹ = Σ_n J_nᵀ E[M(f_n)] J_n / τ + D,    f_n ~ N(f(x_n), J_n S J_nᵀ)
 
-(Opper and Archambeau 2009, Eq. 14, for likelihoods whose Hessian is the metric ``M``; `HeteroscedasticGaussian` has the
+(Opper and Archambeau 2009, for likelihoods whose Hessian is the metric ``M``; `HeteroscedasticGaussian` has the
 expected Hessian, as it has everywhere). At saturated outputs the metric at ``f(x_n)`` is nearly zero and its average is not.
 
 It is a fixed point. From the posterior ``q`` of a Fisher ``F``, a pass over the data gives a new Fisher ``F'`` of the
