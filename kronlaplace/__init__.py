@@ -29,10 +29,12 @@ from kronlaplace.laplace import (
     KroneckerPrior,
     KronLaplace,
     LayerwisePrior,
+    LowerBound,
     Predictive,
     Prior,
     Report,
     Uncertainty,
+    VariationalFit,
     train_by_evidence,
 )
 from kronlaplace.layers import SUPPORTED_LAYERS, Layer, find_layers, register_layer
@@ -99,6 +101,8 @@ __all__ = [
     "Hyperparameters",
     "train_by_evidence",
     "EvidenceTraining",
+    "VariationalFit",
+    "LowerBound",
     "Predictive",
     "Prediction",
     "JointPrediction",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import classification_tasks, fit_cost, main_path, main_path_methods, measure, predict_cost
+import kronlaplace as kl
+from experiments import classification_tasks, fit_cost, main_path, main_path_methods, measure, predict_cost, variational
 from kronlaplace.demo.training import Recipe
 
 
@@ -65,6 +66,24 @@ def test_predict_cost(tmp_path, capsys):
     largest = float(table(tmp_path / "last_layer.csv")["head alone, functional_variance"]["largest_mb"])
     assert 2 * 20 * 4 / 1e6 <= largest < 2 * 20 * 20 * 7 * 4 / 1e6
     assert (tmp_path / "predict_cost.png").exists()
+
+
+@pytest.mark.grid
+@pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")  # the digits are noise
+def test_variational(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variational, "ESTIMATORS", {"K-FAC": kl.KFAC(), "exact blocks": kl.ExactBlock()})
+    sizes = {"steps": 300, "digits": 12, "batch-size": 4, "repeats": 1}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    variational.main([*options, "--out", str(tmp_path)])
+    for name in variational.TABLES:
+        rows = {key: {k: float(v) for k, v in row.items()} for key, row in table(tmp_path / f"{name}.csv").items()}
+        best = rows.pop("dense, variational")
+        assert abs(best["divergence"]) < 1e-6
+        assert all(row["divergence"] > 0 and row["bound"] < best["bound"] for row in rows.values())
+        assert rows["exact blocks, variational"]["divergence"] < rows["exact blocks, plain"]["divergence"] / 2
+    assert float(table(tmp_path / "cost.csv")[variational.PLAIN]["time_ratio"]) == 1
+    assert "variational, two rounds" in capsys.readouterr().out
+    assert (tmp_path / "variational.png").exists()
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])

@@ -12,6 +12,7 @@ from kronlaplace.laplace.report import Report
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
 from kronlaplace.laplace.uncertainty import Uncertainty
+from kronlaplace.laplace.variational import LowerBound, VariationalFit
 
 __all__ = [
     "Comparison",
@@ -25,6 +26,7 @@ __all__ = [
     "KronLaplace",
     "KroneckerPrior",
     "LayerwisePrior",
+    "LowerBound",
     "NoiseTuning",
     "Predictive",
     "PredictiveMethod",
@@ -33,6 +35,7 @@ __all__ = [
     "Report",
     "TuningMethod",
     "Uncertainty",
+    "VariationalFit",
     "train_by_evidence",
 ]
 

@@ -230,8 +230,8 @@ class KronLaplace(PosteriorTuning):
         """Fit the posterior with variational curvature, and set its prior precision with it.
 
         The output metric is averaged over the posterior of the outputs instead of taken at the trained weights, where it
-        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). After a plain, exact fit, every
-        round takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and
+        nearly vanishes if the network is certain (see `kronlaplace.laplace.variational`). After a plain fit, every round
+        takes a step toward the fixed point; the first one goes most of the way. For `Categorical`, `Bernoulli` and
         `HeteroscedasticGaussian`.
 
         The posterior changes only if everything succeeds. It is then like any other: it predicts, and `tune` and the
@@ -245,8 +245,8 @@ class KronLaplace(PosteriorTuning):
             tolerance: Gain of the evidence lower bound from step to step, in nats, below which the rounds end. A step that
                 lowers it by as much is taken back and halved.
             structure: What has a prior precision of its own, as in `tune`.
-            sampling: Of the rounds. ``"mc"``: a root of the averaged metric times random signs, one backward pass for each
-                of ``mc_samples``. ``"exact"``: all columns of a root; take it for small data sets.
+            sampling: ``"mc"``: a root of the averaged metric times random signs, one backward pass for each of
+                ``mc_samples``; in the plain fit, drawn labels. ``"exact"``: all columns of a root, for small data sets.
             mc_samples: As in `estimate_fisher`.
             seed: Seed of the signs and, for `Categorical`, of the draws of outputs. All rounds have the same draws.
             progress: Whether to show progress bars.
@@ -270,8 +270,9 @@ class KronLaplace(PosteriorTuning):
         if isinstance(data, Iterator):
             raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
         plain = copy.copy(self)
-        plain.fit(data, seed=seed, progress=progress)
-        state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
+        plain.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed, progress=progress)
+        with torch.inference_mode(False):
+            state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
         with ONE_CHANGE:
             self._state = replace(state, temperature=self.temperature)  # it may have been set meanwhile
         return VariationalFit(self, history, converged)
@@ -296,7 +297,8 @@ class KronLaplace(PosteriorTuning):
         """
         check_curved(self.likelihood)
         state = replace(self._at_its_weights(), logit_scale=1.0)
-        return lower_bound(self.model, state, data, seed_number(seed), progress)
+        with torch.inference_mode(False):
+            return lower_bound(self.model, state, data, seed_number(seed), progress)
 
     def _adopt(
         self,

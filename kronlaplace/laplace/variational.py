@@ -5,12 +5,12 @@ Kullback-Leibler divergence, has the precision
 
     S⁻¹ = Σ_n J_nᵀ E[M(f_n)] J_n / τ + D,    f_n ~ N(f(x_n), J_n S J_nᵀ)
 
-(Opper and Archambeau 2009, Eq. 14, for likelihoods whose Hessian is the metric ``M``; `HeteroscedasticGaussian` has the
+(Opper and Archambeau 2009, for likelihoods whose Hessian is the metric ``M``; `HeteroscedasticGaussian` has the
 expected Hessian, as it has everywhere). At saturated outputs the metric at ``f(x_n)`` is nearly zero and its average is not.
 
 It is a fixed point. From the posterior ``q`` of a Fisher ``F``, a pass over the data gives a new Fisher ``F'`` of the
-averaged metric, and ``(1 − ρ) F + ρ F'`` is the next; with exact blocks this is a step along the natural gradient of the
-evidence lower bound of the linearized network,
+averaged metric, and ``(1 − ρ) F + ρ F'`` is the next; with exact blocks, or a diagonal, this is a step along the natural
+gradient of the evidence lower bound of the linearized network,
 
     E_q[log p(D | f)] / τ − KL(q ‖ prior),
 
@@ -125,9 +125,9 @@ class VariationalFit(Generic[_Posterior]):
     """The result of `KronLaplace.fit_variational`.
 
     Attributes:
-        posterior: The posterior, fitted. If the rounds ended before they converged, its own bound is not known; see
-            `KronLaplace.evidence_lower_bound`.
-        history: The bound of the plain fit, and of every posterior after it that was taken and from which a round began.
+        posterior: The posterior, fitted. If the rounds ended before they converged, the bound of what the last one made is
+            not in the history; see `KronLaplace.evidence_lower_bound`.
+        history: The bound of the plain fit, and of every posterior after it from which a round began and that was kept.
         converged: Whether the bound grew by less than the tolerance in the end, or no step could raise it.
     """
 
@@ -157,14 +157,15 @@ def find_fixed_point(
         description = f"Variational round {k} of {options.rounds}"
         bound, averaged = _round(model, trial, estimator, data, options, description)
         gain = bound.value - history[-1].value if history else math.inf
-        if gain > -options.tolerance:
-            step = step if not history else min(step, _STEP)
+        accepted = gain > -options.tolerance
+        if accepted:
+            step = min(step, _STEP) if history else step
             best, target = trial, averaged
             history.append(bound)
         else:
             step /= 2
-        if gain < options.tolerance and (gain > -options.tolerance or step < _SMALLEST_STEP):
-            converged = True
+        converged = gain < options.tolerance if accepted else step < _SMALLEST_STEP
+        if converged or (k == options.rounds and not accepted):
             trial = best
             break
         fisher = mix_fishers(best.fitted.fisher, target, step)

@@ -1,6 +1,8 @@
 """Variational curvature, against direct optimization of the bound and dense algebra."""
 
+import contextlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
+from kronlaplace.laplace import variational
 from kronlaplace.laplace.averaged_sampling import OfOneBatch
 from kronlaplace.laplace.predictive import classes_last
 from kronlaplace.likelihoods import Sampling, averages, categorical
@@ -188,7 +192,7 @@ def test_rounds_do_not_lower_the_bound(name, estimator, sampling, structure):
     assert all(later > earlier - 1e-6 for earlier, later in itertools.pairwise(values))
     assert posterior.prior_precision.shape == (() if structure == "scalar" else (2,))
     tuned = fit.history[0].prior_precision
-    plain = made.fitted(estimator).tune(structure=structure).prior_precision
+    plain = made.posterior(estimator).fit(made.data(), sampling=sampling).tune(structure=structure).prior_precision
     torch.testing.assert_close(tuned, plain, rtol=1e-8, atol=0)
 
 
@@ -206,6 +210,15 @@ def test_average_of_softmax_is_that_of_quadrature():
     torch.testing.assert_close(metric.mean(0), expected_metric[0], rtol=0, atol=2e-3)
     torch.testing.assert_close(normalizer.mean(), expected[0], rtol=0, atol=5e-3)
     torch.testing.assert_close(metric.sum(-1), torch.zeros(2000, 3), rtol=0, atol=1e-14)
+
+
+def test_a_shift_of_all_logits_averages_out():
+    """The draws mirror each other, so the average of a linear function is exact, and the softmax does not see the shift."""
+    f = torch.randn(5, 3)
+    metric, normalizer = averages.average_softmax(f, 4 * torch.ones(5, 3, 3), torch.Generator().manual_seed(0))
+    p = f.softmax(-1)
+    torch.testing.assert_close(metric, torch.diag_embed(p) - p[:, :, None] * p[:, None], rtol=0, atol=1e-12)
+    torch.testing.assert_close(normalizer, f.logsumexp(-1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0, 1.01, 8.0])
@@ -353,3 +366,46 @@ def test_an_unknown_likelihood_is_refused():
 
     with pytest.raises(NotImplementedError, match=r"Likelihood\.averages"):
         kl.KronLaplace(made.model, Own()).fit_variational(made.data())
+
+
+@at_the_edge
+@pytest.mark.parametrize("network", ["pixels", "one logit"])
+@pytest.mark.parametrize("mode", ["inference", "autocast", "shuffled"])
+def test_it_works_wherever_a_fit_does(network, mode):
+    """Outputs with positions, some ignored, or without an axis; in any mode of torch, and with a loader that shuffles."""
+    if network == "pixels":
+        model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 3, 1))
+        x, y = torch.randn(6, 1, 2, 3), torch.randint(3, (6, 2, 3))
+        y[0, 0] = -100
+    else:
+        model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0))
+        x, y = torch.randn(9, 3), torch.randint(2, (9,)).double()
+    posterior = kl.KronLaplace(model.eval(), "classification" if network == "pixels" else "binary")
+    data = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=mode == "shuffled")
+    with contextlib.ExitStack() as stack:
+        if mode == "inference":
+            stack.enter_context(torch.inference_mode())
+        if mode == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        fit = posterior.fit_variational(data, rounds=8, sampling="exact", tolerance=1e-4)
+        assert fit.converged
+        bound = posterior.evidence_lower_bound(data)
+    # A loader that shuffles gives other draws to the examples when it is read again.
+    tolerance = 0.5 if (network, mode) == ("pixels", "shuffled") else 1e-8
+    assert bound.value == pytest.approx(fit.history[-1].value, abs=tolerance)
+
+
+def test_a_round_that_is_taken_back_leaves_the_posterior_before_it(monkeypatch):
+    """The bound falls after the second round: the last posterior is that of the first."""
+    made = problem("mlp")
+    values = iter([-3.0, -2.0, -5.0])
+    true_bound = variational._bound
+    monkeypatch.setattr(variational, "_bound", lambda *args: replace(true_bound(*args), value=next(values)))
+    fit = made.posterior().fit_variational(made.data(), rounds=3, sampling="exact")
+    assert [bound.value for bound in fit.history] == [-3.0, -2.0]
+    assert not fit.converged
+    once = made.posterior()
+    monkeypatch.setattr(variational, "_bound", true_bound)
+    once.fit_variational(made.data(), rounds=1, sampling="exact")
+    torch.testing.assert_close(fit.posterior.fisher.to_dense(), once.fisher.to_dense(), rtol=1e-12, atol=0)
+    assert float(fit.posterior.prior_precision) == pytest.approx(float(once.prior_precision))
