@@ -270,6 +270,7 @@ class KronLaplace(PosteriorTuning):
         if isinstance(data, Iterator):
             raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
         plain = copy.copy(self)
+        plain.logit_scale = 1.0
         plain.fit(data, sampling=sampling, mc_samples=mc_samples, seed=seed, progress=progress)
         with torch.inference_mode(False):
             state, history, converged = find_fixed_point(self.model, plain._state, self.estimator, data, options)
@@ -306,14 +307,13 @@ class KronLaplace(PosteriorTuning):
         remaining: State,
         kernel: OutputKernel | None,
         examples: KeptExamples,
-        logit_scale: float = 1.0,
     ) -> None:
         """Become the posterior of ``fisher``, which is of this network at its present weights, over the remaining layers."""
         fit = self._fit_of(fisher, remaining.layers, kernel, examples)
         if estimator_to_json(self.estimator) != fisher.metadata.settings:
             self.estimator = estimator_from_json(fisher.metadata.settings)
         with ONE_CHANGE:
-            changes: dict[str, Any] = {"fit": fit, "logit_scale": logit_scale}
+            changes: dict[str, Any] = {"fit": fit}
             if remaining.layers is not self._layers:  # else the prior may have been set meanwhile
                 changes |= {"layers": remaining.layers, "given": remaining.given}
             self._change(likelihood=self.likelihood.completed_by(fisher.metadata.likelihood), **changes)
@@ -405,7 +405,8 @@ class KronLaplace(PosteriorTuning):
             temperature=stored.temperature,
             layers=list(stored.fisher),
         )
-        posterior._adopt(stored.fisher, posterior._state, stored.kernel, KeptExamples(), stored.logit_scale)
+        posterior._adopt(stored.fisher, posterior._state, stored.kernel, KeptExamples())
+        posterior.logit_scale = stored.logit_scale
         return posterior
 
     def _at_its_weights(self) -> State:

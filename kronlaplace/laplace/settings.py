@@ -175,8 +175,8 @@ class PosteriorSettings(LaplaceTorchNames):
     def logit_scale(self) -> float:
         """``a``, the mean of a classifier's logits is ``a f(x)``; may be set after the fit. `tune` calibrates it.
 
-        It acts on the outputs, in all predictions and draws of outputs; the weights that `sample` draws are without it. A
-        new fit sets it to 1.
+        It acts on the outputs, in all predictions and draws of outputs; the weights that `sample` draws are without it. Like
+        the prior it stays as it is in a new fit.
 
         Raises:
             ValueError: On setting, if it is not positive, or not 1 where the outputs are not logits.

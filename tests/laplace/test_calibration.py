@@ -198,7 +198,7 @@ def test_the_scale_is_a_hyperparameter_and_is_saved(tmp_path):
     posterior.logit_scale = 3.0
     posterior.hyperparameters = best
     assert posterior.logit_scale == scale
-    assert posterior.fit(batches(x, y)).logit_scale == 1
+    assert posterior.fit(batches(x, y)).logit_scale == scale  # as the prior precision
 
 
 def test_a_posterior_without_data_says_so_and_takes_them(tmp_path):
