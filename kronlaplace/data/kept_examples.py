@@ -106,6 +106,16 @@ class KeptExamples:
         ]
         return moved
 
+    def at_most(self, n: int) -> KeptExamples:
+        """Return a sample of ``n`` of the examples, or of all if there are fewer."""
+        keys = torch.cat([part.keys for part in self._parts]) if self._parts else torch.zeros(0)
+        if len(keys) <= n:
+            return self
+        fewer = KeptExamples()
+        bound = keys.kthvalue(n).values
+        fewer._parts = [part for part in (_below(part, bound) for part in self._parts) if len(part.keys)]
+        return fewer
+
     def batches(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the examples as few batches ``(inputs, targets)``, one for each shape of inputs."""
         groups: list[_Part] = []

@@ -56,6 +56,9 @@ _LARGEST_LEVERAGE = 0.95
 _BUDGET = 2**25
 """Entries of covariances to have at a time."""
 
+_WORK = 2**17
+"""Outputs of all examples together whose covariances are computed: a backward pass for each, of one example."""
+
 
 def has_logit_scale(likelihood: Likelihood) -> bool:
     """Return whether the outputs are logits, whose scale can be calibrated."""
@@ -125,18 +128,26 @@ class _Marginals:
         return _Marginals(self.mean + shift, covariance, self.labels)
 
 
-def calibrated_logit_scale(predictor: Predictor, examples: Iterable[tuple[Inputs, Tensor]], layout: Layout) -> float:
+def calibrated_logit_scale(predictor: Predictor, examples: KeptExamples, layout: Layout) -> float:
     """Return the scale of the logits; see the module's docstring.
+
+    With many outputs per example fewer examples are used, so that the work stays bounded.
 
     Args:
         predictor: Predicts with the posterior, at a scale of 1.
-        examples: Training examples, in batches ``(inputs, targets)`` on the network's device.
+        examples: Training examples, on the network's device.
         layout: Where the examples are in the inputs.
 
     Returns:
         ``a``, at least 1; 1 if there is no target that counts.
+
+    Raises:
+        OverflowError: If a single example has too many outputs.
     """
-    batches = list(examples)
+    outputs = max((_outputs(predictor, inputs, layout).numel() for inputs, _ in examples.batches()), default=1)
+    if outputs > _WORK:
+        raise OverflowError(f"one example has {outputs:,} outputs, and their covariances take a backward pass each")
+    batches = list(examples.at_most(_WORK // outputs).batches())
     parts = list(_marginals(predictor, batches, layout)) if _fits(predictor, batches, layout) else None
 
     def again() -> Iterable[_Marginals]:
@@ -196,9 +207,14 @@ def _fits(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: La
 
 def _size(predictor: Predictor, inputs: Inputs, layout: Layout) -> int:
     """Return the number of entries of one example's covariances."""
-    outputs = predictor.outputs(inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value)
+    outputs = _outputs(predictor, inputs, layout)
     axis = predictor.likelihood.class_axis_of(outputs)
     return outputs.numel() * (1 if axis is None else outputs.shape[axis])
+
+
+def _outputs(predictor: Predictor, inputs: Inputs, layout: Layout) -> Tensor:
+    """Return the outputs of the first example."""
+    return predictor.outputs(inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value)
 
 
 def _marginals(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: Layout) -> Iterator[_Marginals]:

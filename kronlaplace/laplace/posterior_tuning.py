@@ -136,7 +136,8 @@ class PosteriorTuning(PosteriorPredictions):
             TypeError: If ``data`` is missing, or has no effect.
 
         Warns:
-            UserWarning: If the optimum is at the edge of what was searched; if the noise is several times the root mean
+            UserWarning: If the optimum is at the edge of what was searched; if the scale of the logits cannot be calibrated,
+                because the fit has seen no data or an example has too many outputs; if the noise is several times the root mean
                 square error on the training data; for validation data that are one process's share.
         """
         structure = choice(PriorStructure, structure, "structure")
@@ -190,7 +191,14 @@ class PosteriorTuning(PosteriorPredictions):
             )
             return self.logit_scale
         at_tuned = self.with_hyperparameters(replace(tuned, logit_scale=1.0))
-        return calibrated_logit_scale(Predictor(self.model, at_tuned._state), examples.batches(), layout)
+        try:
+            return calibrated_logit_scale(Predictor(self.model, at_tuned._state), examples, layout)
+        except OverflowError as error:
+            warn(
+                f'the scale of the logits stays as it is: {error}. Tune on validation data, tune("validation", data=...), '
+                'or leave the scale alone, tune(logit_scale="fixed").'
+            )
+            return self.logit_scale
 
 
 def _positive(value: float | Tensor, name: str) -> float:

@@ -76,6 +76,13 @@ def test_merging_samples_both(monkeypatch):
     assert 20 < sum(n >= 100 for n in found) < 60
 
 
+def test_fewer_of_them_are_a_sample_too():
+    kept = sample(100, seed=0)
+    fewer = numbers(kept.at_most(30))
+    assert len(fewer) == 30 and set(fewer) < set(range(100)) and fewer != list(range(30))
+    assert numbers(kept.at_most(200)) == numbers(kept)
+
+
 def test_inputs_of_several_shapes_and_shared_tensors():
     """Batches of one shape are joined; a tensor that all examples share is not cut, and its batches stay apart."""
     kept = KeptExamples()

@@ -121,9 +121,7 @@ def test_order_and_batches_do_not_matter():
 def test_without_variance_the_network_is_left_as_it_is():
     model, x, y = classifier()
     posterior = kl.KronLaplace(model, "classification", prior_precision=1e12).fit(batches(x, y))
-    scale = calibrated_logit_scale(
-        Predictor(model, posterior._state), posterior._state.fitted.examples.batches(), Layout()
-    )
+    scale = calibrated_logit_scale(Predictor(model, posterior._state), posterior._state.fitted.examples, Layout())
     assert scale == pytest.approx(1, abs=1e-3)
 
 
@@ -133,6 +131,19 @@ def test_covariances_that_do_not_fit_are_computed_twice(monkeypatch):
     kept = posterior.logit_scale
     monkeypatch.setattr(calibration, "_BUDGET", 50)
     assert posterior.tune().logit_scale == pytest.approx(kept, rel=1e-6)
+
+
+def test_many_outputs_take_fewer_examples_and_too_many_are_refused(monkeypatch):
+    model, x, y = classifier()
+    posterior = kl.KronLaplace(model, "classification").fit(batches(x, y)).tune()
+    kept = posterior.logit_scale
+    monkeypatch.setattr(calibration, "_WORK", 3 * 40)
+    few = posterior.tune().logit_scale
+    assert few != kept and few == pytest.approx(kept, rel=0.5)
+    monkeypatch.setattr(calibration, "_WORK", 2)
+    with pytest.warns(UserWarning, match="the scale of the logits stays as it is: one example has 3 outputs"):
+        posterior.tune()
+    assert posterior.logit_scale == few
 
 
 @pytest.mark.parametrize("network", ["cnn", "tokens", "segmentation"])
