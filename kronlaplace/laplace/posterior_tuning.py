@@ -20,6 +20,7 @@ from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.prior import Prior, PriorStructure, prior_from_multiples
 from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.settings import ONE_CHANGE
+from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
 from kronlaplace.network.example_axes import Layout
@@ -137,8 +138,8 @@ class PosteriorTuning(PosteriorPredictions):
 
         Warns:
             UserWarning: If the optimum is at the edge of what was searched; if the scale of the logits cannot be calibrated,
-                because the fit has seen no data or an example has too many outputs; if the noise is several times the root mean
-                square error on the training data; for validation data that are one process's share.
+                because the fit has seen no data or an example has too many outputs; if the noise is several times the root
+                mean square error on the training data; for validation data that are one process's share.
         """
         structure = choice(PriorStructure, structure, "structure")
         state = self._at_its_weights()
@@ -160,7 +161,7 @@ class PosteriorTuning(PosteriorPredictions):
             tune = by_evidence if method is TuningMethod.EVIDENCE else by_exact_evidence
             tuned = tune(state, structure, noise)
             if calibrated:
-                tuned = replace(tuned, logit_scale=self._calibrated_scale(tuned, data))
+                tuned = replace(tuned, logit_scale=self._calibrated_scale(state, tuned, data))
         else:
             tuned = by_validation(
                 self.model,
@@ -177,28 +178,28 @@ class PosteriorTuning(PosteriorPredictions):
             self.hyperparameters = replace(tuned, temperature=self.temperature)  # it may have been set meanwhile
         return self
 
-    def _calibrated_scale(self, tuned: Hyperparameters, data: Iterable[Any] | None) -> float:
+    def _calibrated_scale(self, state: State, tuned: Hyperparameters, data: Iterable[Any] | None) -> float:
         """Return the scale of the logits at other hyperparameters, or, without examples, the present one with a warning."""
-        fit = self._state.fitted
+        fit = state.fitted
         metadata = fit.fisher.metadata
         layout = Layout(metadata.input_axis, metadata.shared_inputs)
-        examples = fit.examples if data is None else training_examples(self.model, data, self.likelihood, layout)
+        examples = fit.examples if data is None else training_examples(self.model, data, state.likelihood, layout)
         if not len(examples):
             warn(
                 "the scale of the logits stays as it is, because the fit has seen no data (it took a ready-made Fisher, or "
                 "the posterior was loaded): predictions may be far less certain than the network. Give tune the training "
                 'data, tune(data=...), or leave the scale alone, tune(logit_scale="fixed").'
             )
-            return self.logit_scale
-        at_tuned = self.with_hyperparameters(replace(tuned, logit_scale=1.0))
+            return state.logit_scale
+        at_tuned = state.with_hyperparameters(replace(tuned, logit_scale=1.0))
         try:
-            return calibrated_logit_scale(Predictor(self.model, at_tuned._state), examples, layout)
+            return calibrated_logit_scale(Predictor(self.model, at_tuned), examples, layout)
         except OverflowError as error:
             warn(
                 f'the scale of the logits stays as it is: {error}. Tune on validation data, tune("validation", data=...), '
                 'or leave the scale alone, tune(logit_scale="fixed").'
             )
-            return self.logit_scale
+            return state.logit_scale
 
 
 def _positive(value: float | Tensor, name: str) -> float:

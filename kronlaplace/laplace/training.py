@@ -204,7 +204,7 @@ def train_by_evidence(
     posterior.prior = record.prior
     posterior.fit(fisher=fisher)
     if has_logit_scale(posterior.likelihood):
-        posterior.logit_scale = posterior._calibrated_scale(posterior.hyperparameters, data)
+        posterior.logit_scale = posterior._calibrated_scale(posterior._state, posterior.hyperparameters, data)
     return EvidenceTraining(posterior, tuple(history), record)
 
 
