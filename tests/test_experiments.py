@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 import kronlaplace as kl
-from experiments import classification_tasks, fit_cost, main_path, main_path_methods, measure, predict_cost, variational
+from experiments import (
+    classification_tasks,
+    fit_cost,
+    main_path,
+    main_path_methods,
+    measure,
+    predict_cost,
+    small_tables,
+    variational,
+)
+from kronlaplace.demo.data import RegressionData
 from kronlaplace.demo.training import Recipe
 
 
@@ -144,3 +154,35 @@ def test_bounds_of_the_main_path():
 def test_two_outputs_that_differ_by_a_logit():
     layer, x = nn.Linear(3, 1), torch.randn(5, 3)
     torch.testing.assert_close(main_path_methods.two_outputs(layer)(x).softmax(dim=1)[:, 1:], layer(x).sigmoid())
+
+
+def test_small_tables_measure_what_they_say():
+    """The MAP's row is the Gaussian density at the training error, in original units; the default's gain is paired."""
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 2)
+    targets = inputs[:, 0].sin() + 0.1 * torch.randn(40)
+    splits = [(np.arange(30), np.arange(30, 40))]
+    split = RegressionData(
+        "toy", "a toy", inputs.numpy().astype(float), 5 * targets.numpy().astype(float), splits
+    ).split(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).eval()
+    scores = small_tables.scores_of(split, model)
+    assert list(scores) == list(small_tables.METHODS)
+    error = (model(split.train_x) - split.train_y).square().mean().sqrt().item()
+    density = torch.distributions.Normal(model(split.test_x), error).log_prob(split.test_y).mean().item()
+    assert scores["MAP"] == pytest.approx(density - np.log(split.target_std), rel=1e-4)
+    one = {
+        "MAP": -3.0,
+        "noise left at the training error": -2.0,
+        "K-FAC, its own evidence": -2.5,
+        "no option set": -1.9,
+    }
+    other = {
+        "MAP": -1.0,
+        "noise left at the training error": -2.2,
+        "K-FAC, its own evidence": -2.5,
+        "no option set": -1.8,
+    }
+    by_rows, gains = small_tables.tables_of({50: {"toy": [one, other]}}, ["toy"])
+    np.testing.assert_allclose(by_rows[50].scores["no option set"], [[-1.9], [-1.8]])
+    np.testing.assert_allclose(gains.scores["50 rows"], [[1.1], [-0.8]])  # to the MAP, whose mean is the largest
