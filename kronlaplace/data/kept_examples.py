@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -50,14 +51,19 @@ class _Part:
             return False
         return all(_without(mine[path], self) == _without(theirs[path], other) is not None for path in mine)
 
-    def joined(self, other: _Part) -> _Part:
-        theirs = leaves_by_path(other)
-        return replace(
-            self,
-            keys=torch.cat([self.keys, other.keys]),
-            inputs=self.inputs.map_by_path(lambda t, path: torch.cat([t, theirs[path]], dim=self.axis)),
-            targets=torch.cat([self.targets, other.targets]),
-        )
+
+def _joined(parts: list[_Part]) -> _Part:
+    """Join parts that fit."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [leaves_by_path(part) for part in parts]
+    first = parts[0]
+    return replace(
+        first,
+        keys=torch.cat([part.keys for part in parts]),
+        inputs=first.inputs.map_by_path(lambda _, path: torch.cat([t[path] for t in tensors], dim=first.axis)),
+        targets=torch.cat([part.targets for part in parts]),
+    )
 
 
 class KeptExamples:
@@ -73,9 +79,14 @@ class KeptExamples:
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._parts: list[_Part] = []
+        self._count = 0
+        self._limit = _COUNT
+        self._bound = math.inf
+        """Numbers above it have been left out already."""
 
     def __len__(self) -> int:
-        return sum(len(part.keys) for part in self._parts)
+        self._leave_out()
+        return self._count
 
     def add(self, inputs: Inputs, targets: Tensor, axis: int = 0, shared: Collection[str] = ()) -> None:
         """Consider a batch.
@@ -91,51 +102,67 @@ class KeptExamples:
 
     def merge(self, other: KeptExamples) -> None:
         """Consider the examples that another sample was taken from."""
+        self._limit = min(self._limit, other._limit)
         self._take(other._parts)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> KeptExamples:
         """Return a copy on another device, whose inputs, where they are floating-point numbers, have another dtype."""
-        moved = KeptExamples()
-        moved._parts = [
+        return self._of(
             replace(
                 part,
                 inputs=part.inputs.map(lambda t: t.to(device, dtype if t.is_floating_point() else None)),
                 targets=part.targets.to(device),
             )
             for part in self._parts
-        ]
-        return moved
+        )
 
     def at_most(self, n: int) -> KeptExamples:
         """Return a sample of ``n`` of the examples, or of all if there are fewer."""
-        keys = torch.cat([part.keys for part in self._parts]) if self._parts else torch.zeros(0)
-        if len(keys) <= n:
-            return self
-        fewer = KeptExamples()
-        bound = keys.kthvalue(n).values
-        fewer._parts = [part for part in (_below(part, bound) for part in self._parts) if len(part.keys)]
+        fewer = self._of(self._parts)
+        fewer._limit = min(n, self._limit)
         return fewer
 
     def batches(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the examples as few batches ``(inputs, targets)``, one for each shape of inputs."""
-        groups: list[_Part] = []
+        self._leave_out()
+        groups: list[list[_Part]] = []
         for part in self._parts:
-            for i, group in enumerate(groups):
-                if group.fits(part):
-                    groups[i] = group.joined(part)
-                    break
+            group = next((group for group in groups if group[0].fits(part)), None)
+            if group is None:
+                groups.append([part])
             else:
-                groups.append(part)
-        yield from ((group.inputs, group.targets) for group in groups)
+                group.append(part)
+        for group in groups:
+            joined = _joined(group)
+            yield joined.inputs, joined.targets
+
+    def _of(self, parts: Iterable[_Part]) -> KeptExamples:
+        """Return a sample of the same examples in other parts."""
+        result = KeptExamples()
+        result._parts = list(parts)
+        result._count, result._limit, result._bound = self._count, self._limit, self._bound
+        return result
 
     def _take(self, parts: Iterable[_Part]) -> None:
+        """Copy what may be kept; once in a while leave out what is too many, so that a batch costs only its own copies."""
         for part in parts:
-            limit = _limit(part)
-            kept = torch.cat([p.keys for p in [*self._parts, part]])
-            bound = (
-                kept.kthvalue(limit).values if len(kept) > limit else kept.amax() if len(kept) else kept.new_zeros(())
-            )
-            self._parts = [p for p in (_below(p, bound) for p in [*self._parts, part]) if len(p.keys)]
+            self._limit = min(self._limit, _limit(part))
+            new = part.only((part.keys <= self._bound).nonzero().squeeze(1))
+            if len(new.keys):
+                self._parts.append(new)
+                self._count += len(new.keys)
+            if self._count > 2 * self._limit:
+                self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Leave out the examples with the largest numbers, above the limit."""
+        if self._count <= self._limit:
+            return
+        keys = torch.cat([part.keys for part in self._parts])
+        self._bound = float(keys.kthvalue(self._limit).values)
+        kept = [(part, (part.keys <= self._bound).nonzero().squeeze(1)) for part in self._parts]
+        self._parts = [part if len(index) == len(part.keys) else part.only(index) for part, index in kept if len(index)]
+        self._count = sum(len(part.keys) for part in self._parts)
 
 
 def leaves_by_path(part: _Part) -> dict[str, Tensor]:
@@ -149,12 +176,6 @@ def _without(tensor: Tensor, part: _Part) -> tuple[int, ...] | None:
     if part.shared or not counts_examples(tensor, part.axis, n):
         return None
     return tuple(tensor.shape[: part.axis] + tensor.shape[part.axis + 1 :])
-
-
-def _below(part: _Part, bound: Tensor) -> _Part:
-    index = (part.keys <= bound).nonzero().squeeze(1)
-    # A batch is copied even if all of it is kept: the caller may overwrite its tensors.
-    return part.only(index)
 
 
 def _limit(part: _Part) -> int:
