@@ -7,6 +7,7 @@ from typing import Any
 
 from kronlaplace.fisher.coverage import Coverage
 from kronlaplace.likelihoods import Likelihood, Sampling
+from kronlaplace.network.example_axes import Layout
 
 __all__ = ["FisherMetadata"]
 
@@ -47,6 +48,11 @@ class FisherMetadata:
     ema_decay: float | None = None
     last_layer: str | None = None
     variational: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Position of the examples in the inputs."""
+        return Layout(self.input_axis, self.shared_inputs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-compatible values."""

@@ -147,8 +147,14 @@ def calibrated_logit_scale(predictor: Predictor, examples: KeptExamples, layout:
     outputs = max((_outputs(predictor, inputs, layout).numel() for inputs, _ in examples.batches()), default=1)
     if outputs > _WORK:
         raise OverflowError(f"one example has {outputs:,} outputs, and their covariances take a backward pass each")
-    batches = list(examples.at_most(_WORK // outputs).batches())
-    parts = list(_marginals(predictor, batches, layout)) if _fits(predictor, batches, layout) else None
+    batches = [
+        (inputs, targets, _size(predictor, inputs, layout))
+        for inputs, targets in examples.at_most(_WORK // outputs).batches()
+    ]
+    kept = (
+        sum(len(targets) * size for _, targets, size in batches) <= _BUDGET
+    )  # else the covariances are computed twice
+    parts = list(_marginals(predictor, batches, layout)) if kept else None
 
     def again() -> Iterable[_Marginals]:
         return _marginals(predictor, batches, layout) if parts is None else parts
@@ -200,11 +206,6 @@ class _CrossEntropy:
         return total
 
 
-def _fits(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: Layout) -> bool:
-    """Return whether all covariances can be kept, rather than computed twice."""
-    return sum(inputs.count(layout.input_axis) * _size(predictor, inputs, layout) for inputs, _ in batches) <= _BUDGET
-
-
 def _size(predictor: Predictor, inputs: Inputs, layout: Layout) -> int:
     """Return the number of entries of one example's covariances."""
     outputs = _outputs(predictor, inputs, layout)
@@ -217,11 +218,19 @@ def _outputs(predictor: Predictor, inputs: Inputs, layout: Layout) -> Tensor:
     return predictor.outputs(inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value)
 
 
-def _marginals(predictor: Predictor, batches: list[tuple[Inputs, Tensor]], layout: Layout) -> Iterator[_Marginals]:
-    """Yield the marginals at all positions whose targets count, some examples at a time."""
+def _marginals(
+    predictor: Predictor, batches: Iterable[tuple[Inputs, Tensor, int]], layout: Layout
+) -> Iterator[_Marginals]:
+    """Yield the marginals at all positions whose targets count, some examples at a time.
+
+    Args:
+        predictor: Predicts with the posterior.
+        batches: Inputs, targets, and the number of entries of one example's covariances.
+        layout: Where the examples are in the inputs.
+    """
     likelihood = predictor.likelihood
-    for inputs, targets in batches:
-        step = max(1, _BUDGET // _size(predictor, inputs, layout))
+    for inputs, targets, size in batches:
+        step = max(1, _BUDGET // size)
         for start in range(0, len(targets), step):
             part = inputs.examples(layout.input_axis, start, start + step, layout.shared_inputs)
             yes_or_no = isinstance(likelihood, Bernoulli)

@@ -20,7 +20,6 @@ from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.layer_covariance import BUDGET
 from kronlaplace.layers import Layer, LayerGradients, LinearLayer
 from kronlaplace.likelihoods import Gaussian, Sampling
-from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.forward import NetworkForward
 
 __all__ = ["LARGEST", "OutputKernel", "output_kernel"]
@@ -88,11 +87,10 @@ def output_kernel(
     device = device_of(model)
     parts = {layer.name: _LayerPart(layer, n) for layer in layers}
     seen = 0
-    layout = Layout(metadata.input_axis, metadata.shared_inputs)
     with (
         preserved_random_state(device),
         Rewind(data),
-        NetworkForward(model, layers, layout=layout) as forward,
+        NetworkForward(model, layers, layout=metadata.layout) as forward,
     ):
         try:
             batches = list(iterate(data, device, alignment=None, progress=False, description=""))

@@ -23,7 +23,6 @@ from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
-from kronlaplace.network.example_axes import Layout
 
 __all__ = ["PosteriorTuning", "TuningMethod"]
 
@@ -181,8 +180,7 @@ class PosteriorTuning(PosteriorPredictions):
     def _calibrated_scale(self, state: State, tuned: Hyperparameters, data: Iterable[Any] | None) -> float:
         """Return the scale of the logits at other hyperparameters, or, without examples, the present one with a warning."""
         fit = state.fitted
-        metadata = fit.fisher.metadata
-        layout = Layout(metadata.input_axis, metadata.shared_inputs)
+        layout = fit.fisher.metadata.layout
         examples = fit.examples if data is None else training_examples(self.model, data, state.likelihood, layout)
         if not len(examples):
             warn(

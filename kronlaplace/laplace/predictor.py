@@ -17,7 +17,6 @@ from kronlaplace.laplace.predictive import JointPrediction, Predictive
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.state import State
 from kronlaplace.likelihoods import Likelihood, Prediction
-from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.forward_errors import explained_errors
 
 __all__ = ["Predictor"]
@@ -77,7 +76,7 @@ class Predictor:
         inputs = checked_inputs(self._model, x, differentiable)
         state = self._state
         fit = state.fitted
-        layout = Layout(fit.fisher.metadata.input_axis, fit.fisher.metadata.shared_inputs)
+        layout = fit.fisher.metadata.layout
         network = Linearized(
             self._model, state.layers, state.inverses, state.likelihood, layout, fit.known, self._budget
         )
