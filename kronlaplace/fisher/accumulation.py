@@ -88,12 +88,17 @@ class Accumulation:
         """Add the inputs of all layers, after the forward pass."""
         self._received.clear()
         if self._ema_decay is not None:
-            self.weight *= self._ema_decay
+            self.decay(self._ema_decay)
         for name, state in self._states.items():
             if self._wants_data(name):
-                if self._ema_decay is not None:
-                    self.estimators[name].decay(state, self._ema_decay)
                 self.estimators[name].add_inputs(state, batches[name])
+
+    def decay(self, factor: float) -> None:
+        """Multiply the weight of everything seen so far in this pass by ``factor``."""
+        self.weight *= factor
+        for name, state in self._states.items():
+            if self._wants_data(name):
+                self.estimators[name].decay(state, factor)
 
     def add_gradients(self, gradients: LayerGradients) -> None:
         """Add the gradients of one layer along one direction."""
