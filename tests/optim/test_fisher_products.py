@@ -120,7 +120,7 @@ def test_nothing_changes(name, training):
     model.train(training)
     directions = draw_directions(model)
     layers = [layer for layer in kl.find_layers(model) if layer.has_kronecker_factors]
-    with kl.NetworkObserver(model, layers) as observer:
+    with kl.NetworkObserver(model, layers, layout=kl.find_layout(model, x, layers)) as observer:
         f = model(x)
         seen, calls = dict(observer.inputs), sum(map(len, observer.inputs.values()))
         state, given = torch.get_rng_state(), x.clone()
@@ -131,8 +131,11 @@ def test_nothing_changes(name, training):
         assert dict(observer.inputs) == seen
         assert sum(map(len, observer.inputs.values())) == calls
         assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+        observer.layer_batches(len(f))
+        received = []
+        observer.backward(f, torch.ones_like(f), lambda g: received.append(g.layer.name), retain_graph=True)
+        assert sorted(received) == sorted(layer.name for layer in layers)
         f.sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
     before = everything(model)
     jacobian_products(model, (x,), {}, directions)
     assert_unchanged(model, before)
