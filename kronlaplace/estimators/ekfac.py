@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -88,6 +89,16 @@ class EKFAC(Estimator):
             self.basis.decay(state["basis"], factor)
         else:
             super().decay(state, factor)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        if "basis" not in state:
+            return super().to_plain(state)
+        return {**state, "basis": self.basis.to_plain(state["basis"])}
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        if "basis" not in saved:
+            return super().from_plain(saved, layer)
+        return {**saved, "basis": self.basis.from_plain(saved["basis"], layer)}
 
     def next_pass(self, state: State, layer: Layer, weight: float) -> State:
         if state["passes"] < self.basis.passes:

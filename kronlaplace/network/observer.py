@@ -145,6 +145,11 @@ class NetworkObserver:
         return self._pass.calls
 
     @property
+    def edges(self) -> Mapping[str, Sequence[GradientEdge | None]]:
+        """The place in the graph of the output of every call in the last forward pass, by layer name; None without one."""
+        return {name: [call.edge for call in calls] for name, calls in self._pass.calls.items()}
+
+    @property
     def copies(self) -> Sequence[Tensor]:
         """The outputs that are the same for all examples and were copied for each example in the last pass."""
         return self._pass.copies

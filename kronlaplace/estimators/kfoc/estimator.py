@@ -7,9 +7,10 @@ estimator in its own file, and `KFOC` chooses among them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kronlaplace._arguments import choice, positive_integer, positive_number, seed_number
 from kronlaplace.blocks import Block
@@ -133,3 +134,12 @@ class KFOC(Estimator):
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return self._rule.finish(state, layer, weight)
+
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        return self._rule.peek(state, layer, weight)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        return self._rule.to_plain(state)
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        return self._rule.from_plain(saved, layer)
