@@ -1,90 +1,75 @@
 """Step size and momentum from a quadratic model of the objective (K-FAC sections 6.4 and 7, KFC appendix A.2).
 
 For a step ``δ = Σ_i c_i v_i`` the model is ``M(δ) = h + ∇hᵀδ + ½ δᵀ(F + (λ + η)I)δ``, with the exact Fisher ``F`` of the
-batch (KFC Eq. 36). With ``C_ij = v_iᵀFv_j + (λ + η) v_iᵀv_j`` and ``d_i = ∇hᵀv_i`` its minimum is at ``c = −C⁻¹d``, where
-``M(δ) − h = ½ dᵀc``. The directions are the preconditioned gradient ``Δ`` and the last step ``δ₀``, so that ``c`` is the
-learning rate ``α`` and the momentum ``μ``.
+batch (KFC Eq. 36). With ``C_ij = v_iᵀFv_j + (λ + η) v_iᵀv_j`` and ``d_i = ∇hᵀv_i`` its minimum is at ``c = −C⁻¹d``. The
+directions are the preconditioned gradient ``Δ`` and the last step ``δ₀``, so that ``c`` is the learning rate ``α`` and the
+momentum ``μ``.
 
 Everything is tensor arithmetic, which waits for no device.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Minimum", "adapted_damping", "minimize", "reduction_ratio"]
+__all__ = ["minimize", "predicted_change", "reduction_ratio"]
+
+_ROUNDING = 1e-6
+"""Squared sine of the angle between two directions, in the metric ``C``, below which the second one is rounding error."""
 
 
-class Minimum(NamedTuple):
-    """Minimum of the quadratic model.
+def minimize(curvature: Tensor, slopes: Tensor) -> Tensor:
+    """Return the coefficients ``c = −C⁻¹d`` at which the model has its minimum over one or two directions.
 
-    Attributes:
-        coefficients: ``(α, μ)``, shape ``(..., 2)``.
-        change: ``M(δ) − h ≤ 0``, shape ``(...)``.
-    """
-
-    coefficients: Tensor
-    change: Tensor
-
-
-def minimize(curvature: Tensor, slopes: Tensor, rounding: float = 1e-6) -> Minimum:
-    """Minimize the quadratic model over the learning rate and the momentum.
-
-    If ``δ₀`` is zero, or on one line with ``Δ`` up to rounding, the momentum is zero and the learning rate is
-    ``α = −∇hᵀΔ / (ΔᵀFΔ + (λ + η)‖Δ‖²)``; if ``Δ`` is zero, both are.
+    If the second direction is zero, or on one line with the first up to rounding, it gets the coefficient zero, and the
+    first gets ``α = −∇hᵀΔ / (ΔᵀFΔ + (λ + η)‖Δ‖²)``; if the first is zero, both do.
 
     Args:
-        curvature: ``C``, shape ``(..., 2, 2)``, symmetric and positive semidefinite.
-        slopes: ``d``, shape ``(..., 2)``.
-        rounding: Relative rounding error of the entries of ``C``. Directions whose squared sine, in the metric ``C``, is
-            below it count as one.
+        curvature: ``C``, shape ``(..., k, k)`` with ``k`` of 1 or 2, symmetric and positive semidefinite.
+        slopes: ``d``, shape ``(..., k)``.
 
     Returns:
-        The coefficients, and the change of the model.
+        Shape ``(..., k)``.
     """
-    first, second = curvature[..., 0, 0], curvature[..., 1, 1]
-    mixed = curvature[..., 0, 1]
-    slope, slope_before = slopes[..., 0], slopes[..., 1]
+    first, slope = curvature[..., 0, 0], slopes[..., 0]
     alone = -_quotient(slope, first)
-    # δ₀ without its part along Δ, in the metric C: its curvature is the Schur complement, its slope what Δ leaves of it.
+    if slopes.shape[-1] == 1:
+        return alone.unsqueeze(-1)
+    # δ₀ without its part along Δ, in the metric C: its curvature is a Schur complement, its slope what Δ leaves of it.
+    mixed, second = curvature[..., 0, 1], curvature[..., 1, 1]
     part = _quotient(mixed, first)
     remaining = second - part * mixed
-    independent = (remaining > rounding * second) & (first > 0)
-    momentum = torch.where(independent, -_quotient(slope_before - part * slope, remaining), 0.0)
-    rate = alone - part * momentum
-    coefficients = torch.stack([rate, momentum], dim=-1)
-    return Minimum(coefficients, (slopes * coefficients).sum(-1) / 2)
+    independent = (remaining > _ROUNDING * second) & (first > 0)
+    momentum = torch.where(independent, -_quotient(slopes[..., 1] - part * slope, remaining), 0.0)
+    return torch.stack([alone - part * momentum, momentum], dim=-1)
+
+
+def predicted_change(curvature: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``M(δ) − M(0) = dᵀc + ½ cᵀCc``, shape ``(...)``; at the minimum it is ``½ dᵀc``.
+
+    Args:
+        curvature: ``C``, shape ``(..., k, k)``.
+        slopes: ``d``, shape ``(..., k)``.
+        coefficients: ``c``, shape ``(..., k)``.
+    """
+    bent = (curvature @ coefficients.unsqueeze(-1)).squeeze(-1)
+    return ((slopes + bent / 2) * coefficients).sum(-1)
 
 
 def reduction_ratio(change: Tensor, predicted: Tensor) -> Tensor:
-    """Compute ``ρ = (h(θ + δ) − h(θ)) / (M(δ) − M(0))``, the true reduction over the predicted one (K-FAC section 6.5).
+    """Return ``ρ = (h(θ + δ) − h(θ)) / (M(δ) − M(0))``, the true over the predicted reduction (KFC Eq. 37).
 
     Args:
         change: ``h(θ + δ) − h(θ)`` on the batch of the model.
-        predicted: ``M(δ) − M(0)``, negative unless nothing can be gained.
+        predicted: ``M(δ) − M(0)``.
 
     Returns:
-        The ratio; 1 where the model predicts no change and there is none, and minus infinity where it predicts none but the
-        objective is not a finite number.
+        The ratio, of the shape of the arguments; NaN where the model predicts an increase or the objective is NaN; and 1
+        where the step neither promises nor makes a difference, as for a gradient of zero.
     """
-    ratio = torch.where(
-        predicted == 0, (change <= 0).to(predicted.dtype), change / torch.where(predicted == 0, 1.0, predicted)
-    )
-    return torch.where(torch.isfinite(change), ratio, -torch.inf)
-
-
-def adapted_damping(damping: Tensor, ratio: Tensor, factor: float) -> Tensor:
-    """Adapt ``λ`` by the Levenberg-Marquardt rule (KFC Eq. 38): times ``ω₁`` if ``ρ > 3/4``, divided by it if ``ρ < 1/4``.
-
-    Args:
-        damping: ``λ``.
-        ratio: ``ρ``, from `reduction_ratio`.
-        factor: ``ω₁``, between 0 and 1.
-    """
-    return torch.where(ratio > 3 / 4, damping * factor, torch.where(ratio < 1 / 4, damping / factor, damping))
+    ratio = torch.where(predicted < 0, change / predicted, torch.nan)
+    return torch.where((predicted == 0) & (change == 0), 1.0, ratio)
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
