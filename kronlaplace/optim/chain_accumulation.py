@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +128,22 @@ class ChainAccumulation(Accumulation):
                 f"the layers {list(names)} cannot have a block, so that the layers are no chain. Use "
                 'structure="block-diagonal".'
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        cross = [{key: total.clone() for key, total in sums._asdict().items()} for sums in self._sums]
+        return {**super().state_dict(), "cross": cross}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if "cross" not in saved:
+            raise ValueError(
+                "the checkpoint has no moments between adjacent layers: it comes from an optimizer with another structure. "
+                'Load it with structure="block-diagonal".'
+            )
+        super().load_state_dict(saved)
+        for sums, others in zip(self._sums, saved["cross"], strict=True):
+            for key, total in sums._asdict().items():
+                total.copy_(others[key])
+        self._held = None
 
     def cross_moments(self) -> list[CrossMoments]:
         """Return the means over examples seen so far, for every layer but the last; the accumulation can continue."""
