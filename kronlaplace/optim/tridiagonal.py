@@ -49,7 +49,8 @@ class TridiagonalInverse:
     Args:
         blocks: The K-FAC blocks of the layers, from the first to the last.
         cross: The moments between each layer and the next, one fewer.
-        damping: Damping of the factors on the diagonal, such as `FactoredTikhonov`. The blocks next to it are not damped.
+        damping: Damping of the factors on the diagonal, such as `FactoredTikhonov`, or one for each layer. The blocks next
+            to the diagonal are not damped.
 
     Raises:
         TypeError: If the damping is not a damping of factors, such as `Tikhonov`.
@@ -57,9 +58,11 @@ class TridiagonalInverse:
             or for moments of other shapes.
     """
 
-    def __init__(self, blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: Damping) -> None:
+    def __init__(
+        self, blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: Damping | Sequence[Damping]
+    ) -> None:
         _check_shapes(blocks, cross)
-        self._parts = _parts(blocks, cross, damping)
+        self._parts = _parts(blocks, cross, [damping] * len(blocks) if isinstance(damping, Damping) else damping)
 
     def __repr__(self) -> str:
         return f"TridiagonalInverse({list(self._parts)})"
@@ -190,12 +193,13 @@ class _Link:
 
 
 def _parts(
-    blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: Damping
+    blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], dampings: Sequence[Damping]
 ) -> dict[str, dict[str, Tensor]]:
     """Compute the tensors of the inverse, by layer."""
-    if damping.is_zero:
-        damping.invert_all({block.name: block for block in blocks})  # refuses singular blocks
-    gradients, activations = _damped(blocks, damping)
+    for block, damping in zip(blocks, dampings, strict=True):
+        if damping.is_zero:
+            damping.invert(block)  # refuses singular blocks
+    gradients, activations = _damped(blocks, dampings)
     gradient_links = [_Link(*pair, link.gradient) for pair, link in zip(pairwise(gradients), cross, strict=True)]
     activation_links = [_Link(*pair, link.activation) for pair, link in zip(pairwise(activations), cross, strict=True)]
     links = gradient_links + activation_links
@@ -210,7 +214,7 @@ def _parts(
         if i < len(cross):
             (gradient, s_gradient), (activation, s_activation) = roots[i], roots[len(cross) + i]
             remainder = 1 - s_gradient.unsqueeze(1) * s_activation
-            if damping.is_zero:
+            if dampings[i].is_zero and dampings[i + 1].is_zero:
                 _refuse_determined(block, blocks[i + 1], remainder)
             part |= {
                 "gradient_map": gradient_links[i].map,
@@ -223,7 +227,7 @@ def _parts(
     return result
 
 
-def _damped(blocks: Sequence[KroneckerBlock], damping: Damping) -> tuple[list[_Factor], list[_Factor]]:
+def _damped(blocks: Sequence[KroneckerBlock], dampings: Sequence[Damping]) -> tuple[list[_Factor], list[_Factor]]:
     """Return the damped gradient and activation factors of all layers.
 
     Where rounding has made a moment so indefinite that its damping does not outweigh it, negative eigenvalues are first
@@ -234,7 +238,7 @@ def _damped(blocks: Sequence[KroneckerBlock], damping: Damping) -> tuple[list[_F
         ValueError: If a damped factor is singular all the same, naming its layer.
     """
     factors, infos = [], []
-    for block in blocks:
+    for block, damping in zip(blocks, dampings, strict=True):
         numbers = damping.damped_factors(block)
         if numbers is None:
             raise TypeError(
@@ -256,7 +260,9 @@ def _damped(blocks: Sequence[KroneckerBlock], damping: Damping) -> tuple[list[_F
             name, scale, shift, _, _ = factors[i]
             factors[i], info = _factorized(name, scale, shift, (vectors * values.clamp_min(0)) @ vectors.T)
             if info:
-                raise ValueError(f"{name} is singular up to rounding, damped by {damping!r}; use a larger damping.")
+                raise ValueError(
+                    f"{name} is singular up to rounding, damped by {dampings[i // 2]!r}; use a larger damping."
+                )
     return factors[::2], factors[1::2]
 
 

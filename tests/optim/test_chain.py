@@ -225,6 +225,22 @@ def test_a_checkpoint_continues_to_the_bit():
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
+def test_the_order_of_the_layers():
+    """It can be set before moments between the layers have been seen, and no longer afterwards."""
+    model, x = chain((4, 3, 2)), torch.randn(5, 4).double()
+    layers = find_layers(model)
+    accumulation = ChainAccumulation(kl.KFAC(), layers[::-1])
+    with NetworkObserver(model, layers) as observer:
+        outputs = model(x)
+        accumulation.order(find_chain(observer, len(x)))
+        accumulate_batch(observer, outputs, kl.Euclidean(), EXACT, accumulation)
+    assert accumulation.chain == ["0", "2"]
+    assert_close(accumulation.cross_moments()[0].gradient, accumulated(model, [x]).cross_moments()[0].gradient, 1e-12)
+    accumulation.order(layers)
+    with pytest.raises(ValueError, match=r"in the order \['2', '0'\], but called them in the order \['0', '2'\]"):
+        accumulation.order(layers[::-1])
+
+
 def test_a_checkpoint_is_a_copy():
     model, x = chain((4, 3, 2)), torch.randn(5, 4).double()
     accumulation = accumulated(model, [x])

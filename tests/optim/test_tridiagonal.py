@@ -167,6 +167,15 @@ def dense_solve(inverse, block):
     return inverse.solve(torch.eye(n).double().unflatten(1, block.shape)).flatten(1)
 
 
+def test_a_damping_for_each_layer():
+    blocks, cross = made((4, 3, 2))
+    dampings = [kl.damping.FactoredTikhonov(0.1), kl.damping.FactoredTikhonov(0.3)]
+    diagonal = [torch.kron(*damped(block, float(d.damping))) for block, d in zip(blocks, dampings, strict=True)]
+    off = torch.kron(cross[0].gradient, cross[0].activation)
+    fisher = torch.cat([torch.cat([diagonal[0], off], 1), torch.cat([off.T, diagonal[1]], 1)])
+    assert_close(dense_inverse(TridiagonalInverse(blocks, cross, dampings), blocks), torch.linalg.inv(fisher), 1e-8)
+
+
 def test_an_automatic_damping_keeps_correlations():
     """TKFAC's automatic damping expands small blocks, and the blocks next to them with them."""
     blocks, cross = made((4, 3, 2))
