@@ -101,13 +101,6 @@ class Accumulation:
             if self._wants_data(name):
                 self.estimators[name].add_inputs(state, batches[name])
 
-    def decay(self, factor: float) -> None:
-        """Multiply the weight of everything seen so far in this pass by ``factor``."""
-        self.weight *= factor
-        for name, state in self._states.items():
-            if self._wants_data(name):
-                self.estimators[name].decay(state, factor)
-
     def add_gradients(self, gradients: LayerGradients) -> None:
         """Add the gradients of one layer along one direction."""
         name = gradients.layer.name

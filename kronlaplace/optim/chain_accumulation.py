@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,17 +50,46 @@ class ChainAccumulation(Accumulation):
                 f"the block-tridiagonal inverse needs the moments of inputs and gradients as K-FAC has them, got the "
                 f'estimator {estimator!r}. Use estimator="kfac", or structure="block-diagonal" with any estimator.'
             )
+        self._seen = False
         super().__init__(estimator, layers, ema_decay)
 
     def start(self, layers: Sequence[Layer]) -> None:
         super().start(layers)
+        self._link(layers)
+
+    def _link(self, layers: Sequence[Layer]) -> None:
+        """Set the order of the layers, and the sums between adjacent ones to zero."""
+        self._numbers = {layer.name: i for i, layer in enumerate(layers)}
         self._sums = [
             CrossMoments(*(torch.zeros(sizes, dtype=before.dtype, device=before.device) for sizes in shapes))
             for before, after in pairwise(layers)
             for shapes in [((before.shape[1], after.shape[1]), (before.shape[0], after.shape[0]))]
         ]
-        self._numbers = {layer.name: i for i, layer in enumerate(layers)}
         self._held: tuple[int, Tensor] | None = None
+
+    @property
+    def chain(self) -> list[str]:
+        """The names of the layers from the first to the last."""
+        return list(self._numbers)
+
+    def order(self, layers: Sequence[Layer]) -> None:
+        """Set the order of the layers if it was not known, before any moments between them have been seen.
+
+        Args:
+            layers: The same layers, from the first to the last.
+
+        Raises:
+            ValueError: If moments between layers in another order have been seen.
+        """
+        names = [layer.name for layer in layers]
+        if names == self.chain:
+            return
+        if self._seen:
+            raise ValueError(
+                f"the network calls its layers in the order {names}, but called them in the order {self.chain} before. The "
+                'block-tridiagonal inverse is for chains of linear layers in a fixed order; use structure="block-diagonal".'
+            )
+        self._link(layers)
 
     def start_from(
         self, blocks: Mapping[str, Block], weight: float, cross: Sequence[CrossMoments] | None = None
@@ -75,12 +104,13 @@ class ChainAccumulation(Accumulation):
         """
         super().start_from(blocks, weight)
         for sums, moments in zip(self._sums, cross or [], strict=cross is not None):
+            self._seen = True
             for total, moment in zip(sums, moments, strict=True):
                 total.copy_(moment).mul_(weight)
 
     def begin_batch(self, batches: Mapping[str, LayerBatch]) -> None:
         super().begin_batch(batches)
-        self._held = None
+        self._seen, self._held = True, None
         names = list(self._numbers)
         before = batches[names[0]].activations()[0, :, 0]
         for sums, name in zip(self._sums, names[1:], strict=True):
@@ -128,6 +158,23 @@ class ChainAccumulation(Accumulation):
                 f"the layers {list(names)} cannot have a block, so that the layers are no chain. Use "
                 'structure="block-diagonal".'
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        cross = [{key: total.clone() for key, total in sums._asdict().items()} for sums in self._sums]
+        return {**super().state_dict(), "chain": self.chain, "cross": cross, "seen": self._seen}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if "cross" not in saved:
+            raise ValueError(
+                "the checkpoint has no moments between adjacent layers: it comes from an optimizer with another structure. "
+                'Load it with structure="block-diagonal".'
+            )
+        super().load_state_dict(saved)
+        self._link([self._layers[name] for name in saved["chain"]])
+        for sums, others in zip(self._sums, saved["cross"], strict=True):
+            for key, total in sums._asdict().items():
+                total.copy_(others[key])
+        self._seen = saved["seen"]
 
     def cross_moments(self) -> list[CrossMoments]:
         """Return the means over examples seen so far, for every layer but the last; the accumulation can continue."""

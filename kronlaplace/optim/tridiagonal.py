@@ -18,7 +18,7 @@ a sum of positive semidefinite terms, in which nothing cancels. Since ``W Wᵀ``
 eigenvalues, the smaller one is decomposed, and ``P`` has no more columns than the narrower of the two layers.
 
 **Near singularity.** The inputs and gradients of the next layer may determine those of a layer, so that ``1 − s_G s_A``
-vanishes. But with damping ``ε`` in a factor ``M + ε I``, ``s ≤ 1 − ε / ‖M + ε I‖`` whatever the moments are, so that
+vanishes. But with damping ``ε`` in a factor ``D = c M + ε I``, ``s ≤ 1 − ε / ‖D‖`` whatever the moments are, so that
 ``Σ_i ⪰ γ I``, where ``γ`` is the product of both ``ε``. Rounding can violate this bound on ``s``, which is then applied.
 Without damping, such layers are refused.
 """
@@ -26,6 +26,7 @@ Without damping, such layers are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import KroneckerBlock
-from kronlaplace.blocks.eigendecomposition import Eigen, Named, eigendecompose_symmetric, trace
-from kronlaplace.damping import Damping, FactoredTikhonov
+from kronlaplace.blocks.eigendecomposition import Eigen, eigendecompose_symmetric
+from kronlaplace.damping import Damping
 from kronlaplace.optim.chain_accumulation import CrossMoments
 
 __all__ = ["TridiagonalInverse"]
@@ -48,22 +49,20 @@ class TridiagonalInverse:
     Args:
         blocks: The K-FAC blocks of the layers, from the first to the last.
         cross: The moments between each layer and the next, one fewer.
-        damping: Damping of the factors on the diagonal. The blocks next to it are not damped.
+        damping: Damping of the factors on the diagonal, such as `FactoredTikhonov`, or one for each layer. The blocks next
+            to the diagonal are not damped.
 
     Raises:
-        TypeError: If the damping is not `FactoredTikhonov`.
+        TypeError: If the damping is not a damping of factors, such as `Tikhonov`.
         ValueError: If factors are singular up to rounding and the damping is zero, if there are NaN or infinite entries,
             or for moments of other shapes.
     """
 
-    def __init__(self, blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: Damping) -> None:
-        if not isinstance(damping, FactoredTikhonov):
-            raise TypeError(
-                f"the block-tridiagonal inverse needs a damping of each factor: kl.damping.FactoredTikhonov(...); got "
-                f"{damping!r}."
-            )
+    def __init__(
+        self, blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: Damping | Sequence[Damping]
+    ) -> None:
         _check_shapes(blocks, cross)
-        self._parts = _parts(blocks, cross, damping)
+        self._parts = _parts(blocks, cross, [damping] * len(blocks) if isinstance(damping, Damping) else damping)
 
     def __repr__(self) -> str:
         return f"TridiagonalInverse({list(self._parts)})"
@@ -85,10 +84,10 @@ class TridiagonalInverse:
         parts = list(self._parts.values())
         vectors = [matrices[name] for name in self._parts]
         for i, part in enumerate(parts[:-1]):
-            vectors[i] = vectors[i] - part["gradient_map"] @ vectors[i + 1] @ part["activation_map"].mT
+            vectors[i] = vectors[i] - _product(part["gradient_map"], vectors[i + 1], part["activation_map"].mT)
         vectors = [_solve_conditional(part, v) for part, v in zip(parts, vectors, strict=True)]
         for i, part in reversed(list(enumerate(parts[:-1]))):
-            vectors[i + 1] = vectors[i + 1] - part["gradient_map"].mT @ vectors[i] @ part["activation_map"]
+            vectors[i + 1] = vectors[i + 1] - _product(part["gradient_map"].mT, vectors[i], part["activation_map"])
         return dict(zip(self._parts, vectors, strict=True))
 
     def _check(self, matrices: Mapping[str, Tensor]) -> None:
@@ -129,35 +128,54 @@ def _check_shapes(blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments
 
 def _solve_conditional(part: Mapping[str, Tensor], v: Tensor) -> Tensor:
     """Return ``Σ⁻¹ v`` for one layer."""
-    result = part["gradient_inverse"] @ v @ part["activation_inverse"]
+    result = _product(part["gradient_inverse"], v, part["activation_inverse"])
     if "weights" in part:  # all layers but the last
         gradient, activation = part["gradient_roots"], part["activation_roots"]
-        result = result + gradient @ ((gradient.mT @ v @ activation) * part["weights"]) @ activation.mT
+        inside = _product(gradient.mT, v, activation) * part["weights"]
+        result = result + _product(gradient, inside, activation.mT)
     return result
 
 
+def _product(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """Return ``L M R``, in the order that takes fewer operations."""
+    (m, k), (j, n) = left.shape, right.shape
+    return left @ middle @ right if m * j * (k + n) <= k * n * (j + m) else left @ (middle @ right)
+
+
 class _Factor(NamedTuple):
-    """A damped factor ``M + ε I`` in float64, with its Cholesky factor."""
+    """A damped factor ``D = c M + ε I`` in float64."""
 
     name: str
+    scale: Tensor
+    """The number ``c``, 0-dim."""
+    shift: Tensor
+    """The number ``ε``, 0-dim."""
     matrix: Tensor
-    damping: Tensor
+    """The damped factor ``D``."""
     cholesky: Tensor
+    """Its lower Cholesky factor."""
 
     def correlation_bound(self) -> Tensor:
-        """Return the largest ``s`` of this factor and any other that the damping allows, ``1 − ε / ‖M + ε I‖``, 0-dim."""
+        """Return the largest ``s`` of this factor and any other that the damping allows, ``1 − ε / ‖D‖``, 0-dim."""
         norms = [torch.linalg.matrix_norm(self.matrix, kind) for kind in (torch.inf, "fro")]
-        return 1 - self.damping / torch.minimum(*norms)
+        return 1 - self.shift / torch.minimum(*norms)
 
 
 class _Link:
-    """One side of two adjacent layers: the moment between them, and its whitened version ``W``, in float64."""
+    """One side of two adjacent layers: what maps one to the other, and the whitened moment ``W``, in float64.
+
+    Args:
+        before: Damped factor of the first layer.
+        after: Damped factor of the second.
+        moment: The moment between them, which is scaled as they are, so that the correlations stay the same.
+    """
 
     def __init__(self, before: _Factor, after: _Factor, moment: Tensor) -> None:
         self._before = before
         self.name = f"the moment between {before.name} and {after.name}"
-        self.map = torch.cholesky_solve(moment.T, after.cholesky).T  # Ψ
-        half = torch.linalg.solve_triangular(after.cholesky, moment.T, upper=False)
+        scaled = (before.scale * after.scale).sqrt() * moment.double()
+        half = torch.linalg.solve_triangular(after.cholesky, scaled.T, upper=False)
+        self.map = torch.linalg.solve_triangular(after.cholesky.T, half, upper=True).T  # Ψ
         self._whitened = torch.linalg.solve_triangular(before.cholesky, half.T, upper=False)
         self._narrows = self._whitened.shape[1] < self._whitened.shape[0]
         self._bound = torch.minimum(before.correlation_bound(), after.correlation_bound())
@@ -175,18 +193,15 @@ class _Link:
 
 
 def _parts(
-    blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], damping: FactoredTikhonov
+    blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], dampings: Sequence[Damping]
 ) -> dict[str, dict[str, Tensor]]:
     """Compute the tensors of the inverse, by layer."""
-    if damping.is_zero:
-        damping.invert_all({block.name: block for block in blocks})  # refuses singular blocks
-    gradients, activations = _damped(blocks, damping)
-    scales = [block.scale.double().sqrt() for block in blocks]
-    gradient_links, activation_links = [], []
-    for i, moments in enumerate(cross):
-        moment = scales[i] * scales[i + 1] * moments.gradient.double()
-        gradient_links.append(_Link(gradients[i], gradients[i + 1], moment))
-        activation_links.append(_Link(activations[i], activations[i + 1], moments.activation.double()))
+    for block, damping in zip(blocks, dampings, strict=True):
+        if damping.is_zero:
+            damping.invert(block)  # refuses singular blocks
+    gradients, activations = _damped(blocks, dampings)
+    gradient_links = [_Link(*pair, link.gradient) for pair, link in zip(pairwise(gradients), cross, strict=True)]
+    activation_links = [_Link(*pair, link.activation) for pair, link in zip(pairwise(activations), cross, strict=True)]
     links = gradient_links + activation_links
     eigen = eigendecompose_symmetric([(link.name, link.gram()) for link in links])
     roots = [link.roots(part) for link, part in zip(links, eigen, strict=True)]
@@ -199,7 +214,7 @@ def _parts(
         if i < len(cross):
             (gradient, s_gradient), (activation, s_activation) = roots[i], roots[len(cross) + i]
             remainder = 1 - s_gradient.unsqueeze(1) * s_activation
-            if damping.is_zero:
+            if dampings[i].is_zero and dampings[i + 1].is_zero:
                 _refuse_determined(block, blocks[i + 1], remainder)
             part |= {
                 "gradient_map": gradient_links[i].map,
@@ -212,52 +227,51 @@ def _parts(
     return result
 
 
-def _damped(blocks: Sequence[KroneckerBlock], damping: FactoredTikhonov) -> tuple[list[_Factor], list[_Factor]]:
-    """Return the damped gradient and activation factors of all layers, in float64 (K-FAC section 3, KFC Eq. 10 and 28)."""
-    named, shifts = [], []
-    for block in blocks:
-        gradient, activation = block.scale.double() * block.gradient_factor.double(), block.activation_factor.double()
-        means = trace(activation) / len(activation), trace(gradient) / len(gradient)
-        alive = (means[0] > 0) & (means[1] > 0)
-        pi = torch.sqrt(torch.where(alive, means[0], 1.0) / torch.where(alive, means[1], 1.0))
-        root = torch.as_tensor(damping.damping, dtype=torch.float64, device=block.device).sqrt()
-        named += [(f"the gradient factor of layer {block.name!r}", gradient)]
-        named += [(f"the activation factor of layer {block.name!r}", activation)]
-        shifts += [root / pi, pi * root]
-    factors = _factorized(named, shifts)
+def _damped(blocks: Sequence[KroneckerBlock], dampings: Sequence[Damping]) -> tuple[list[_Factor], list[_Factor]]:
+    """Return the damped gradient and activation factors of all layers.
+
+    Where rounding has made a moment so indefinite that its damping does not outweigh it, negative eigenvalues are first
+    replaced by zero.
+
+    Raises:
+        TypeError: If the damping is not one of factors.
+        ValueError: If a damped factor is singular all the same, naming its layer.
+    """
+    factors, infos = [], []
+    for block, damping in zip(blocks, dampings, strict=True):
+        numbers = damping.damped_factors(block)
+        if numbers is None:
+            raise TypeError(
+                "the block-tridiagonal inverse needs a damping of each factor, such as kl.damping.FactoredTikhonov(...); "
+                f"got {damping!r}."
+            )
+        c_G, s_G, c_A, s_A = (number.squeeze(0) for number in numbers)
+        for which, c, s, moment in (
+            ("gradient", c_G, s_G, block.gradient_factor),
+            ("activation", c_A, s_A, block.activation_factor),
+        ):
+            factor, info = _factorized(f"the {which} factor of layer {block.name!r}", c, s, moment.double())
+            factors.append(factor)
+            infos.append(info)
+    if failed := [i for i, info in enumerate(torch.stack(infos).tolist()) if info]:
+        moments = [factor for block in blocks for factor in (block.gradient_factor, block.activation_factor)]
+        parts = eigendecompose_symmetric([(factors[i].name, moments[i].double()) for i in failed])
+        for i, (values, vectors, _) in zip(failed, parts, strict=True):
+            name, scale, shift, _, _ = factors[i]
+            factors[i], info = _factorized(name, scale, shift, (vectors * values.clamp_min(0)) @ vectors.T)
+            if info:
+                raise ValueError(
+                    f"{name} is singular up to rounding, damped by {dampings[i // 2]!r}; use a larger damping."
+                )
     return factors[::2], factors[1::2]
 
 
-def _factorized(named: Sequence[Named], shifts: Sequence[Tensor]) -> list[_Factor]:
-    """Return damped factors with their Cholesky factors.
-
-    Where rounding has made a moment so indefinite that the damping does not outweigh it, its negative eigenvalues are
-    first replaced by zero.
-    """
-    factors, failed = _cholesky(named, shifts)
-    if failed:
-        parts = eigendecompose_symmetric([named[i] for i in failed])
-        positive = [
-            (named[i][0], (p.vectors * p.values.clamp_min(0)) @ p.vectors.T) for i, p in zip(failed, parts, strict=True)
-        ]
-        again, hopeless = _cholesky(positive, [shifts[i] for i in failed])
-        if hopeless:
-            raise ValueError(f"{positive[hopeless[0]][0]} is singular up to rounding; use a larger damping.")
-        for i, factor in zip(failed, again, strict=True):
-            factors[i] = factor
-    return factors
-
-
-def _cholesky(named: Sequence[Named], shifts: Sequence[Tensor]) -> tuple[list[_Factor], list[int]]:
-    """Return damped factors, and the indices of those without a Cholesky factor, with one wait for the device."""
-    factors, infos = [], []
-    for (name, matrix), shift in zip(named, shifts, strict=True):
-        damped = (matrix + matrix.T) / 2
-        damped.diagonal().add_(shift)
-        cholesky, info = torch.linalg.cholesky_ex(damped)
-        factors.append(_Factor(name, damped, shift, cholesky))
-        infos.append(info)
-    return factors, [i for i, info in enumerate(torch.stack(infos).tolist()) if info]
+def _factorized(name: str, scale: Tensor, shift: Tensor, moment: Tensor) -> tuple[_Factor, Tensor]:
+    """Return a damped factor, and a number that is zero if its Cholesky factor is right."""
+    matrix = scale * (moment + moment.T) / 2
+    matrix.diagonal().add_(shift)
+    cholesky, info = torch.linalg.cholesky_ex(matrix)
+    return _Factor(name, scale, shift, matrix, cholesky), info
 
 
 def _refuse_determined(block: KroneckerBlock, after: KroneckerBlock, remainder: Tensor) -> None:

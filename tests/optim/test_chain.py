@@ -208,3 +208,51 @@ def test_merged():
 def test_other_estimators_are_refused(estimator):
     with pytest.raises(ValueError, match='Use estimator="kfac"'):
         ChainAccumulation(estimator, find_layers(chain((3, 2))))
+
+
+def test_a_checkpoint_continues_to_the_bit():
+    model, batches = chain((4, 3, 2)), [torch.randn(5, 4).double() for _ in range(3)]
+    first, second = (
+        accumulated(model, batches[:2], ema_decay=0.9),
+        ChainAccumulation(kl.KFAC(), find_layers(model), 0.9),
+    )
+    second.load_state_dict(first.state_dict())
+    layers = find_layers(model)
+    for accumulation in (first, second):
+        with NetworkObserver(model, layers) as observer:
+            accumulate_batch(observer, model(batches[2]), kl.Euclidean(), EXACT, accumulation)
+    for one, other in zip(first.cross_moments(), second.cross_moments(), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_the_order_of_the_layers():
+    """It can be set before moments between the layers have been seen, and no longer afterwards."""
+    model, x = chain((4, 3, 2)), torch.randn(5, 4).double()
+    layers = find_layers(model)
+    accumulation = ChainAccumulation(kl.KFAC(), layers[::-1])
+    with NetworkObserver(model, layers) as observer:
+        outputs = model(x)
+        accumulation.order(find_chain(observer, len(x)))
+        accumulate_batch(observer, outputs, kl.Euclidean(), EXACT, accumulation)
+    assert accumulation.chain == ["0", "2"]
+    assert_close(accumulation.cross_moments()[0].gradient, accumulated(model, [x]).cross_moments()[0].gradient, 1e-12)
+    accumulation.order(layers)
+    with pytest.raises(ValueError, match=r"in the order \['2', '0'\], but called them in the order \['0', '2'\]"):
+        accumulation.order(layers[::-1])
+
+
+def test_a_checkpoint_is_a_copy():
+    model, x = chain((4, 3, 2)), torch.randn(5, 4).double()
+    accumulation = accumulated(model, [x])
+    saved, before = accumulation.state_dict(), accumulation.cross_moments()
+    accumulation.decay(0.5)
+    other = ChainAccumulation(kl.KFAC(), find_layers(model))
+    other.load_state_dict(saved)
+    assert all(torch.equal(*pair) for pair in zip(other.cross_moments()[0], before[0], strict=True))
+
+
+def test_a_checkpoint_without_moments_between_layers_is_refused():
+    model, x = chain((4, 3, 2)), torch.randn(5, 4).double()
+    saved = accumulated(model, [x], accumulation=Accumulation).state_dict()
+    with pytest.raises(ValueError, match='structure="block-diagonal"'):
+        ChainAccumulation(kl.KFAC(), find_layers(model)).load_state_dict(saved)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kronlaplace as kl
+from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.optim.chain_accumulation import CrossMoments
 from kronlaplace.optim.tridiagonal import TridiagonalInverse
 from tests.support.assertions import assert_close
@@ -144,3 +145,118 @@ def test_rounding_is_bounded_by_the_damping():
     matrices, columns = unit_matrices(blocks)
     matrix = columns(inverse.solve({name: m.float() for name, m in matrices.items()})).double()
     assert torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0] > -1e-5 * matrix.abs().max()
+
+
+# -- dampings, checkpoints, refusals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("damping", [kl.damping.FactoredTikhonov(0.1), kl.damping.TraceRestricted(0.1)])
+def test_every_damping_of_factors(damping, scale):
+    """The blocks on the diagonal are damped as ever, and those next to it are ``√(scale scale') · G ⊗ A``."""
+    blocks, cross = made((4, 3, 2))
+    blocks = [KroneckerBlock(b.gradient_factor, b.activation_factor, scale, b.name) for b in blocks]
+    diagonal = [torch.linalg.inv(dense_solve(damping.invert(b), b)) for b in blocks]
+    off = scale * torch.kron(cross[0].gradient, cross[0].activation)
+    fisher = torch.cat([torch.cat([diagonal[0], off], 1), torch.cat([off.T, diagonal[1]], 1)])
+    assert_close(dense_inverse(TridiagonalInverse(blocks, cross, damping), blocks), torch.linalg.inv(fisher), 1e-8)
+
+
+def dense_solve(inverse, block):
+    n = block.shape[0] * block.shape[1]
+    return inverse.solve(torch.eye(n).double().unflatten(1, block.shape)).flatten(1)
+
+
+def test_a_damping_for_each_layer():
+    blocks, cross = made((4, 3, 2))
+    dampings = [kl.damping.FactoredTikhonov(0.1), kl.damping.FactoredTikhonov(0.3)]
+    diagonal = [torch.kron(*damped(block, float(d.damping))) for block, d in zip(blocks, dampings, strict=True)]
+    off = torch.kron(cross[0].gradient, cross[0].activation)
+    fisher = torch.cat([torch.cat([diagonal[0], off], 1), torch.cat([off.T, diagonal[1]], 1)])
+    assert_close(dense_inverse(TridiagonalInverse(blocks, cross, dampings), blocks), torch.linalg.inv(fisher), 1e-8)
+
+
+def test_an_automatic_damping_keeps_correlations():
+    """TKFAC's automatic damping expands small blocks, and the blocks next to them with them."""
+    blocks, cross = made((4, 3, 2))
+    damping = kl.damping.TraceRestrictedAuto(1e3)
+    values = torch.linalg.eigvalsh(dense_inverse(TridiagonalInverse(blocks, cross, damping), blocks))
+    assert values[0] > 0
+
+
+def test_the_dtype_is_that_of_the_blocks():
+    blocks, cross = made((6, 5, 4), dtype=torch.float32)
+    damping = kl.damping.FactoredTikhonov(1e-2)
+    matrices = {b.name: torch.randn(2, *b.shape) for b in blocks}
+    solved = TridiagonalInverse(blocks, cross, damping).solve(matrices)
+    in_double = [KroneckerBlock(b.gradient_factor.double(), b.activation_factor.double(), name=b.name) for b in blocks]
+    links = [CrossMoments(*(moment.double() for moment in link)) for link in cross]
+    expected = TridiagonalInverse(in_double, links, damping).solve({name: m.double() for name, m in matrices.items()})
+    for name, matrix in solved.items():
+        assert matrix.dtype == torch.float32
+        assert_close(matrix.double(), expected[name], 1e-5)
+
+
+def test_a_checkpoint_solves_to_the_bit():
+    blocks, cross = made((4, 3, 2), dtype=torch.float32)
+    inverse = TridiagonalInverse(blocks, cross, kl.damping.FactoredTikhonov(0.1))
+    again = TridiagonalInverse.from_tensors(inverse.to_tensors())
+    matrices = {b.name: torch.randn(*b.shape) for b in blocks}
+    for found, expected in zip(again.solve(matrices).values(), inverse.solve(matrices).values(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_indefinite_moments():
+    """A moment that rounding has made more indefinite than its damping is taken without its negative eigenvalues."""
+    blocks, cross = made((4, 3, 2))
+    values, vectors = torch.linalg.eigh(blocks[0].activation_factor)
+    values[0] = -0.01
+    moment, clean = ((vectors * v) @ vectors.T for v in (values, values.clamp_min(0)))
+    damping = kl.damping.TraceRestricted(1e-6)
+    found, expected = (
+        dense_inverse(
+            TridiagonalInverse([KroneckerBlock(blocks[0].gradient_factor, m, name="0"), blocks[1]], cross, damping),
+            blocks,
+        )
+        for m in (moment, clean)
+    )
+    assert_close(found, expected, 1e-2)  # the traces differ a little
+
+
+def test_singular_blocks_need_damping():
+    blocks, cross = made((4, 3, 2), n=2)
+    with pytest.raises(ValueError, match="layer '0' is singular; use a damping larger than 0"):
+        TridiagonalInverse(blocks, cross, kl.damping.FactoredTikhonov(0.0))
+
+
+def test_nan_is_refused():
+    blocks, cross = made((4, 3, 2))
+    blocks[1].gradient_factor[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite entries in the gradient factor of layer '1'"):
+        TridiagonalInverse(blocks, cross, kl.damping.FactoredTikhonov(0.1))
+
+
+def test_exact_damping_is_refused():
+    blocks, cross = made((4, 3, 2))
+    with pytest.raises(
+        TypeError, match=r"needs a damping of each factor, such as kl.damping.FactoredTikhonov\(...\); got"
+    ):
+        TridiagonalInverse(blocks, cross, kl.damping.Tikhonov(0.1))
+
+
+def test_moments_that_do_not_fit_are_refused():
+    blocks, cross = made((4, 3, 2))
+    damping = kl.damping.FactoredTikhonov(0.1)
+    with pytest.raises(ValueError, match="2 layers have 1 moments between them, got 0"):
+        TridiagonalInverse(blocks, [], damping)
+    with pytest.raises(ValueError, match="between the layers '0' and '1' must have the shapes"):
+        TridiagonalInverse(blocks, [CrossMoments(cross[0].gradient, cross[0].activation)], damping)
+
+
+def test_matrices_that_do_not_fit_are_refused():
+    blocks, cross = made((4, 3, 2))
+    inverse = TridiagonalInverse(blocks, cross, kl.damping.FactoredTikhonov(0.1))
+    with pytest.raises(ValueError, match=r"solve needs matrices for the layers \['0', '1'\], got \['0'\]"):
+        inverse.solve({"0": torch.zeros(3, 5).double()})
+    with pytest.raises(ValueError, match=r"layer '1' must have the shape \(..., 2, 4\)"):
+        inverse.solve({"0": torch.zeros(3, 5).double(), "1": torch.zeros(4, 2).double()})
