@@ -2,6 +2,7 @@
 
 from kronlaplace.damping.factored import FactoredTikhonov, TraceRestricted, TraceRestrictedAuto
 from kronlaplace.damping.inverse import DampedInverse
+from kronlaplace.damping.levenberg_marquardt import LevenbergMarquardt
 from kronlaplace.damping.solvers import Solver, solver_from_tensors
 from kronlaplace.damping.strategies import Damping, Tikhonov
 
@@ -9,6 +10,7 @@ __all__ = [
     "DampedInverse",
     "Damping",
     "FactoredTikhonov",
+    "LevenbergMarquardt",
     "Solver",
     "Tikhonov",
     "TraceRestricted",

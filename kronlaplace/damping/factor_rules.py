@@ -14,7 +14,7 @@ __all__ = ["DampedFactors", "FactorTraces", "grouped_factors"]
 
 
 class DampedFactors(NamedTuple):
-    """Numbers of the damped block ``(c_G G + s_G I) ⊗ (c_A A + s_A I)`` for each of ``K`` groups, shape ``(K,)``, float64."""
+    """Numbers of the damped block ``(c_G G + s_G I) ⊗ (c_A A + s_A I)`` for each group, shape ``(K,)``, float64."""
 
     gradient_scale: Tensor
     gradient_shift: Tensor

@@ -46,6 +46,24 @@ class Estimator(ABC):
         """Number of passes over the data that are needed."""
         return 1
 
+    def online(self) -> Estimator:
+        """Return the version of this estimator for training, which sees every batch once and whose state does not grow.
+
+        It is the estimator itself if it makes only one pass, unless overridden.
+
+        Raises:
+            NotImplementedError: If there is no such version; the message lists alternatives.
+        """
+        if self.passes > 1:
+            raise self._not_online(f"it makes {self.passes} passes over the same data")
+        return self
+
+    def _not_online(self, reason: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self!r} cannot be used in training, where every batch is seen once: {reason}. Use KFAC(), TKFAC(), KFOC(), "
+            "EKFAC(), SUA(), Diagonal() or ExactBlock()."
+        )
+
     @abstractmethod
     def start(self, layer: Layer) -> State:
         """Return the state before any data."""
@@ -126,6 +144,18 @@ class Estimator(ABC):
             layer: The layer.
             weight: Number of examples (their total weight in a moving average).
         """
+
+    def refresh(self, state: State, layer: Layer, weight: float) -> State:
+        """Return the state with what is renewed from time to time only, such as an eigenbasis; by default unchanged.
+
+        In training it is called before the block is inverted.
+
+        Args:
+            state: The state after a batch; the result may contain its tensors.
+            layer: The layer.
+            weight: Number of examples (their total weight in a moving average).
+        """
+        return state
 
     def peek(self, state: State, layer: Layer, weight: float) -> Block:
         """Return the block as `finish` does, but leave the state as it is, so that accumulation can continue.

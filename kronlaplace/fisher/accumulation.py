@@ -142,6 +142,14 @@ class Accumulation:
         """Return the accumulated state of a layer."""
         return self._states[name]
 
+    def refresh(self) -> None:
+        """Renew what the estimators renew from time to time only, such as the eigenbases of `EKFAC` in training.
+
+        Call it after a batch, before the blocks are inverted.
+        """
+        for name, estimator in self.estimators.items():
+            self._states[name] = estimator.refresh(self._states[name], *self._of(name))
+
     def so_far(self) -> dict[str, Block]:
         """Return the blocks as if the data ended here; the accumulation can continue.
 

@@ -55,6 +55,7 @@ class _ObservedCall(ObservedInput):
 class _Pass:
     """Record of one forward pass."""
 
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     storages: frozenset[int] = frozenset()
     n_inputs: int | None = None
     all_edges: bool = False
@@ -148,6 +149,10 @@ class NetworkObserver:
     def edges(self) -> Mapping[str, Sequence[GradientEdge | None]]:
         """The place in the graph of the output of every call in the last forward pass, by layer name; None without one."""
         return {name: [call.edge for call in calls] for name, calls in self._pass.calls.items()}
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The positional and keyword arguments of the last forward pass, or None; they are released with it."""
+        return self._pass.arguments
 
     @property
     def copies(self) -> Sequence[Tensor]:
@@ -351,6 +356,7 @@ class NetworkObserver:
         if self._depth > 1:  # the network calls itself
             return
         self.clear()
+        self._pass.arguments = args, kwargs
         tensors = tensors_of(Inputs([*args, kwargs]))
         self._pass.storages = frozenset(t.untyped_storage().data_ptr() for t in tensors)
         axis = self.layout.input_axis

@@ -111,7 +111,7 @@ def test_all_layers_at_once_are_as_each_by_itself(strategy, monkeypatch):
     monkeypatch.setattr(torch, "cholesky_inverse", lambda m: calls.append(tuple(m.shape)) or inverse(m))
     blocks = layers()
     together = strategy(0.1).solvers(blocks)
-    assert sorted(calls) == [(1, 2, 2), (7, 3, 3), (6, 4, 4)] or len(calls) == len({n for _, n, _ in calls})
+    assert sorted(calls) == [(1, 2, 2), (7, 4, 4), (10, 3, 3)]
     assert list(together) == list(blocks)
     for name, block in blocks.items():
         alone = solver(strategy(0.1), block)
@@ -122,7 +122,7 @@ def test_all_layers_at_once_are_as_each_by_itself(strategy, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", RULES)
-@pytest.mark.parametrize("exponents", [(-30, -30), (-20, 20), (20, -20), (15, 15), (-37, 0)])
+@pytest.mark.parametrize("exponents", [(-30, -30), (-20, 20), (20, -20), (8, 8), (-37, 0)])
 def test_no_scale_of_the_factors_overflows_in_single_precision(strategy, exponents):
     block = make("number", 0, dtype=torch.float32)
     G, A = (f * 10.0**e for f, e in zip((block.gradient_factor, block.activation_factor), exponents, strict=True))
@@ -159,23 +159,21 @@ def test_what_single_precision_cannot_invert_is_inverted_in_double(monkeypatch):
     assert not error() < 1e-2
 
 
-@pytest.mark.parametrize(
-    "damping", [strategy(zero) for strategy in (FactoredTikhonov, TraceRestricted) for zero in (0, torch.tensor(0.0))]
-)
+@pytest.mark.parametrize("zero", [0, torch.tensor(0.0)])
+@pytest.mark.parametrize("strategy", [FactoredTikhonov, TraceRestricted])
 @pytest.mark.parametrize("kind", ["number", "tensor", "by-group"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_singular_blocks_need_a_damping(damping, kind, dtype, rank):
+def test_singular_blocks_need_a_damping(strategy, zero, kind, dtype, rank):
     good = make("number", 1, dtype=dtype)
     for seed in range(10):  # rounding makes about half of them positive definite
         with pytest.raises(ValueError, match="block of layer 'layer' is singular; use a damping larger than 0"):
-            damping.solvers({"good": good, "layer": make(kind, seed, r=4, p=4, k=2, rank=rank, dtype=dtype)})
+            strategy(zero).solvers({"good": good, "layer": make(kind, seed, r=4, p=4, k=2, rank=rank, dtype=dtype)})
 
 
 def test_a_damping_below_rounding_is_too_small():
-    with pytest.raises(
-        ValueError, match=r"layer 'layer', damped by FactoredTikhonov\(1e-30\), is singular up to rounding.*larger"
-    ):
+    message = r"layer 'layer', damped by FactoredTikhonov\(1e-30\), is singular up to rounding; use a larger damping"
+    with pytest.raises(ValueError, match=message):
         solver(FactoredTikhonov(1e-30), ill_conditioned(smallest=0))
 
 
@@ -220,9 +218,7 @@ def test_a_solver_comes_back_from_its_tensors_bit_for_bit(kind, strategy):
 
 
 def test_an_unknown_kind_of_solver_is_refused():
-    with pytest.raises(
-        ValueError, match=r"solver of layer 'layer' is of unknown kind 'none'; the known kinds are \['kronecker'"
-    ):
+    with pytest.raises(ValueError, match=r"solver of layer 'layer' is of unknown kind 'none'; .* are \['kronecker'"):
         solver_from_tensors({}, "none", "layer")
 
 

@@ -17,6 +17,7 @@ from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfoc.approximate import Approximate
 from kronlaplace.estimators.kfoc.full import Full
+from kronlaplace.estimators.kfoc.online import OnlineSweeps
 from kronlaplace.estimators.kfoc.options import Aggregation, Initialization, UnitFactor
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration
 from kronlaplace.estimators.kfoc.running import Running
@@ -110,6 +111,11 @@ class KFOC(Estimator):
     @property
     def passes(self) -> int:
         return self._rule.passes
+
+    def online(self) -> Estimator:
+        if self.aggregation is Aggregation.FULL:
+            raise self._not_online("it keeps all examples")
+        return OnlineSweeps() if self.passes > 1 else self
 
     def start(self, layer: Layer) -> State:
         return self._rule.start(layer)
