@@ -302,6 +302,15 @@ class Likelihood(ABC):
         self.check_targets(outputs, targets)  # for the shapes
         return explainable(str(self), equal_gradients(gradient, self._gradient(outputs, targets)), gradient)
 
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return the only hard targets that gradients at the outputs can come from, or None if any targets are possible.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``.
+            gradient: Positive multiples of the gradient of each example's loss, of the same shape.
+        """
+        return None
+
     def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         """Return how far gradients are from those for any targets, relative to one; zero if every gradient is possible."""
         return torch.zeros((), device=outputs.device)

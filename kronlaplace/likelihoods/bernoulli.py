@@ -57,6 +57,9 @@ class Bernoulli(Likelihood):
         first, second = (torch.stack([logits, torch.zeros_like(logits)]) for logits in (outputs, new_outputs))
         return softmax_divergence(first, second, axis=0).sum()
 
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        return (gradient < 0).to(outputs.dtype)
+
     def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         explained = torch.sigmoid(outputs) - gradient
         return torch.maximum(-explained, explained - 1)

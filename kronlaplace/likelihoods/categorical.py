@@ -151,6 +151,9 @@ class Categorical(Likelihood):
         divergence = softmax_divergence(outputs, new_outputs, self._axis(outputs, targets))
         return (divergence if targets is None else divergence.masked_fill(self._ignored(targets), 0)).sum()
 
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        return gradient.argmin(self.class_axis_of(outputs))
+
     def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
         axis = self._axis(outputs)
         return distance_to_simplex(F.softmax(outputs, dim=axis), gradient, axis)

@@ -150,6 +150,7 @@ class NetworkObserver:
         """The place in the graph of the output of every call in the last forward pass, by layer name; None without one."""
         return {name: [call.edge for call in calls] for name, calls in self._pass.calls.items()}
 
+    @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The positional and keyword arguments of the last forward pass, or None; they are released with it."""
         return self._pass.arguments

@@ -25,7 +25,7 @@ from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.forward import differentiable_attention
 from kronlaplace.network.hooks import Hook, WrittenOut
 
-__all__ = ["fisher_inner_products", "jacobian_products", "part_of_batch"]
+__all__ = ["fisher_inner_products", "jacobian_products", "outputs_at", "part_of_batch"]
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -80,6 +80,24 @@ def jacobian_products(
             unsupported = error
         with torch.enable_grad():
             return _through_backward(replica, inputs, directions, unsupported)
+
+
+def outputs_at(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Compute the network's outputs with other values of some of its parameters, as in `jacobian_products`.
+
+    Args:
+        model: The network, which keeps its parameters.
+        args: Positional arguments of its call.
+        kwargs: Keyword arguments of its call.
+        parameters: Values by parameter name.
+
+    Returns:
+        The outputs, without a graph.
+    """
+    with torch.inference_mode(False), torch.no_grad(), differentiable_attention():
+        return _run(_private_replica(model), parameters, Inputs([list(args), dict(kwargs)]))
 
 
 def fisher_inner_products(
