@@ -60,7 +60,11 @@ class Structure(ABC):
 
     @abstractmethod
     def inverse_from(self, tensors: Mapping[str, Mapping[str, Any]]) -> Inverse:
-        """Restore an inverse from its tensors by layer, bit for bit."""
+        """Restore an inverse from its tensors by layer, bit for bit.
+
+        Raises:
+            ValueError: If it is an inverse of another structure.
+        """
 
 
 class BlockDiagonal(Structure):
@@ -81,13 +85,19 @@ class BlockDiagonal(Structure):
         return lambda: block_diagonal_inverse(blocks, damping, added)
 
     def inverse_from(self, tensors: Mapping[str, Mapping[str, Any]]) -> Inverse:
+        if any("kind" not in part for part in tensors.values()):
+            raise ValueError(
+                "the checkpoint has an inverse with blocks between adjacent layers. Load it into an optimizer with "
+                'structure="block-tridiagonal".'
+            )
         return BlockDiagonalInverse.from_tensors(tensors)
 
 
 class BlockTridiagonal(Structure):
     """Inverse with blocks between adjacent layers, for chains of linear layers with K-FAC (K-FAC section 3.3).
 
-    See `kronlaplace.optim.tridiagonal`. The damping must be one of factors, such as `FactoredTikhonov`.
+    See `kronlaplace.optim.tridiagonal`. The damping must be one of factors, such as `FactoredTikhonov`. In a start from
+    given blocks, adjacent layers count as uncorrelated.
     """
 
     def __repr__(self) -> str:
