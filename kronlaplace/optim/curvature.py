@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class TrainingCurvature:
         sampling: How directions are chosen; every update has its own draws.
         decay: The decay ``ξ``, from 0 to 1.
         fraction: Fraction of each batch whose examples count.
+        examine: Function that checks the network in the first pass, given the observer, the accumulation and the number of
+            examples.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TrainingCurvature:
         *,
         decay: float,
         fraction: float = 1.0,
+        examine: Callable[[NetworkObserver, Accumulation, int], None] | None = None,
     ) -> None:
         self.likelihood = likelihood
         """The likelihood."""
@@ -64,6 +67,7 @@ class TrainingCurvature:
         self._sampling = sampling
         self._decay = decay
         self._fraction = fraction
+        self._examine = examine
         self._checked = False
         self._of_step = 0  # examples of the step so far, with gradient accumulation
         self._of_last_step = 0
@@ -110,6 +114,8 @@ class TrainingCurvature:
             self.likelihood.check_outputs(outputs.detach())
             generator = self._sampling.generator(0, outputs.device)
             check_observed(self.observer, outputs, generator, examples_independent=not couples_examples(self.model))
+            if self._examine is not None:
+                self._examine(self.observer, self.accumulation, n)
             self._checked = True
         counted = n if self._fraction == 1 else math.ceil(self._fraction * n)
         if not self._of_step and self.accumulation.weight > 0:
