@@ -7,25 +7,13 @@ from functools import partial
 import torch
 
 import kronlaplace as kl
-from experiments.training import Optimizer
+from experiments.second_order_peers import PEERS
+from experiments.training import Optimizer, updater
 
 
 def plain(make):
-    """Train with an optimizer of PyTorch's interface that `make(parameters, **settings)` builds."""
-
-    def prepare(model, problem, **settings):
-        optimizer = make(model.parameters(), **settings)
-
-        def update(x, y):
-            optimizer.zero_grad()
-            loss = problem.loss(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return update
-
-    return prepare
+    """Train with an optimizer that `make(parameters, **settings)` builds."""
+    return lambda model, problem, **settings: updater(model, problem, make(model.parameters(), **settings))
 
 
 def natural_gradient(model, problem, **settings):
@@ -55,4 +43,5 @@ OPTIMIZERS = {
     "Adam": Optimizer(plain(torch.optim.Adam), rates(3e-4, 1e-3, 2e-3, 3e-3, 5e-3)),
     "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), rates(1e-3)),
     "NaturalGradient": Optimizer(natural_gradient, missing=IS_MISSING),
+    **PEERS,
 }

@@ -62,6 +62,21 @@ class Optimizer:
     missing: str = ""
 
 
+def updater(model, problem, *optimizers):
+    """Return the usual update: forward, backward, and a step of the optimizers."""
+
+    def update(x, y):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = problem.loss(model(x), y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    return update
+
+
 @dataclass
 class Log:
     """The course of a training.
