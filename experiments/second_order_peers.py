@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import nullcontext
 from itertools import product
 
 import torch
@@ -49,6 +51,20 @@ def singd(model, problem, **settings):
     return updater(model, problem, SINGD(model, warn_unsupported=False, **settings))
 
 
+class _NoRanges:
+    """Stands in for `torch.cuda.nvtx`, whose functions raise where PyTorch is built without CUDA."""
+
+    range_push = range_pop = staticmethod(lambda *_: None)
+    range = staticmethod(lambda *_: nullcontext())
+
+
+def _without_nvtx():
+    if not torch.backends.cuda.is_built():
+        for name, module in list(sys.modules.items()):
+            if name.startswith("asdl") and hasattr(module, "nvtx"):
+                module.nvtx = _NoRanges
+
+
 def asdl_kfac(model, problem, lr, damping, interval=10):
     """Train with the K-FAC of ASDL, moving averages with decay 0.95, gradients with momentum 0.9.
 
@@ -56,6 +72,7 @@ def asdl_kfac(model, problem, lr, damping, interval=10):
     """
     from asdl.precondition import KfacGradientMaker, PreconditioningConfig
 
+    _without_nvtx()
     config = PreconditioningConfig(
         data_size=problem.batch_size,
         damping=damping,
@@ -67,10 +84,14 @@ def asdl_kfac(model, problem, lr, damping, interval=10):
     maker = KfacGradientMaker(model, config, fisher_type="fisher_mc" if is_softmax else "fisher_emp")
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
+    def loss_of(outputs, targets, reduction="mean"):  # the option that ASDL calls losses with
+        loss = problem.loss(outputs, targets)
+        return loss * len(targets) if reduction == "sum" else loss
+
     def update(x, y):
         optimizer.zero_grad()
         outputs = maker.setup_model_call(model, x)
-        maker.setup_loss_call(problem.loss, outputs, y)
+        maker.setup_loss_call(loss_of, outputs, y)
         _, loss = maker.forward_and_backward()
         optimizer.step()
         return loss.detach()
