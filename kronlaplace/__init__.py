@@ -53,6 +53,8 @@ from kronlaplace.likelihoods.links import Link
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.forward import find_layout
 from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.optim.growing_batches import GrowingBatches
+from kronlaplace.optim.iterate_average import IterateAverage
 
 __all__ = [
     "estimate_fisher",
@@ -111,6 +113,8 @@ __all__ = [
     "Report",
     "Comparison",
     "Link",
+    "GrowingBatches",
+    "IterateAverage",
     "damping",
     "metrics",
 ]

@@ -11,6 +11,7 @@ import kronlaplace as kl
 from experiments import (
     classification_tasks,
     fit_cost,
+    inversion_cost,
     main_path,
     main_path_methods,
     measure,
@@ -61,6 +62,17 @@ def test_fit_cost(tmp_path, monkeypatch, capsys):
     assert list(rows) == list(fit_cost.METHODS)
     assert float(rows[fit_cost.PLAIN]["time_ratio"]) == float(rows[fit_cost.PLAIN]["memory_ratio"]) == 1
     assert "K-FOC, running" in capsys.readouterr().out
+
+
+@pytest.mark.grid
+def test_inversion_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(inversion_cost.SHAPES, "tiny", [(2, 3), (3, 2), (4, 4)])
+    inversion_cost.main(["--shapes", "tiny", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)])
+    rows = table(tmp_path / "tiny.csv")
+    assert list(rows) == list(inversion_cost.METHODS)
+    assert float(rows[inversion_cost.PLAIN]["time_ratio"]) == 1
+    assert "tiny, 3 layers" in capsys.readouterr().out
+    assert (tmp_path / "inversion_cost.png").exists()
 
 
 @pytest.mark.grid

@@ -86,6 +86,7 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "fisher",
         "testing",
         "extensions",
+        "optim",
         "laplace",
         "integrations",
         "demo",

@@ -38,6 +38,7 @@ DAMPINGS = {
     "factored": kl.damping.FactoredTikhonov(torch.tensor(0.1)),
     "trace restricted": kl.damping.TraceRestricted(0.1),
     "automatic": kl.damping.TraceRestrictedAuto(1e-3),
+    "automatic, linear": kl.damping.TraceRestrictedAuto(1e-3, linear=0.1),
 }
 
 
@@ -317,6 +318,11 @@ class Together(OwnDamping):
         return {name: kl.damping.Tikhonov(0.3).invert(block) for name, block in blocks.items()}
 
 
+class WrongFactors(OwnDamping):
+    def damped_factors(self, block):
+        return kl.damping.FactoredTikhonov(0.3).damped_factors(block)
+
+
 BROKEN_DAMPINGS = {
     Negative: r"eigenvalues are positive; .*the smallest is -0\.",
     Flat: r"eigenvalues\(block\) is a float64 tensor of the block's shape \(4, 3\); .*float64 of shape \(12,\)",
@@ -327,6 +333,7 @@ BROKEN_DAMPINGS = {
     InPlace: r"eigenvalues are the same at every call|is left unchanged",
     NoRoot: r"sqrt_solve twice is solve",
     Together: r"invert_all gives what invert gives",
+    WrongFactors: r"a solver solves as the inverse does",
 }
 
 

@@ -32,18 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronlaplace._arguments import positive_number
 from kronlaplace.blocks import Block, DenseBlock, EigenBlock, KroneckerBlock, decompose
+from kronlaplace.damping.factor_rules import DampedFactors
 from kronlaplace.damping.inverse import DampedInverse
+from kronlaplace.damping.inversion import SolversInProgress
 from kronlaplace.damping.plus_diagonal import PlusDiagonal
+from kronlaplace.damping.solvers import Solver, solver_of
 
-__all__ = [
-    "Damping",
-    "FactoredTikhonov",
-    "Tikhonov",
-    "TraceRestricted",
-    "TraceRestrictedAuto",
-]
+__all__ = ["Damping", "Tikhonov", "checked_number", "shown_number"]
 
 
 class Damping(ABC):
@@ -65,6 +61,67 @@ class Damping(ABC):
     def is_zero(self) -> bool:
         """Whether nothing is added, so that a block that is singular up to rounding must be rejected."""
         return False
+
+    def damped_factors(self, block: Block) -> DampedFactors | None:
+        """Return the damped factors of a block by their four numbers, or None if the damped block has no such factors.
+
+        If it has, `solvers` inverts them by Cholesky, without an eigendecomposition. The base class returns None.
+        """
+        return None
+
+    def with_added(self, amount: float | Tensor) -> Damping:
+        """Return the same strategy with ``amount`` added to its number, such as a weight decay: ``F + (γ + amount) I``.
+
+        Args:
+            amount: Number or 0-dim tensor; for `Tikhonov`, a tensor with one value per weight, too.
+
+        Raises:
+            NotImplementedError: If the strategy has no number to add to and the amount is not zero.
+            ValueError: If the sum is negative or not finite.
+        """
+        if isinstance(amount, Tensor) or amount != 0:
+            raise NotImplementedError(
+                f"{self!r} has no number to which {shown_number(amount)} could be added. Use Tikhonov, FactoredTikhonov or "
+                "TraceRestricted, or set the weight decay to 0; a damping of your own can define with_added."
+            )
+        return self
+
+    def solvers(self, blocks: Mapping[str, Block]) -> dict[str, Solver]:
+        """Return the cheapest objects that solve with the damped blocks, and do nothing else.
+
+        Factored dampings of Kronecker blocks invert both damped factors by Cholesky, with one batched call per matrix size,
+        in the factors' precision; matrices for which this is not enough are inverted again in float64. All others are
+        decomposed, as by `invert_all`. This waits for an accelerator; `begin_solvers` does not.
+
+        Args:
+            blocks: Blocks by the names of their layers.
+
+        Raises:
+            TypeError: If it is not a mapping of blocks.
+            ValueError: If a damped block is singular or has NaN or infinite entries, naming its layer.
+        """
+        return self.begin_solvers(blocks).settle()
+
+    def begin_solvers(self, blocks: Mapping[str, Block]) -> SolversInProgress:
+        """Begin to compute `solvers` without waiting for an accelerator, except to decompose blocks.
+
+        The blocks must not change before the result is settled.
+
+        Raises:
+            TypeError, ValueError: As `solvers`, for blocks that are decomposed.
+        """
+        _check_mapping(blocks, "solvers")
+        factored, others = {}, {}
+        for name, block in blocks.items():
+            _check_block(block)
+            numbers = self.damped_factors(block)
+            if numbers is None:
+                others[name] = block
+            else:
+                assert isinstance(block, KroneckerBlock)
+                factored[name] = block, numbers
+        done = {name: solver_of(inverse) for name, inverse in self.invert_all(others).items()}
+        return SolversInProgress(factored, done, list(blocks), self)
 
     def invert(self, block: Block) -> DampedInverse:
         """Return the damped inverse of one layer's block.
@@ -111,10 +168,7 @@ class Damping(ABC):
             TypeError: If it is not a mapping of blocks.
             ValueError: As `invert`.
         """
-        if not isinstance(blocks, Mapping):
-            raise TypeError(
-                f"invert_all takes a Fisher or a dict of blocks; got {type(blocks).__name__}. Use invert(block)."
-            )
+        _check_mapping(blocks, "invert_all")
         decompose(blocks.values())
         return {name: self.invert(block) for name, block in blocks.items()}
 
@@ -140,10 +194,10 @@ class Tikhonov(Damping):
             if not ((self.damping >= 0) & torch.isfinite(self.damping)).all():
                 raise ValueError("damping must be finite and not negative for every weight; some values are not.")
             return
-        _number(self.damping, "damping")
+        checked_number(self.damping, "damping")
 
     def __repr__(self) -> str:
-        return f"Tikhonov({_shown(self.damping)})"
+        return f"Tikhonov({shown_number(self.damping)})"
 
     @property
     def is_zero(self) -> bool:
@@ -167,6 +221,9 @@ class Tikhonov(Damping):
             _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
         return self._checked(inverse.block, inverse.eigenvalues)
 
+    def with_added(self, amount: float | Tensor) -> Tikhonov:
+        return Tikhonov(self.damping + amount)
+
     @property
     def _by_weight(self) -> bool:
         return isinstance(self.damping, Tensor) and self.damping.ndim == 2
@@ -175,177 +232,32 @@ class Tikhonov(Damping):
         return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
 
 
-class _ByFactor(Damping):
-    """Damping of each factor of a Kronecker block; other blocks get the equivalent change of eigenvalues."""
+def checked_number(damping: float | Tensor, name: str) -> None:
+    """Check that ``γ`` is a single finite number that is not negative.
 
-    def eigenvalues(self, block: Block) -> Tensor:
-        if isinstance(block, KroneckerBlock):
-            gradient, activation = self._damped(_Factors(block))
-            return (gradient.unsqueeze(2) * activation.unsqueeze(1)).flatten(0, 1)
-        return self._damped_values(block)
-
-    @abstractmethod
-    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues of the damped factors, shapes ``(K, q/K)`` and ``(K, p)``.
-
-        The block's scale is contained in one or both of them.
-        """
-
-    @abstractmethod
-    def _damped_values(self, block: Block) -> Tensor:
-        """Return the eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
-
-
-class _Factors:
-    """Eigenvalues of a block's factors in float64, with a leading axis of ``K`` groups.
-
-    Attributes:
-        scale: Scale of the block, shape ``(K, 1)``.
-        gradient: Eigenvalues ``d_G``, shape ``(K, q/K)``.
-        activation: Eigenvalues ``d_A``, shape ``(K, p)``.
-        trace: Trace ``δ = scale · tr G · tr A``, shape ``(K, 1)``.
-        block: The block.
-    """
-
-    def __init__(self, block: KroneckerBlock) -> None:
-        self.block = block
-        gradient, activation = block.eigen()
-        self.gradient, self.activation = gradient.values.double(), activation.values.double()
-        self.scale = block.scale.double().expand(len(self.gradient)).unsqueeze(1)
-        self.trace = self.scale * self.gradient.sum(1, keepdim=True) * self.activation.sum(1, keepdim=True)
-
-    def unit_trace(self) -> tuple[Tensor, Tensor]:
-        """Return ``d_G / tr G`` and ``d_A / tr A``, with zeros where the trace is zero."""
-        return _unit(self.gradient), _unit(self.activation)
-
-
-def _unit(values: Tensor) -> Tensor:
-    return values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-
-
-@dataclass(frozen=True, repr=False)
-class _ByNumber(_ByFactor):
-    """Common base of the dampings by a single number."""
-
-    damping: float | Tensor
-
-    def __post_init__(self) -> None:
-        _number(self.damping, "damping")
-
-    @property
-    def is_zero(self) -> bool:
-        return _number(self.damping, "damping") == 0
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({_shown(self.damping)})"
-
-    def _damped_values(self, block: Block) -> Tensor:
-        return block.eigenvalues() + torch.as_tensor(self.damping, dtype=torch.float64, device=block.device)
-
-    def _root(self, device: torch.device) -> Tensor:
-        """Return ``√γ``."""
-        return torch.as_tensor(self.damping, dtype=torch.float64, device=device).sqrt()
-
-
-@dataclass(frozen=True, repr=False)
-class FactoredTikhonov(_ByNumber):
-    """Factored Tikhonov damping ``(G + √γ/π I) ⊗ (A + π √γ I)`` with ``π`` from the trace norm (K-FAC appendix, KFC Eq. 28).
-
-    The product does not depend on how a scale is divided between the factors. Blocks without factors (diagonal, dense,
-    EKFAC) get ``γ`` itself, which this damping approximates.
-
-    Args:
-        damping: Nonnegative ``γ``, a number or a 0-dim tensor.
+    The value of a tensor on an accelerator is not read, which would wait for it: if it is not allowed, the damped block
+    cannot be inverted.
 
     Raises:
-        ValueError: If the damping is negative or not finite.
+        ValueError: If it is not such a number.
     """
-
-    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
-        gradient = factors.scale * factors.gradient
-        means = factors.activation.mean(1, keepdim=True), gradient.mean(1, keepdim=True)
-        alive = (means[0] > 0) & (means[1] > 0)
-        pi = torch.sqrt(torch.where(alive, means[0], 1.0) / torch.where(alive, means[1], 1.0))
-        root = self._root(pi.device)
-        return gradient + root / pi, factors.activation + pi * root
-
-
-@dataclass(frozen=True, repr=False)
-class TraceRestricted(_ByNumber):
-    """TKFAC's damping ``(√δ Ψ + √λ I) ⊗ (√δ Φ + √λ I)`` of factors with unit traces (TKFAC Eq. 5.15).
-
-    It applies to any Kronecker block: the factors are first scaled to unit traces, and ``δ`` is the block's trace. Blocks
-    without factors (diagonal, dense, EKFAC) get ``λ`` itself.
-
-    Args:
-        damping: Nonnegative ``λ``, a number or a 0-dim tensor.
-
-    Raises:
-        ValueError: If the damping is negative or not finite.
-    """
-
-    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
-        gradient, activation = factors.unit_trace()
-        damping = self._root(gradient.device)
-        alive = factors.trace != 0
-        root = torch.where(alive, factors.trace, 1.0).sqrt() * alive  # the square root has no derivative at zero
-        return root * gradient + damping, root * activation + damping
-
-
-@dataclass(frozen=True)
-class TraceRestrictedAuto(_ByFactor):
-    """TKFAC's automatic damping, derived from the block's trace, which is kept above ``ν`` (TKFAC Eq. 5.16 and 5.17).
-
-    The damped block is ``(√δ̃ Ψ + δ̃/q I) ⊗ (√δ̃ Φ + δ̃/p I)``, with factors of unit trace and ``δ̃ = max(ν, δ)`` for
-    convolutions. All other layers of a network are expanded by the largest factor by which any of its layers is expanded,
-    ``δ̃ = max(ν, β δ)`` with ``β = max_l max(ν, δ_l) / δ_l`` over its Kronecker blocks. The blocks of a `KroneckerFisher`
-    carry the trace needed for this, even when used alone or in a dict (`kronlaplace.blocks.Block.least_trace`); a block
-    that does not come from a network is not expanded. Blocks without factors (diagonal, dense, EKFAC) are multiplied by
-    ``δ̃ / δ`` and get ``δ̃² / (q p)`` on their diagonal.
-
-    Args:
-        minimum: Positive ``ν``, the smallest trace of a block.
-
-    Raises:
-        ValueError, TypeError: If ``minimum`` is not a positive finite number.
-    """
-
-    minimum: float
-
-    def __post_init__(self) -> None:
-        positive_number(self.minimum, "minimum")
-
-    def _restricted(self, trace: Tensor, block: Block) -> Tensor:
-        """Return ``δ̃``."""
-        if (least := block.least_trace) is not None:
-            trace = trace * (self.minimum / least.double()).clamp_min(1.0)  # β
-        return trace.clamp_min(self.minimum)
-
-    def _damped(self, factors: _Factors) -> tuple[Tensor, Tensor]:
-        gradient, activation = factors.unit_trace()
-        trace = self._restricted(factors.trace, factors.block)
-        root = trace.sqrt()
-        return root * gradient + trace / gradient.shape[1], root * activation + trace / activation.shape[1]
-
-    def _damped_values(self, block: Block) -> Tensor:
-        values = block.eigenvalues()
-        trace = self._restricted(values.sum(), block)
-        return trace * _unit(values.flatten()[None]).view_as(values) + trace.square() / values.numel()
-
-
-def _number(damping: float | Tensor, name: str) -> float:
-    """Return the value of ``γ`` as a float.
-
-    Raises:
-        ValueError: If it is negative or not a single finite number.
-    """
-    is_number = isinstance(damping, (int, float, np.integer, np.floating)) or (
-        isinstance(damping, Tensor) and damping.ndim == 0
-    )
+    is_tensor = isinstance(damping, Tensor) and damping.ndim == 0
+    if is_tensor and isinstance(damping, Tensor) and damping.device.type != "cpu":
+        return
+    is_number = is_tensor or isinstance(damping, (int, float, np.integer, np.floating))
     value = float(damping.detach() if isinstance(damping, Tensor) else damping) if is_number else float("nan")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a single finite number that is not negative, got {damping!r}.")
-    return value
+
+
+def _check_mapping(blocks: object, method: str) -> None:
+    """Check that something is a mapping.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(blocks, Mapping):
+        raise TypeError(f"{method} takes a Fisher or a dict of blocks; got {type(blocks).__name__}. Use invert(block).")
 
 
 def _check_block(block: object) -> None:
@@ -361,7 +273,7 @@ def _check_block(block: object) -> None:
         )
 
 
-def _shown(damping: float | Tensor) -> str:
+def shown_number(damping: float | Tensor) -> str:
     """Format a damping for a repr: as a number, however it is stored."""
     if isinstance(damping, Tensor) and damping.ndim:
         return f"{'x'.join(map(str, damping.shape))} numbers"

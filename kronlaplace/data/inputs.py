@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from kronlaplace._precision import callers_autocast
 
-__all__ = ["Inputs", "leaves", "tensors_of", "with_one_more"]
+__all__ = ["Inputs", "leaves", "output_tensor", "tensors_of", "with_one_more"]
 
 
 class Inputs:
@@ -45,15 +45,7 @@ class Inputs:
         args, kwargs = self.arguments(model)
         with callers_autocast():
             outputs = model(*args, **kwargs) if parameters is None else functional_call(model, parameters, args, kwargs)
-        if isinstance(outputs, Mapping) and "logits" in outputs:
-            outputs = outputs["logits"]
-        outputs = getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the model must return a tensor of outputs (or an object with a tensor `logits`), but it returned "
-                f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
-            )
-        return outputs
+        return output_tensor(outputs)
 
     def count(self, axis: int) -> int:
         """Return the number of examples, given that ``axis`` indexes them."""
@@ -82,6 +74,23 @@ class Inputs:
     def map_by_path(self, change: Callable[[Tensor, str], Tensor]) -> Inputs:
         """Return the inputs with a function of each tensor and its path, such as ``"0"`` or ``"mask"``, applied."""
         return Inputs(_mapped(self.value, change))
+
+
+def output_tensor(outputs: Any) -> Tensor:
+    """Return the tensor of outputs in what a network returned.
+
+    Raises:
+        TypeError: If it is neither a tensor nor an object with a tensor ``logits``.
+    """
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        outputs = outputs["logits"]
+    outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model must return a tensor of outputs (or an object with a tensor `logits`), but it returned "
+            f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
+        )
+    return outputs
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:

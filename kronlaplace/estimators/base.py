@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from kronlaplace.blocks import Block
+from kronlaplace.estimators.plain import moved_copy, plain_copy
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Estimator", "State", "kind_of", "weighted_mean"]
@@ -42,6 +45,24 @@ class Estimator(ABC):
     def passes(self) -> int:
         """Number of passes over the data that are needed."""
         return 1
+
+    def online(self) -> Estimator:
+        """Return the version of this estimator for training, which sees every batch once and whose state does not grow.
+
+        It is the estimator itself if it makes only one pass, unless overridden.
+
+        Raises:
+            NotImplementedError: If there is no such version; the message lists alternatives.
+        """
+        if self.passes > 1:
+            raise self._not_online(f"it makes {self.passes} passes over the same data")
+        return self
+
+    def _not_online(self, reason: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self!r} cannot be used in training, where every batch is seen once: {reason}. Use KFAC(), TKFAC(), KFOC(), "
+            "EKFAC(), SUA(), Diagonal() or ExactBlock()."
+        )
 
     @abstractmethod
     def start(self, layer: Layer) -> State:
@@ -123,6 +144,39 @@ class Estimator(ABC):
             layer: The layer.
             weight: Number of examples (their total weight in a moving average).
         """
+
+    def refresh(self, state: State, layer: Layer, weight: float) -> State:
+        """Return the state with what is renewed from time to time only, such as an eigenbasis; by default unchanged.
+
+        In training it is called before the block is inverted.
+
+        Args:
+            state: The state after a batch; the result may contain its tensors.
+            layer: The layer.
+            weight: Number of examples (their total weight in a moving average).
+        """
+        return state
+
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        """Return the block as `finish` does, but leave the state as it is, so that accumulation can continue.
+
+        The default finishes a copy of the state; estimators whose sums are large override it.
+        """
+        return self.finish(copy.deepcopy(state), layer, weight)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        """Return a copy of a state, between two batches, that consists of dicts, lists, tuples, numbers and tensors.
+
+        Estimators whose states hold other objects override it and `from_plain`.
+
+        Raises:
+            TypeError: If the state holds other objects.
+        """
+        return plain_copy(state, type(self).__name__)
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        """Return the state of which `to_plain` made the copy, on the layer's device; the copy stays as it is."""
+        return moved_copy(saved, layer.device)
 
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         """Return the block of two data sets together, from the finished block of each.

@@ -34,6 +34,9 @@ class Diagonal(Estimator):
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return DiagonalBlock(state["values"].div_(weight), layer.name)
 
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        return DiagonalBlock(state["values"] / weight, layer.name)
+
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         assert isinstance(first, DiagonalBlock) and isinstance(second, DiagonalBlock)
         return DiagonalBlock(weighted_mean(first.values, second.values, weights), first.name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfac import KFAC
+from kronlaplace.estimators.online_ekfac import OnlineEKFAC
+from kronlaplace.estimators.rotated_squares import add_pending_squares, add_rotated_squares
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["EKFAC"]
@@ -46,6 +49,9 @@ class EKFAC(Estimator):
     def passes(self) -> int:
         return self.basis.passes + 1
 
+    def online(self) -> Estimator:
+        return OnlineEKFAC(self.basis.online())
+
     def start(self, layer: Layer) -> State:
         return {"basis": self.basis.start(layer), "passes": 1}
 
@@ -56,27 +62,14 @@ class EKFAC(Estimator):
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         if "basis" in state:
             self.basis.add_gradients(state["basis"], gradients)
-            return
-        gradient_basis, activation_basis = state["gradient basis"], state["activation basis"]
-        if gradients.once_per_example:
-            squares = (gradients.gradients()[:, :, 0] @ gradient_basis).square()
-            state["pending"] = squares if "pending" not in state else state["pending"] + squares
-            return
-        for part in gradients.parts():
-            g = part.gradients()
-            if g.shape[2] <= g.shape[3]:
-                rotated = (g @ gradient_basis.unsqueeze(1)).mT @ part.project(activation_basis)
-            else:
-                x = part.weight_gradients()
-                rotated = gradient_basis.mT.unsqueeze(1) @ (x @ activation_basis.unsqueeze(1))
-            state["values"] += rotated.square().sum(1)
+        else:
+            add_rotated_squares(state, gradients)
 
     def end_batch(self, state: State, batch: LayerBatch) -> None:
         if "basis" in state:
             self.basis.end_batch(state["basis"], batch)
-        elif "pending" in state:
-            b = batch.activations()[:, :, 0] @ state["activation basis"]
-            state["values"].baddbmm_(state.pop("pending").mT, b.square())
+        else:
+            add_pending_squares(state, batch)
 
     def merge(self, state: State, other: State) -> State:
         if "basis" in state:
@@ -88,6 +81,16 @@ class EKFAC(Estimator):
             self.basis.decay(state["basis"], factor)
         else:
             super().decay(state, factor)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        if "basis" not in state:
+            return super().to_plain(state)
+        return {**state, "basis": self.basis.to_plain(state["basis"])}
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        if "basis" not in saved:
+            return super().from_plain(saved, layer)
+        return {**saved, "basis": self.basis.from_plain(saved["basis"], layer)}
 
     def next_pass(self, state: State, layer: Layer, weight: float) -> State:
         if state["passes"] < self.basis.passes:

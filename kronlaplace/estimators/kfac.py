@@ -76,6 +76,10 @@ class KFAC(Estimator):
         activation = layer.activation_moment(state).div_(weight)
         return KroneckerBlock(squeezed(state["gradient"].div_(weight)), squeezed(activation), name=layer.name)
 
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        activation = layer.activation_moment(dict(state)) / weight
+        return KroneckerBlock(squeezed(state["gradient"] / weight), squeezed(activation), name=layer.name)
+
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         gradient, activation = mean_factors(first, second, weights, scaled_activation=False)
         return KroneckerBlock(squeezed(gradient), squeezed(activation), name=first.name)

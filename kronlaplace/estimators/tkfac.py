@@ -68,6 +68,9 @@ class TKFAC(Estimator):
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return trace_preserving_block(state["gradient"], state["activation"], weight, layer.name)
 
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        return self.finish(state, layer, weight)  # the factors are new tensors
+
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         gradient, activation = mean_factors(first, second, weights, scaled_activation=True)
         return trace_preserving_block(gradient, activation, 1.0, first.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from kronlaplace._arguments import positive_number
 from kronlaplace.blocks import Block
-from kronlaplace.estimators import Diagonal, Estimator, State
+from kronlaplace.estimators import Diagonal, Estimator, State, estimator_to_json
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
 
 __all__ = ["Accumulation"]
@@ -84,15 +85,20 @@ class Accumulation:
         """The layers."""
         return list(self._layers.values())
 
+    def decay(self, factor: float) -> None:
+        """Let everything seen so far count ``factor`` times as much, from 0 to 1, the total weight included."""
+        self.weight *= factor
+        for name, state in self._states.items():
+            if self._wants_data(name):
+                self.estimators[name].decay(state, factor)
+
     def begin_batch(self, batches: Mapping[str, LayerBatch]) -> None:
         """Add the inputs of all layers, after the forward pass."""
         self._received.clear()
         if self._ema_decay is not None:
-            self.weight *= self._ema_decay
+            self.decay(self._ema_decay)
         for name, state in self._states.items():
             if self._wants_data(name):
-                if self._ema_decay is not None:
-                    self.estimators[name].decay(state, self._ema_decay)
                 self.estimators[name].add_inputs(state, batches[name])
 
     def add_gradients(self, gradients: LayerGradients) -> None:
@@ -136,21 +142,80 @@ class Accumulation:
         """Return the accumulated state of a layer."""
         return self._states[name]
 
+    def refresh(self) -> None:
+        """Renew what the estimators renew from time to time only, such as the eigenbases of `EKFAC` in training.
+
+        Call it after a batch, before the blocks are inverted.
+        """
+        for name, estimator in self.estimators.items():
+            self._states[name] = estimator.refresh(self._states[name], *self._of(name))
+
     def so_far(self) -> dict[str, Block]:
         """Return the blocks as if the data ended here; the accumulation can continue.
 
         Call it in the last pass, after a batch.
         """
-        return {name: self._finished(name, copy.deepcopy(self._states[name])) for name in self.estimators}
+        return {
+            name: self._marked(name, estimator.peek(self._states[name], *self._of(name)))
+            for name, estimator in self.estimators.items()
+        }
 
     def finish(self) -> dict[str, Block]:
         """Return the blocks; the accumulation cannot be used afterwards."""
-        return {name: self._finished(name, self._states.pop(name)) for name in self.estimators}
+        return {
+            name: self._marked(name, estimator.finish(self._states.pop(name), *self._of(name)))
+            for name, estimator in self.estimators.items()
+        }
 
-    def _finished(self, name: str, state: State) -> Block:
-        layer = self._layers[name]
-        block = self.estimators[name].finish(state, layer, self._final_weights.get(name, self.weight))
-        block.shares_weights_over_space = layer.shares_weights_over_space
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of everything accumulated so far, between two batches, for a checkpoint.
+
+        It consists of dicts, lists, tuples, numbers, strings and tensors, as ``torch.load(..., weights_only=True)`` reads
+        them.
+        """
+        return {
+            "estimator": json.dumps(estimator_to_json(self._estimator)),
+            "layers": {name: tuple(layer.shape) for name, layer in self._layers.items()},
+            "states": {name: self.estimators[name].to_plain(state) for name, state in self._states.items()},
+            "weight": self.weight,
+            "pass": self._pass,
+            "final_weights": dict(self._final_weights),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from the result of `state_dict`, bit for bit; what has been accumulated here is discarded.
+
+        Args:
+            saved: The result of `state_dict`, which stays as it is. Tensors are moved to the device of their layer.
+
+        Raises:
+            ValueError: If the estimator, or the names or shapes of the layers, are different.
+        """
+        layers = {name: tuple(layer.shape) for name, layer in self._layers.items()}
+        found = {name: tuple(shape) for name, shape in saved["layers"].items()}
+        for what, own, other in (
+            ("layers (with the shapes of their matrices)", layers, found),
+            ("estimator", json.dumps(estimator_to_json(self._estimator)), saved["estimator"]),
+        ):
+            if own != other:
+                raise ValueError(
+                    f"the checkpoint has a different {what}: {other} instead of {own}. Load it into an accumulation with "
+                    "the same settings for the same network."
+                )
+        self._states = {
+            name: self.estimators[name].from_plain(saved["states"][name], layer) for name, layer in self._layers.items()
+        }
+        self.weight = saved["weight"]
+        self._pass = saved["pass"]
+        self._final_weights = dict(saved["final_weights"])
+        self._received.clear()
+
+    def _of(self, name: str) -> tuple[Layer, float]:
+        """Return a layer and the weight of its data."""
+        return self._layers[name], self._final_weights.get(name, self.weight)
+
+    def _marked(self, name: str, block: Block) -> Block:
+        block.shares_weights_over_space = self._layers[name].shares_weights_over_space
         return block
 
     def _wants_data(self, name: str) -> bool:

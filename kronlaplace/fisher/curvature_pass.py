@@ -19,7 +19,7 @@ from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import Layer, Unsupported, UnusableLayersError
+from kronlaplace.layers import Layer, LayerGradients, Unsupported, UnusableLayersError
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.alignment import Alignment
@@ -47,6 +47,7 @@ def accumulate_batch(
     targets: Tensor | None = None,
     index: int = 0,
     retain_graph: bool = False,
+    n_examples: int | None = None,
 ) -> None:
     """Add one batch to an accumulation, from a forward pass that the observer has seen.
 
@@ -62,6 +63,7 @@ def accumulate_batch(
         targets: Targets in the data, if there are any; required for ``"empirical"`` sampling.
         index: Number of the batch or of the training step; label draws depend only on it and on the seed.
         retain_graph: Whether the graph of the outputs is needed afterwards.
+        n_examples: Number of examples, the first ones of the batch, that count; None means all.
 
     Raises:
         RuntimeError: If no forward pass was observed.
@@ -72,17 +74,24 @@ def accumulate_batch(
     detached = outputs.detach()
     likelihood.check_outputs(detached)
     batches = observer.layer_batches(len(outputs))
+    receive = accumulation.add_gradients
+    if n_examples is not None and n_examples < len(outputs):
+        batches = {name: batch.first(n_examples) for name, batch in batches.items()}
+
+        def receive(gradients: LayerGradients) -> None:
+            accumulation.add_gradients(gradients.first(n_examples))
+
     accumulation.begin_batch(batches)
     n_directions = sampling.count(likelihood, detached, targets)
     unused: UnusableLayersError | None = None
     for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
         try:
             observer.backward(
-                outputs, direction, accumulation.add_gradients, retain_graph=retain_graph or v < n_directions
+                outputs, direction, receive, retain_graph=retain_graph or v < n_directions
             )
         except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
             unused = error
-    accumulation.end_batch(batches, len(outputs))
+    accumulation.end_batch(batches, len(outputs) if n_examples is None else min(n_examples, len(outputs)))
     if unused is not None:
         raise unused
 

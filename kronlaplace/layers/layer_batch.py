@@ -52,6 +52,10 @@ class LayerBatch:
         """Combine the inputs with the gradients at the calls' outputs, one tensor per call with examples first."""
         return LayerGradients(self, gradients)
 
+    def first(self, n_examples: int) -> LayerBatch:
+        """Return the batch with only its first examples, as views."""
+        return LayerBatch(self.layer, [replace(c, x=c.x[: n_examples * c.fold]) for c in self.calls])
+
     def activations(self) -> Tensor:
         """Return ``a``, shape ``(K, N, T, p)``."""
         return self._joined([self.layer.activations(call.x) for call in self.calls])
@@ -160,6 +164,11 @@ class LayerGradients:
             return
         for part in self.parts():
             out += part.weight_gradients().square_().sum(1).view_as(out)
+
+    def first(self, n_examples: int) -> LayerGradients:
+        """Return the inputs and gradients of only the first examples, as views."""
+        tensors = [g[: n_examples * call.fold] for call, g in self._pairs()]
+        return LayerGradients(self.batch.first(n_examples), tensors)
 
     def parts(self, *, activations: bool = False) -> Iterator[LayerGradients]:
         """Yield parts of a few examples each, so that what is computed from a part (``a``, ``g`` or ``X``) takes no more

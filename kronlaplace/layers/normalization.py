@@ -106,6 +106,8 @@ class NormalizationLayer(Layer):
             return F.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             use_input = module.training or not module.track_running_stats
+            if use_input:  # torch would write to the running statistics, which changes their last digits
+                mean = var = None
             normalized = F.instance_norm(x.contiguous(), mean, var, None, None, use_input, 0.0, module.eps)
             return with_contiguous_gradient(normalized)
         if self._of_batch:

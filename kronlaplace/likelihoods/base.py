@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kronlaplace._arguments import Choice
+from kronlaplace._precision import wide
 from kronlaplace._registry import ClassRegistry
 from kronlaplace.likelihoods.averages import Averages
+from kronlaplace.likelihoods.gradient_check import equal_gradients, explainable
 from kronlaplace.likelihoods.links import Link
 from kronlaplace.likelihoods.prediction import Prediction
 
@@ -258,6 +260,67 @@ class Likelihood(ABC):
             product = direction * vectors
             total += direction * (product.sum(axes, keepdim=True) if axes else product)
         return total
+
+    def divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Compute ``Σ_n KL(p(y|f_n) ‖ p(y|f'_n))``, 0-dim, in at least float32.
+
+        Unless a likelihood overrides `_divergence`, this is ``½ (f' − f)ᵀ M(f) (f' − f)``, which is exact if the metric is
+        constant and otherwise correct to second order.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``.
+            new_outputs: Other outputs ``f'`` of the same examples, of the same shape.
+            targets: Targets in the data, as in `metric_product`.
+
+        Raises:
+            ValueError: If the outputs have different shapes; and as `check_outputs` and `class_axis_of`.
+        """
+        self._check_like_outputs(outputs, new_outputs, "new_outputs")
+        return self._divergence(wide(outputs), wide(new_outputs), targets)
+
+    def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
+        change = new_outputs - outputs
+        return 0.5 * (change * self._metric_product(outputs, change, targets)).sum()
+
+    def check_gradient(self, outputs: Tensor, gradient: Tensor, targets: Tensor | None = None) -> tuple[Tensor, str]:
+        """Check whether gradients at the outputs can be those of this negative log-likelihood, without reading values.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``.
+            gradient: Gradient of each example's loss, ``N ∂h/∂f`` for a mean loss ``h``, of the same shape.
+            targets: Targets in the data; without them, the gradient may be that for any targets, also soft ones.
+
+        Returns:
+            A boolean 0-dim tensor, false if no targets explain the gradient, and the message of the error to raise then.
+
+        Raises:
+            ValueError: If the shapes do not fit; and as `check_outputs` and `class_axis_of`.
+        """
+        self._check_like_outputs(outputs, gradient, "gradient")
+        if targets is None:
+            return explainable(str(self), self._gradient_error(wide(outputs), wide(gradient)), gradient)
+        self.check_targets(outputs, targets)  # for the shapes
+        return explainable(str(self), equal_gradients(gradient, self._gradient(outputs, targets)), gradient)
+
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return the only hard targets that gradients at the outputs can come from, or None if any targets are possible.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``.
+            gradient: Positive multiples of the gradient of each example's loss, of the same shape.
+        """
+        return None
+
+    def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Return how far gradients are from those for any targets, relative to one; zero if every gradient is possible."""
+        return torch.zeros((), device=outputs.device)
+
+    def _check_like_outputs(self, outputs: Tensor, other: Tensor, name: str) -> None:
+        self.check_outputs(outputs)
+        if other.shape != outputs.shape:
+            raise ValueError(
+                f"{name} must have the shape of the outputs, {tuple(outputs.shape)}; got {tuple(other.shape)}."
+            )
 
     def class_axis_of(self, outputs: Tensor) -> int | None:
         """Return the axis of the outputs that holds the classes, not negative, or None if there are no classes.

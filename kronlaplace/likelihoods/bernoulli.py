@@ -13,6 +13,7 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.divergence import softmax_divergence
 from kronlaplace.likelihoods.links import Link, mean_over_samples, probit_scaled
 from kronlaplace.likelihoods.logistic import logistic_curvature
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
@@ -51,6 +52,17 @@ class Bernoulli(Likelihood):
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         logits = wide(outputs)
         return (torch.sigmoid(logits) * torch.sigmoid(-logits) * vectors).to(vectors.dtype)
+
+    def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
+        first, second = (torch.stack([logits, torch.zeros_like(logits)]) for logits in (outputs, new_outputs))
+        return softmax_divergence(first, second, axis=0).sum()
+
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        return (gradient < 0).to(outputs.dtype)
+
+    def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        explained = torch.sigmoid(outputs) - gradient
+        return torch.maximum(-explained, explained - 1)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         probability = torch.sigmoid(wide(outputs))

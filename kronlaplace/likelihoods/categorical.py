@@ -14,6 +14,8 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages, average_softmax
 from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.divergence import softmax_divergence
+from kronlaplace.likelihoods.gradient_check import distance_to_simplex
 from kronlaplace.likelihoods.links import (
     Link,
     centered_probit_scaled,
@@ -144,6 +146,17 @@ class Categorical(Likelihood):
         if targets is not None:
             product = product.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
         return product.to(vectors.dtype)
+
+    def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
+        divergence = softmax_divergence(outputs, new_outputs, self._axis(outputs, targets))
+        return (divergence if targets is None else divergence.masked_fill(self._ignored(targets), 0)).sum()
+
+    def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        return gradient.argmin(self.class_axis_of(outputs))
+
+    def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        axis = self._axis(outputs)
+        return distance_to_simplex(F.softmax(outputs, dim=axis), gradient, axis)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         axis = self._axis(outputs, targets)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.divergence import exponential_excess
 from kronlaplace.likelihoods.links import Link, variance_of
 from kronlaplace.likelihoods.prediction import Prediction, gaussian_nll
 from kronlaplace.likelihoods.tensors import any_finite_target, one_element_at_a_time, standard_normal, sum_and_count
@@ -59,6 +60,18 @@ class HeteroscedasticGaussian(Likelihood):
         log_variance = wide(outputs).chunk(2, dim=1)[1]
         diagonal = torch.cat([torch.exp(-log_variance), torch.full_like(log_variance, 0.5)], dim=1)
         return (diagonal * vectors).to(vectors.dtype)
+
+    def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Compute ``½ Σ [e^{s − s'} − 1 − (s − s') + (μ' − μ)² e^{−s'}]``."""
+        (mean, log_variance), (new_mean, new_log_variance) = outputs.chunk(2, dim=1), new_outputs.chunk(2, dim=1)
+        of_means = (new_mean - mean).square() * torch.exp(-new_log_variance)
+        return 0.5 * (exponential_excess(log_variance - new_log_variance) + of_means).sum()
+
+    def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Return how far the gradients ``−e e⁻ˢ`` and ``½ (1 − e² e⁻ˢ)`` are from belonging to the same error ``e``."""
+        of_mean, of_log_variance = gradient.chunk(2, dim=1)
+        square = of_mean.square() * outputs.chunk(2, dim=1)[1].exp()
+        return (of_log_variance - 0.5 * (1 - square)).abs() / (1 + square)
 
     def _sampled_direction(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Compute the gradient at ``y = μ + e^{s/2} z`` with standard normal ``z``; ``μ`` cancels."""

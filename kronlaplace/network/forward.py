@@ -25,7 +25,7 @@ from kronlaplace.layers import Layer, UnusableLayersError, find_layers
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, has_constant_calls, layout_from
 from kronlaplace.network.observer import NetworkObserver
 
-__all__ = ["NetworkForward", "find_layout"]
+__all__ = ["NetworkForward", "differentiable_attention", "find_layout"]
 
 _ATTENTION_KERNEL = threading.RLock()
 """Lock around torch's choice of an attention kernel, which is process-wide: only one pass at a time may change it."""
@@ -270,7 +270,7 @@ class NetworkForward:
 
     def _run(self, inputs: Inputs) -> Tensor:
         versions = [t._version for t in tensors_of(inputs)]
-        with _differentiable_attention() if self._differentiable else nullcontext():
+        with differentiable_attention() if self._differentiable else nullcontext():
             outputs = inputs.run(self._replica.model)
         changed = versions != [t._version for t in tensors_of(inputs)]
         if changed and self.layout.changes_inputs is False:
@@ -315,10 +315,15 @@ def _gradients(outputs: Tensor, tensors: Sequence[Tensor], direction: Tensor | N
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Run attention with torch's math kernel, since fused kernels have no second derivatives."""
+def differentiable_attention() -> Iterator[None]:
+    """Run attention with torch's math kernel, since fused kernels have neither second nor forward-mode derivatives."""
     with _ATTENTION_KERNEL, sdpa_kernel(SDPBackend.MATH):
-        yield
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -8,13 +8,19 @@ factor; otherwise, these rows do not belong to that example alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
+from kronlaplace._precision import in_full_precision
 from kronlaplace.layers import LayerGradients, UnusableLayersError
 from kronlaplace.network.forward import NetworkForward
+from kronlaplace.network.observer import NetworkObserver
 
-__all__ = ["check_layers"]
+__all__ = ["check_layers", "check_observed"]
+
+_ParameterGradients = Callable[[Tensor, Tensor], Iterator[tuple[str, Tensor]]]
 
 _TOLERANCE = 1e-3
 """Relative error of gradients allowed beyond the bound for rounding; real faults are far larger."""
@@ -37,6 +43,49 @@ def check_layers(forward: NetworkForward, outputs: Tensor, generator: torch.Gene
             "modules as attributes of modules.",
             dict.fromkeys(bypassed, "it is reached through a reference that a copy of the network cannot follow"),
         )
+    _check(forward.observer, outputs, generator, forward.parameter_gradients, rows=len(outputs) > 1)
+
+
+@in_full_precision
+def check_observed(
+    observer: NetworkObserver, outputs: Tensor, generator: torch.Generator, *, examples_independent: bool
+) -> None:
+    """Check the layers of a pass that somebody else ran, and keep the graph; waits for the device once.
+
+    The gradients ``.grad`` of the parameters are not touched.
+
+    Args:
+        observer: The observer of the pass.
+        outputs: Outputs of the network, with their graph; the first axis counts examples.
+        generator: Source of the random direction, on the device of the outputs.
+        examples_independent: Whether each example's outputs depend on that example alone. If they do not, as with batch
+            norms in training mode, the rows of the gradients are not checked.
+
+    Raises:
+        RuntimeError: If no forward pass was observed.
+        UnusableLayersError: As `check_layers`.
+    """
+
+    def parameter_gradients(outputs: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
+        parameters = [p for layer in observer.layers for p in layer.parameters.values()]
+        grads = torch.autograd.grad(outputs, parameters, direction, retain_graph=True, materialize_grads=True)
+        filled = iter(grads)
+        return (
+            (layer.name, layer.assemble({name: next(filled) for name in layer.parameters})) for layer in observer.layers
+        )
+
+    observer.layer_batches(len(outputs))
+    _check(observer, outputs, generator, parameter_gradients, rows=examples_independent and len(outputs) > 1)
+
+
+def _check(
+    observer: NetworkObserver,
+    outputs: Tensor,
+    generator: torch.Generator,
+    parameter_gradients: _ParameterGradients,
+    *,
+    rows: bool,
+) -> None:
     n = len(outputs)
     direction = torch.randn(outputs.shape, generator=generator, device=outputs.device).to(outputs.dtype)
     order = torch.randperm(n, generator=generator, device=outputs.device)
@@ -53,12 +102,12 @@ def check_layers(forward: NetworkForward, outputs: Tensor, generator: torch.Gene
     def second(gradients: LayerGradients) -> None:
         scaled_norms[gradients.layer.name] = _row_norms(gradients, n)
 
-    forward.observer.backward(outputs, direction, first, retain_graph=True)
-    if n > 1:
+    observer.backward(outputs, direction, first, retain_graph=True)
+    if rows:
         scaled = direction * scales.view(-1, *[1] * (outputs.ndim - 1))
-        forward.observer.backward(outputs, scaled, second, retain_graph=True)
+        observer.backward(outputs, scaled, second, retain_graph=True)
     unexplained = {}
-    for name, gradient in forward.parameter_gradients(outputs, direction):
+    for name, gradient in parameter_gradients(outputs, direction):
         product, bound = products[name]
         expected = gradient.to(product) @ _probe(product.new_empty(gradient.shape))
         difference = torch.linalg.vector_norm(product - expected)

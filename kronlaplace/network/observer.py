@@ -55,6 +55,7 @@ class _ObservedCall(ObservedInput):
 class _Pass:
     """Record of one forward pass."""
 
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     storages: frozenset[int] = frozenset()
     n_inputs: int | None = None
     all_edges: bool = False
@@ -143,6 +144,16 @@ class NetworkObserver:
     def inputs(self) -> Mapping[str, Sequence[ObservedInput]]:
         """The inputs of all calls in the last forward pass, by layer name."""
         return self._pass.calls
+
+    @property
+    def edges(self) -> Mapping[str, Sequence[GradientEdge | None]]:
+        """The place in the graph of the output of every call in the last forward pass, by layer name; None without one."""
+        return {name: [call.edge for call in calls] for name, calls in self._pass.calls.items()}
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The positional and keyword arguments of the last forward pass, or None; they are released with it."""
+        return self._pass.arguments
 
     @property
     def copies(self) -> Sequence[Tensor]:
@@ -346,6 +357,7 @@ class NetworkObserver:
         if self._depth > 1:  # the network calls itself
             return
         self.clear()
+        self._pass.arguments = args, kwargs
         tensors = tensors_of(Inputs([*args, kwargs]))
         self._pass.storages = frozenset(t.untyped_storage().data_ptr() for t in tensors)
         axis = self.layout.input_axis

@@ -9,7 +9,7 @@ from torch import nn
 
 from kronlaplace.data.device import device_of
 
-__all__ = ["check_mode", "check_model"]
+__all__ = ["check_mode", "check_model", "couples_examples"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -56,6 +56,11 @@ def check_mode(model: nn.Module) -> None:
             )
         if module.training and _dropout_probability(module) > 0:
             raise ValueError(f"{where} is in training mode, so the outputs are random. Call model.eval() first.")
+
+
+def couples_examples(model: nn.Module) -> bool:
+    """Return whether a module of the network normalizes with the statistics of the batch."""
+    return any(isinstance(m, _BATCH_NORMS) and (m.training or m.running_mean is None) for m in model.modules())
 
 
 def _dropout_probability(module: Any) -> float:

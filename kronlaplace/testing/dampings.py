@@ -21,7 +21,7 @@ def check_damping(damping: Damping, blocks: Sequence[Block] | None = None) -> No
       left unchanged.
     - With the matrix ``D`` that has these eigenvalues in the block's eigenbasis, the ``solve`` of the inverse applies
       ``D⁻¹``, ``sqrt_solve`` its symmetric root, ``diagonal`` is its diagonal, and ``logdet`` is that of ``D``.
-    - `Damping.invert_all` agrees with `Damping.invert`.
+    - `Damping.invert_all` agrees with `Damping.invert`, and the ``solve`` of `Damping.solvers` with both.
 
     Args:
         damping: The damping.
@@ -46,6 +46,15 @@ def check_damping(damping: Damping, blocks: Sequence[Block] | None = None) -> No
             inverses[name].solve(matrices[name]),
             damping.invert(block).solve(matrices[name]),
             f"{damping!r} on {block!r}: invert_all gives what invert gives",
+        )
+    with law(f"{damping!r}: solvers takes all blocks at once"):
+        solvers = damping.solvers(named)
+    for name, block in named.items():
+        require_equal(
+            solvers[name].solve(matrices[name]),
+            inverses[name].solve(matrices[name]),
+            f"{damping!r} on {block!r}: a solver solves as the inverse does",
+            1e-6,
         )
 
 

@@ -43,6 +43,7 @@ def check_estimator(
     - A block has its layer's shape, dtype and device, and is symmetric positive semidefinite; a saved Fisher can be loaded.
     - A metric that is four times as large makes the block four times as large.
     - `Accumulation.so_far` and `Accumulation.finish` agree, and the former leaves the accumulation unchanged.
+    - An accumulation restored from `Accumulation.state_dict` continues as the original does.
     - If its states are sums over examples, neither the size nor the order of batches matters; `Estimator.merge` returns the
       state of both data sets; `Estimator.decay` reduces the weight of the data accordingly; and `Estimator.combine` and
       `Estimator.state_from`, if they are defined, give the block of both data sets.
@@ -125,6 +126,7 @@ class _Checks:
         self.scales_with_the_metric()
         self.a_file_gives_it_back()
         self.can_be_looked_at_on_the_way()
+        self.goes_on_from_a_checkpoint()
         if sums:
             self.compare(self.estimate(self.problem.batches(3, 5)), "the size of batches does not matter")
             self.compare(self.estimate(self.problem.batches(3, 5)[::-1]), "the order of batches does not matter")
@@ -217,6 +219,24 @@ class _Checks:
             self.compare(accumulation.so_far(), "so_far returns the blocks of a Fisher of these data")
         self.compare(accumulation.so_far(), "so_far leaves the accumulation unchanged")
         self.compare(accumulation.finish(), "finish returns the same blocks as so_far")
+
+    def goes_on_from_a_checkpoint(self) -> None:
+        first, second = self.problem.batches(3, 5)
+        straight, restored = (Accumulation(self.estimator, self.layers) for _ in range(2))
+        for i in range(self.estimator.passes):
+            if i:
+                straight.next_pass()
+            self.show(straight, [first])
+            with law(f"{self.estimator!r}: to_plain and from_plain work"), tempfile.TemporaryFile() as file:
+                torch.save(straight.state_dict(), file)
+                file.seek(0)
+                restored.load_state_dict(torch.load(file, weights_only=True))
+            for accumulation in (straight, restored):
+                self.show(accumulation, [second])
+        blocks = restored.finish()
+        for name, block in straight.finish().items():
+            statement = self.of(name, "an accumulation restored from a checkpoint continues as the original does")
+            require_equal(blocks[name].to_dense(), block.to_dense(), statement, self.tolerance)
 
     def states_merge(self) -> None:
         first, second = self.problem.batches(3, 5)

@@ -18,6 +18,9 @@ __all__ = ["check_likelihood"]
 _DRAWS = 20_000
 """Number of label draws per example in the statistical laws."""
 
+_STEP = 1e-4
+"""Size of the small change of outputs at which divergences are compared with the metric."""
+
 _STANDARD_ERRORS = 6.0
 """Allowed error of a mean over draws, in standard errors; a normal mean exceeds it once in five hundred million."""
 
@@ -33,6 +36,8 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
     - With exact sampling there are `n_directions` directions, and ``Σ d dᵀ`` is the Hessian ``∂²L/∂f²`` by autograd, unless
       the Hessian depends on the targets (then the Fisher is a different matrix, and only the next law applies);
       `metric_product` multiplies by it.
+    - `divergence` is zero at equal outputs, never negative, adds up over examples, and its second-order expansion is half
+      the metric. `check_gradient` accepts ``∂L/∂f`` with and without targets.
     - With Monte Carlo sampling ``Σ d dᵀ`` is on average that of exact sampling and the mean of ``d`` is zero, within
       six standard errors, and equal generators give equal draws.
     - Directions have the outputs' shape and dtype.
@@ -70,6 +75,7 @@ def check_likelihood(likelihood: Likelihood, outputs: Tensor | None = None, targ
         (exact @ vectors.reshape(len(f), -1, 1)).squeeze(-1),
         "metric_product is the sum of d dᵀ over exact directions times a vector",
     )
+    _check_divergence(likelihood, f, y)
     _check_noise(likelihood, f, y, exact)
     _check_predictions(likelihood, f, y)
 
@@ -177,6 +183,28 @@ def _check_exact(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
             exact, hessian, "the sum of d dᵀ over exact directions is the Hessian of the negative log-likelihood"
         )
     return exact
+
+
+def _check_divergence(likelihood: Likelihood, f: Tensor, y: Tensor) -> None:
+    change = standard_normal(*f.shape, seed=12)
+    divergence = likelihood.divergence(f, f + change, y)
+    require(divergence.ndim == 0, "divergence is one number", f"shape {tuple(divergence.shape)}")
+    require(bool(divergence >= 0), "divergence is not negative", divergence)
+    zero = likelihood.divergence(f, f, y)
+    require_equal(zero, torch.zeros_like(zero), "divergence is zero at equal outputs")
+    parts = [likelihood.divergence(f[rows], (f + change)[rows], y[rows]) for rows in (slice(0, 2), slice(2, None))]
+    require_equal(parts[0] + parts[1], divergence, "divergence adds up over examples")
+    expected = (change * likelihood.metric_product(f, change, y)).sum()
+    # Without the odd terms, what is left beside the second order is of the fourth.
+    second = sum(likelihood.divergence(f, f + sign * _STEP * change, y) for sign in (-1, 1)) / _STEP**2
+    require_equal(
+        torch.as_tensor(second), expected, "divergence is half the metric's square of a small change", 100 * _STEP**2
+    )
+    gradient = _gradient(likelihood, f, y)
+    for targets in (None, y):
+        allowed, _ = likelihood.check_gradient(f, gradient, targets)
+        given = "without" if targets is None else "with"
+        require(bool(allowed), f"check_gradient accepts the gradient of the negative log-likelihood {given} targets")
 
 
 def _hessian(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ estimator in its own file, and `KFOC` chooses among them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kronlaplace._arguments import choice, positive_integer, positive_number, seed_number
 from kronlaplace.blocks import Block
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfoc.approximate import Approximate
 from kronlaplace.estimators.kfoc.full import Full
+from kronlaplace.estimators.kfoc.online import OnlineSweeps
 from kronlaplace.estimators.kfoc.options import Aggregation, Initialization, UnitFactor
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration
 from kronlaplace.estimators.kfoc.running import Running
@@ -110,6 +112,11 @@ class KFOC(Estimator):
     def passes(self) -> int:
         return self._rule.passes
 
+    def online(self) -> Estimator:
+        if self.aggregation is Aggregation.FULL:
+            raise self._not_online("it keeps all examples")
+        return OnlineSweeps() if self.passes > 1 else self
+
     def start(self, layer: Layer) -> State:
         return self._rule.start(layer)
 
@@ -133,3 +140,12 @@ class KFOC(Estimator):
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         return self._rule.finish(state, layer, weight)
+
+    def peek(self, state: State, layer: Layer, weight: float) -> Block:
+        return self._rule.peek(state, layer, weight)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        return self._rule.to_plain(state)
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        return self._rule.from_plain(saved, layer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
-from kronlaplace.estimators.kfoc.kept_examples import joined, kept_examples
+from kronlaplace.estimators.kfoc.kept_examples import from_tensors, joined, kept_examples
 from kronlaplace.estimators.kfoc.power_iteration import PowerIteration, made_psd
 from kronlaplace.estimators.kfoc.truncation import factors_of
 from kronlaplace.estimators.second_moments import squeezed
@@ -35,6 +36,12 @@ class Full(Estimator):
 
     def decay(self, state: State, factor: float) -> None:
         state["examples"] = [examples.scaled(factor) for examples in state["examples"]]
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        return super().to_plain({"examples": [examples.tensors() for examples in state["examples"]]})
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        return {"examples": [from_tensors(some) for some in super().from_plain(saved, layer)["examples"]]}
 
     def finish(self, state: State, layer: Layer, weight: float) -> Block:
         name = factors_of(layer.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from kronlaplace.estimators.kfoc.truncation import Examples, batched_eigen, lead
 from kronlaplace.estimators.second_moments import activation_sum, frobenius, gradient_sum
 from kronlaplace.layers import LayerGradients
 
-__all__ = ["KeptExamples", "joined", "kept_examples"]
+__all__ = ["KeptExamples", "from_tensors", "joined", "kept_examples"]
 
 
 class KeptExamples(Protocol):
@@ -26,6 +26,9 @@ class KeptExamples(Protocol):
 
     def copied(self) -> KeptExamples:
         """Return a copy that shares no memory."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that `from_tensors` turns into these examples again."""
 
     def normalized(self) -> tuple[KeptExamples, Tensor]:
         """Return a copy whose largest entry is one, and its weight, shape ``(K,)``, float64.
@@ -83,6 +86,9 @@ class FactoredExamples:
 
     def copied(self) -> FactoredExamples:
         return FactoredExamples(self.a.clone(), self.g.clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"a": self.a, "g": self.g}
 
     def normalized(self) -> tuple[FactoredExamples, Tensor]:
         a, input_size = _normalized(self.a)
@@ -168,6 +174,9 @@ class GradientMatrices:
     def copied(self) -> GradientMatrices:
         return self  # X is a product, not a view of anything
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self._x}
+
     def normalized(self) -> tuple[GradientMatrices, Tensor]:
         x, size = _normalized(self._x)
         return GradientMatrices(x), size.square()
@@ -211,6 +220,11 @@ def kept_examples(gradients: LayerGradients) -> KeptExamples:
     if gradients.once_per_example or g.shape[2] * (p + g.shape[3]) < g.shape[3] * p:
         return FactoredExamples(gradients.activations(), g)
     return GradientMatrices(torch.cat([part.weight_gradients() for part in gradients.parts()], dim=1))
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> KeptExamples:
+    """Return the examples of which `KeptExamples.tensors` returned the tensors."""
+    return GradientMatrices(**tensors) if "x" in tensors else FactoredExamples(**tensors)
 
 
 def joined(parts: Sequence[KeptExamples], *, same_inputs: bool) -> KeptExamples:

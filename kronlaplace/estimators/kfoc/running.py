@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of
@@ -78,6 +79,18 @@ class Running(Estimator):
         gradient = best.sizes.to(gradient.dtype).unsqueeze(2) * gradient
         gradient, activation = made_psd(gradient, name), made_psd(activation, name)
         return KroneckerBlock(squeezed(gradient / weight), squeezed(activation), name=layer.name)
+
+    def to_plain(self, state: State) -> dict[str, Any]:
+        waiting = [(examples.a, examples.g) for examples in state["waiting"]]
+        terms = {key: tuple(value) for key, value in state.items() if key == "terms"}
+        return super().to_plain({**state, "waiting": waiting, **terms})
+
+    def from_plain(self, saved: Mapping[str, Any], layer: Layer) -> State:
+        state = super().from_plain(saved, layer)
+        state["waiting"] = [Examples(a, g) for a, g in state["waiting"]]
+        if "terms" in state:
+            state["terms"] = Terms(*state["terms"])
+        return state
 
     @property
     def _most_waiting(self) -> int:

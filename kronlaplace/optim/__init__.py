@@ -1,0 +1,1 @@
+"""Natural-gradient optimizers, which train a network with the factors of its Fisher."""

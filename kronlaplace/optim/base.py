@@ -1,0 +1,396 @@
+"""What natural-gradient optimizers have in common: they observe the user's passes, keep a Fisher, and solve with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace._arguments import positive_number
+from kronlaplace.blocks import Block
+from kronlaplace.damping import Damping
+from kronlaplace.data.deferred_checks import all_finite
+from kronlaplace.data.device import device_of
+from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.layers import Layer
+from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.optim.arriving import Arriving
+from kronlaplace.optim.background import Background
+from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.curvature import TrainingCurvature
+from kronlaplace.optim.parameters import PlainSGD, assembled, divide
+from kronlaplace.optim.period import Period, period_of
+from kronlaplace.optim.preconditioner import BlockDiagonalInverse, Inverse, Renewal, block_diagonal_inverse
+
+__all__ = ["CurvatureOptimizer"]
+
+Vector = dict[nn.Parameter, Tensor]
+"""A vector in the space of the parameters that follow the natural gradient."""
+
+
+class CurvatureOptimizer(torch.optim.Optimizer):
+    """Base of the natural-gradient optimizers; for the arguments, see `NaturalGradient`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        *,
+        params: Any,
+        defaults: dict[str, Any],
+        layers: Sequence[str] | str | None,
+        others: str | PlainSGD,
+        estimator: Estimator | str,
+        sampling: Sampling | str,
+        mc_samples: int,
+        curvature_every: int | Period,
+        invert_every: int | Period,
+        ema_decay: float,
+        curvature_fraction: float,
+        model_fraction: float,
+        invert_async: bool,
+        seed: int,
+    ) -> None:
+        self.likelihood = resolve_likelihood(likelihood)
+        """The likelihood whose mean negative log-likelihood the loss is."""
+        division = divide(model, params, layers, others)
+        self.estimator = resolve_estimator(estimator).online()
+        """The estimator of the blocks."""
+        self._curvature_every = period_of(curvature_every, "curvature_every")
+        self._invert_every = period_of(invert_every, "invert_every")
+        self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
+        super().__init__(division.groups, defaults)
+        self._layers = {layer.name: layer for layer in division.layers}
+        self._names = {p: name for name, p in model.named_parameters()}
+        device_of(model)
+        self._curvature = TrainingCurvature(
+            model,
+            self.likelihood,
+            self._accumulation(list(self._layers.values())),
+            DirectionSampling(sampling, mc_samples, seed),  # type: ignore[arg-type]
+            decay=ema_decay,
+            fraction=fraction_of_batch(curvature_fraction, "curvature_fraction"),
+        )
+        self._model = model
+        self._renewal = Renewal(Background(device_of(model)) if invert_async else None)
+        self._steps = 0
+        self._last_update: int | None = None
+        self._last_inversion: int | None = None
+        self._batch: BatchModel | None = None
+        self._passes = 0
+        self._awaited: list[tuple[Arriving, str]] = []
+        self._closing = weakref.finalize(self, _close, self._curvature, self._renewal)
+
+    def _accumulation(self, layers: list[Layer]) -> Accumulation:
+        return Accumulation(self.estimator, layers)
+
+    def __enter__(self) -> CurvatureOptimizer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take all hooks off the network, after which the optimizer cannot be used; also done when it is deleted."""
+        self._closing()
+
+    # -- The curvature ---------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The moving average of every layer's block, by layer name, as a mean over examples."""
+        return self._curvature.blocks()
+
+    def start_from(self, fisher: Mapping[str, Block], batch_size: int) -> None:
+        """Start from the Fisher of the data, or of a subset of it, before the first step (KFC Algorithm 1).
+
+        Args:
+            fisher: A block for every layer, of the kind that the estimator makes, such as the result of `estimate_fisher`.
+            batch_size: Number of examples of the batches to come, by which the average weighs the start.
+
+        Raises:
+            RuntimeError: If steps have been made.
+            ValueError, TypeError, NotImplementedError: If blocks are missing, of another kind, or do not determine the sums.
+        """
+        if self._steps or self._curvature.updates:
+            raise RuntimeError("start_from must come before the first pass; make a new optimizer.")
+        self._curvature.start_from(fisher, batch_size)
+
+    def update_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add the forward pass to the moving averages, if it is due in this step; call it before the loss is differentiated.
+
+        Several passes before one `step` (gradient accumulation) count as one batch.
+
+        Args:
+            outputs: The outputs of the forward pass, with their graph, which is kept; the first axis counts examples.
+            targets: The targets, which only serve to check that the loss is the mean negative log-likelihood, and by which
+                factor it differs from that. In classification, the gradient of the loss usually shows this by itself.
+
+        Raises:
+            RuntimeError: If no forward pass of the model was observed, or the outputs carry no graph.
+            ValueError: If the outputs do not fit the likelihood, or are NaN or infinite.
+            UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
+        """
+        if not self._curvature.observer.enabled:
+            return
+        self._require(
+            all_finite(outputs.detach()),
+            f"step {self._steps}: the network's outputs are NaN or infinite, so the curvature was not updated. Either the "
+            f"inputs are, or training has diverged. {self._advice()}",
+        )
+        self._curvature.update(outputs)
+        arguments = self._curvature.observer.arguments
+        if self._needs_batch() and arguments is not None:
+            self._batch = BatchModel(
+                self._model, self.likelihood, arguments, outputs, self._model_fraction, targets=targets
+            )
+        self._passes += 1
+        self._curvature.observer.clear()
+
+    def _needs_batch(self) -> bool:
+        """Return whether the next step computes exact products on the batch."""
+        raise NotImplementedError
+
+    def _damping(self) -> Damping:
+        """Return the damping of the next inverse."""
+        raise NotImplementedError
+
+    def _renew(self) -> None:
+        """Compute a new inverse if it is due, and take over one that is ready."""
+        self._renewal.swap()
+        if self._passes:
+            self._last_update = self._steps
+        if self._curvature.updates == 0 and self._curvature.accumulation.weight == 0:
+            raise RuntimeError(
+                "there is no curvature yet: call optimizer.update_curvature(outputs) in every step, between the forward pass "
+                "of the model and the backward pass of the loss."
+            )
+        if self._invert_every.is_due(self._steps, self._last_inversion) or self._renewal.inverse is None:
+            self._renewal.begin(self._inversion(self._damping()))
+            self._last_inversion = self._steps
+
+    def _inversion(self, damping: Damping) -> Callable[[], Inverse]:
+        blocks = self._curvature.blocks()
+        added = self._weight_decays()
+        return lambda: block_diagonal_inverse(blocks, damping, added)
+
+    def _weight_decays(self) -> dict[str, float]:
+        """Return the weight decay of every layer, which is part of the objective's curvature (KFC Eq. 28)."""
+        by_parameter = {p: group.get("weight_decay", 0.0) for group in self.param_groups for p in group["params"]}
+        return {
+            name: float(by_parameter[next(iter(layer.parameters.values()))]) for name, layer in self._layers.items()
+        }
+
+    # -- Vectors in the space of the parameters --------------------------------------------------------------------
+
+    def _gradient(self) -> Vector:
+        """Return the gradient of the objective, with weight decay, for all layers that have one."""
+        gradient: Vector = {}
+        decays = self._weight_decays()
+        for name, layer in self._layers.items():
+            own = list(layer.parameters.values())
+            if all(p.grad is None for p in own):
+                continue
+            for p in own:
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                gradient[p] = g.add(p, alpha=decays[name]) if decays[name] else g
+        return gradient
+
+    def _solved(self, gradient: Vector, inverse: Inverse | None = None) -> Vector:
+        """Return the natural gradient ``F̂⁻¹ ∇h`` in the dtype of each parameter, by default with the current inverse."""
+        inverse = self._renewal.inverse if inverse is None else inverse
+        assert inverse is not None
+        present = [layer for layer in self._layers.values() if next(iter(layer.parameters.values())) in gradient]
+        solved = inverse.solve({layer.name: assembled(layer, gradient) for layer in present})
+        result: Vector = {}
+        for layer in present:
+            for name, part in layer.split_directions(solved[layer.name]).items():
+                p = layer.parameters[name]
+                result[p] = part.to(p.dtype)
+        return result
+
+    def _settings(self, key: str) -> dict[nn.Parameter, float]:
+        """Return the value of a setting of the groups for every parameter."""
+        return {p: float(group[key]) for group in self.param_groups for p in group["params"]}
+
+    def _take(self, step: Vector) -> None:
+        """Add a step to the parameters, and keep it as the last one, unless it is not finite.
+
+        Raises:
+            ValueError: If it is not finite, naming the layer; on an accelerator later, and the parameters stay as they are.
+        """
+        norms = torch.stack([torch.linalg.vector_norm(v) for v in step.values()])
+        finite = norms.isfinite().all()
+        if finite.device.type == "cpu" and not finite:
+            raise ValueError(self._divergence(step))
+        if finite.device.type != "cpu":
+            self._require(finite, self._divergence({}))
+        for p, v in step.items():
+            if finite.device.type != "cpu":
+                v = torch.where(finite, v, 0.0)
+            p.add_(v)
+            self.state[p]["last_step"] = v
+
+    def _divergence(self, step: Vector) -> str:
+        """Return the message for a step that is not finite."""
+        where = ""
+        for name, layer in self._layers.items():
+            own = [p for p in layer.parameters.values() if p in step]
+            gradients = [p for p in own if p.grad is not None and not p.grad.isfinite().all()]
+            if gradients:
+                where = f" The gradient of layer {name!r} is."
+                break
+            if not where and any(not step[p].isfinite().all() for p in own):
+                where = f" That of layer {name!r} is; its gradient is finite."
+        return f"step {self._steps} is NaN or infinite, and was not made.{where} {self._advice()}"
+
+    def _advice(self) -> str:
+        """Return what to change if training diverges."""
+        raise NotImplementedError
+
+    # -- Steps -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step.
+
+        Args:
+            closure: A function that clears the gradients, runs the model, calls `update_curvature`, propagates the loss back
+                and returns it.
+
+        Returns:
+            The loss that the closure returned, if there is one.
+
+        Raises:
+            RuntimeError: If there is no curvature yet.
+            ValueError: If the gradient or the step is NaN or infinite, a block is singular, or the loss cannot be that of
+                the likelihood; the parameters are then as before the step. On an accelerator, the error of a step that was
+                not finite comes one step later, and the step is left out.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._make_step()
+        finally:
+            self._batch = None
+            self._passes = 0
+            self._curvature.end_step()
+        self._steps += 1
+        self._curvature.observer.enabled = self._curvature_every.is_due(self._steps, self._last_update)
+        return loss
+
+    def _make_step(self) -> None:
+        raise NotImplementedError
+
+    def _plain_groups(self) -> list[dict[str, Any]]:
+        """The groups of parameters without a block."""
+        return [group for group in self.param_groups if not group["natural"]]
+
+    def _step_plainly(self) -> None:
+        """Step the parameters without a block by gradient descent with momentum."""
+        for group in self._plain_groups():
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                grad = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+                momentum = group["momentum"]
+                if momentum:
+                    buffer = self.state[p].get("momentum_buffer")
+                    buffer = grad.clone() if buffer is None else buffer.mul_(momentum).add_(grad)
+                    self.state[p]["momentum_buffer"] = grad = buffer
+                p.add_(grad, alpha=-group["lr"])
+
+    def _require(self, holds: Tensor, message: str) -> None:
+        """Raise an error if a condition fails: on the CPU at once, elsewhere as soon as its value has arrived."""
+        self._settle()
+        if holds.device.type == "cpu":
+            if not holds:
+                raise ValueError(message)
+            return
+        self._awaited.append((Arriving(holds), message))
+
+    def _settle(self) -> None:
+        """Raise the error of a condition whose value has arrived and is false."""
+        while self._awaited and (value := self._awaited[0][0].value()) is not None:
+            _, message = self._awaited.pop(0)
+            if not value:
+                raise ValueError(message)
+
+    # -- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for `torch.save`: with `load_state_dict`, training resumes to the bit on the same machine."""
+        self._renewal.wait()
+        inverse = self._renewal.inverse
+        curvature = {
+            "curvature": self._curvature.state_dict(),
+            "inverse": None if inverse is None else inverse.to_tensors(),
+            "steps": self._steps,
+            "last_update": self._last_update,
+            "last_inversion": self._last_inversion,
+            **self._more_state(),
+        }
+        return {**super().state_dict(), "curvature": curvature}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state from `state_dict`, for a model with the same layers.
+
+        Raises:
+            ValueError: If the state is not one of this kind of optimizer, or belongs to other layers or another estimator.
+        """
+        if "curvature" not in state_dict:
+            raise ValueError(
+                f"the state has no curvature; it is not from {type(self).__name__}. It has the entries {list(state_dict)}."
+            )
+        own = state_dict["curvature"]
+        self._curvature.load_state_dict(own["curvature"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+        self._steps, self._last_update, self._last_inversion = (
+            own["steps"],
+            own["last_update"],
+            own["last_inversion"],
+        )
+        self._renewal.inverse = None if own["inverse"] is None else self._inverse_from(own["inverse"])
+        self._load_more_state(own)
+        self._batch = None
+        self._curvature.observer.enabled = self._curvature_every.is_due(self._steps, self._last_update)
+
+    def _inverse_from(self, tensors: Mapping[str, Any]) -> Inverse:
+        device = device_of(self._model)
+        moved = {
+            name: {key: t.to(device) if isinstance(t, Tensor) else t for key, t in part.items()}
+            for name, part in tensors.items()
+        }
+        return BlockDiagonalInverse.from_tensors(moved)
+
+    def _more_state(self) -> dict[str, Any]:
+        """Return what a subclass adds to the state."""
+        return {}
+
+    def _load_more_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `_more_state` returned."""
+
+
+def fraction_of_batch(value: float, name: str) -> float:
+    """Return a fraction of a batch, from 0 (excluded) to 1.
+
+    Raises:
+        TypeError, ValueError: If it is not a number in that range.
+    """
+    if positive_number(value, name) > 1:
+        raise ValueError(f"{name} must be at most 1, got {value!r}.")
+    return float(value)
+
+
+def _close(curvature: TrainingCurvature, renewal: Renewal) -> None:
+    curvature.close()
+    renewal.close()

@@ -1,0 +1,115 @@
+"""The training loss on part of the last observed batch: its exact quadratic model, and how it really changes with a step.
+
+Neither needs the targets. Hooks on the outputs show the gradient ``r`` of the user's loss with respect to them, and for a
+likelihood with canonical outputs the loss at other outputs ``f'`` is, up to a constant, ``r · (f' − f)`` plus the mean
+divergence ``KL(p(y|f) ‖ p(y|f'))``; otherwise this is correct to second order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace._precision import in_full_precision, wide
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.likelihoods import Likelihood
+from kronlaplace.likelihoods.loss_factor import loss_factor
+from kronlaplace.optim.fisher_products import fisher_inner_products, jacobian_products, outputs_at, part_of_batch
+
+__all__ = ["BatchModel"]
+
+Direction = Mapping[str, Tensor]
+"""A direction in the space of the parameters, by parameter name."""
+
+
+class BatchModel:
+    """The loss on the first examples of an observed batch, as a function of the parameters.
+
+    Args:
+        model: The network, still with the parameters of the pass.
+        likelihood: The likelihood whose mean negative log-likelihood the loss is.
+        arguments: Positional and keyword arguments of the pass.
+        outputs: Outputs of the pass; the gradient of the loss with respect to them is taken when it is propagated back.
+        fraction: Fraction of the examples that are used.
+        targets: The targets, if they are known; they only show by which factor the loss differs from the mean negative
+            log-likelihood, as `loss_factor`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        outputs: Tensor,
+        fraction: float,
+        *,
+        targets: Tensor | None = None,
+    ) -> None:
+        self._targets = targets
+        self.n_examples = len(outputs)
+        """The number ``N`` of examples in the whole batch."""
+        self.outputs = outputs.detach()
+        """The outputs of the pass, without their graph."""
+        self.gradient: Tensor | None = None
+        """The gradient of the loss with respect to the outputs, or None before it was propagated back."""
+        self._model = model
+        self._likelihood = likelihood
+        self._arguments = part_of_batch(*arguments, fraction, self.n_examples)
+        self._count = math.ceil(fraction * self.n_examples - 1e-9)
+        self._base: Tensor | None = None
+        outputs.register_hook(self._take)
+
+    def _take(self, gradient: Tensor) -> None:
+        self.gradient = gradient.detach() if self.gradient is None else self.gradient + gradient.detach()
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """By which factor the observed gradient is larger than that of the mean negative log-likelihood, 0-dim.
+
+        Means over positions (tokens), gradient accumulation and gradient scalers change it.
+        """
+        return loss_factor(self._likelihood, self.outputs, self._scaled(), self._targets)
+
+    def check(self) -> tuple[Tensor, str]:
+        """Check that the loss can be the negative log-likelihood up to a factor; see `Likelihood.check_gradient`."""
+        return self._likelihood.check_gradient(self.outputs, self._scaled() / self.factor, self._targets)
+
+    def _scaled(self) -> Tensor:
+        assert self.gradient is not None
+        return wide(self.gradient) * self.n_examples
+
+    @in_full_precision
+    def products(self, directions: Sequence[Direction]) -> tuple[Tensor, Tensor]:
+        """Compute the matrix of ``v_iᵀ F v_j`` with the exact Fisher of the part, and the ``k`` slopes of its mean loss.
+
+        The loss here is the mean negative log-likelihood, without the `factor`.
+
+        Returns:
+            The matrix, ``(k, k)``, and the slopes ``r · J v_i``, ``(k,)``, float64.
+        """
+        self._base, images = jacobian_products(self._model, *self._arguments, directions)
+        matrix = fisher_inner_products(self._likelihood, self._base, images)
+        return matrix, torch.stack([self._slope(image) for image in images])
+
+    def _slope(self, image: Tensor) -> Tensor:
+        part = self._scaled()[: self._count] / self.factor
+        return (part * wide(image)).sum(dtype=torch.float64) / self._count
+
+    @in_full_precision
+    def change(self, step: Direction) -> Tensor:
+        """Compute by how much a step really changes the mean negative log-likelihood on the part, 0-dim, float64.
+
+        Args:
+            step: The step ``θ' − θ``; the model still has the parameters ``θ``. `products` must have been called before.
+        """
+        assert self._base is not None
+        parameters = dict(self._model.named_parameters())
+        moved = {name: parameters[name].detach() + v.to(parameters[name].dtype) for name, v in step.items()}
+        outputs = outputs_at(self._model, *self._arguments, moved)
+        divergence = self._likelihood.divergence(wide(self._base), wide(outputs)).to(torch.float64) / self._count
+        return self._slope(wide(outputs) - wide(self._base)) + divergence

@@ -1,0 +1,178 @@
+"""A Fisher that follows the training: moving averages of a network's blocks, from the user's own forward passes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace._precision import in_full_precision
+from kronlaplace.blocks import Block
+from kronlaplace.data.inputs import Inputs
+from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.likelihoods import Likelihood
+from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.network.forward import find_layout
+from kronlaplace.network.hooks import Hook
+from kronlaplace.network.layer_checks import check_observed
+from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.network.preconditions import couples_examples
+
+__all__ = ["TrainingCurvature"]
+
+
+class TrainingCurvature:
+    """Moving averages of the blocks of a network in training.
+
+    Each update weighs the examples before it by a factor, at most 1, with which the total weight stays at most
+    ``B / (1 − ξ)`` for batches of ``B`` examples. Without a start, the average after ``k`` updates is therefore
+    ``ε_k Ω + (1 − ε_k) Ω_k`` with ``ε_k = min(1 − 1/k, ξ)`` (K-FAC section 5); after `start_from` it is ``ξ Ω + (1 − ξ) Ω_k``
+    from the first update on (KFC Eq. 33).
+
+    Args:
+        model: The network, which the user runs in training mode.
+        likelihood: The likelihood.
+        accumulation: Accumulation for the layers, empty.
+        sampling: How directions are chosen; every update has its own draws.
+        decay: The decay ``ξ``, from 0 to 1.
+        fraction: Fraction of each batch whose examples count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        accumulation: Accumulation,
+        sampling: DirectionSampling,
+        *,
+        decay: float,
+        fraction: float = 1.0,
+    ) -> None:
+        self.likelihood = likelihood
+        """The likelihood."""
+        self.updates = 0
+        """Number of passes that have been accumulated, which numbers the draws."""
+        self.accumulation = accumulation
+        """The accumulation."""
+        self.model = model
+        """The network."""
+        self._sampling = sampling
+        self._decay = decay
+        self._fraction = fraction
+        self._checked = False
+        self._of_step = 0  # examples of the step so far, with gradient accumulation
+        self._of_last_step = 0
+        self.observer = NetworkObserver(model, accumulation.layers)
+        """The observer of the user's forward passes."""
+        self._first = model.register_forward_pre_hook(Hook(self, "_find_layout"), with_kwargs=True, prepend=True)
+
+    def close(self) -> None:
+        """Remove all hooks from the network."""
+        self._first.remove()
+        self.observer.close()
+
+    def start_from(self, blocks: Mapping[str, Block], batch_size: int) -> None:
+        """Start from given blocks, such as the Fisher of a subset of the data, with batches of ``batch_size`` to follow.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: As `Accumulation.start_from`.
+        """
+        weight = batch_size / (1 - self._decay)
+        self.accumulation.start_from(blocks, weight)
+        self._of_last_step = batch_size
+
+    @in_full_precision
+    def update(self, outputs: Tensor) -> None:
+        """Accumulate the last observed pass; several passes before the next `end_step` count as one batch.
+
+        Raises:
+            RuntimeError: If no pass was observed, or the outputs carry no graph.
+            ValueError: If the outputs do not fit the likelihood.
+            UnusableLayersError: If a layer cannot have a block in the network as it runs.
+        """
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "the outputs carry no graph: call update_curvature(outputs) with the outputs of the forward pass that is "
+                "differentiated, with gradients enabled and before backward()."
+            )
+        n = len(outputs)
+        if not self._checked:
+            self.observer.layer_batches(n)
+            self.likelihood.check_outputs(outputs.detach())
+            generator = self._sampling.generator(0, outputs.device)
+            check_observed(self.observer, outputs, generator, examples_independent=not couples_examples(self.model))
+            self._checked = True
+        counted = n if self._fraction == 1 else math.ceil(self._fraction * n)
+        if not self._of_step and self.accumulation.weight > 0:
+            self._make_room(self._of_last_step if self._accumulates else counted)
+        accumulate_batch(
+            self.observer,
+            outputs,
+            self.likelihood,
+            self._sampling,
+            self.accumulation,
+            index=self.updates,
+            retain_graph=True,
+            n_examples=counted,
+        )
+        self.updates += 1
+        self._passes += 1
+        self._of_step += counted
+
+    _passes = 0
+    _accumulates = False
+
+    def end_step(self) -> None:
+        """Let the next `update` begin a new batch."""
+        if self._of_step:
+            self._of_last_step, self._accumulates = self._of_step, self._passes > 1
+        self._of_step = self._passes = 0
+
+    def blocks(self) -> dict[str, Block]:
+        """Return the blocks as they are now."""
+        self.accumulation.refresh()
+        return self.accumulation.so_far()
+
+    def _make_room(self, batch_size: int) -> None:
+        """Reduce the weight of everything seen so far, so that the batch fits under the largest total weight."""
+        if self._decay == 1:
+            return
+        largest = batch_size / (1 - self._decay)
+        factor = (largest - batch_size) / self.accumulation.weight
+        if factor < 1:
+            self.accumulation.decay(factor)
+
+    def _find_layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out where the examples are, before the first pass that is observed."""
+        if not self.observer.observes() or not torch.is_grad_enabled():
+            return
+        self._first.remove()
+        value: Any = args
+        if kwargs:
+            value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
+        self.observer.layout = find_layout(model, Inputs(value).value, self.observer.layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that determines the future updates, as plain containers and tensors."""
+        return {
+            "accumulation": self.accumulation.state_dict(),
+            "updates": self.updates,
+            "of_last_step": self._of_last_step,
+            "accumulates": self._accumulates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If it belongs to other layers or another estimator.
+        """
+        self.accumulation.load_state_dict(state["accumulation"])
+        self.updates = state["updates"]
+        self._of_last_step, self._accumulates = state["of_last_step"], state["accumulates"]
+        self._of_step = self._passes = 0

@@ -1,0 +1,101 @@
+"""The quadratic model of the objective along one or several candidate directions, each together with the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kronlaplace.optim.base import Vector
+from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.quadratic_model import minimize, predicted_change, reduction_ratio
+
+__all__ = ["StepModel", "dot"]
+
+
+class StepModel:
+    """Quadratic model ``M(δ)`` of the objective for steps ``δ = αΔ + μδ₀``, with the exact Fisher of part of a batch.
+
+    For ``m`` candidates ``Δ`` there are ``m`` models of ``k`` coefficients: ``(α, μ)``, or ``α`` alone if there is no last step.
+
+    Args:
+        batch: The batch, whose loss has been propagated back.
+        names: The names of the parameters.
+        gradient: The gradient ``∇h`` of the objective, with weight decay.
+        candidates: The candidates ``Δ``.
+        last: The last step ``δ₀``; empty if there is none.
+        damping: ``λ``.
+        decays: The weight decay ``η`` of each parameter.
+        factor: By which factor ``h`` is larger than the mean negative log-likelihood; the model is that of ``h`` divided by it.
+    """
+
+    def __init__(
+        self,
+        batch: BatchModel,
+        names: Mapping[nn.Parameter, str],
+        gradient: Vector,
+        candidates: Sequence[Vector],
+        last: Vector,
+        damping: float,
+        decays: Mapping[nn.Parameter, float],
+        factor: Tensor | float = 1.0,
+    ) -> None:
+        self._batch, self._names, self._decays = batch, names, decays
+        vectors = [*candidates]
+        if last:
+            vectors.append({p: last.get(p, torch.zeros_like(v)) for p, v in candidates[0].items()})
+        fisher, slopes = batch.products([self._by_name(v) for v in vectors])
+        products: dict[tuple[int, int], Tensor] = {}
+        for i, u in enumerate(vectors):
+            for j, v in enumerate(vectors[: i + 1]):
+                products[i, j] = products[j, i] = damping * dot(u, v) + self._decayed(u, v)
+        added = torch.stack([torch.stack([products[i, j] for j in range(len(vectors))]) for i in range(len(vectors))])
+        members = [[i, len(candidates)] if last else [i] for i in range(len(candidates))]
+        self.curvature = _submatrices(fisher + added, members)
+        """``C_ij = v_iᵀFv_j + (λ + η) v_iᵀv_j`` of each model, shape ``(m, k, k)``."""
+        self.slopes = _parts(torch.stack([dot(gradient, v) for v in vectors]) / factor, members)
+        """``d_i = ∇hᵀv_i`` of each model with the gradient of the whole batch, shape ``(m, k)``."""
+        self._part_slopes = _parts(slopes, members)
+
+    def minimum(self) -> tuple[Tensor, Tensor]:
+        """Return the coefficients at the minimum of each model, ``(m, k)``, and the number of the lowest one, ``(1,)``."""
+        coefficients = minimize(self.curvature, self.slopes)
+        changes = predicted_change(self.curvature, self.slopes, coefficients)
+        lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
+        return coefficients, lowest
+
+    def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
+        """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.
+
+        Args:
+            step: The step ``δ``; the network still has the parameters from before.
+            coefficients: Its coefficients, shape ``(k,)``.
+            candidate: The number of its candidate, shape ``(1,)``.
+        """
+        curvature, slopes = (t.index_select(0, candidate).squeeze(0) for t in (self.curvature, self._part_slopes))
+        shift = self._decayed({p: p.detach() for p in step}, step)  # of weight decay, to first order
+        predicted = predicted_change(curvature, slopes, coefficients) + shift
+        change = self._batch.change(self._by_name(step)) + shift + self._decayed(step, step) / 2
+        return reduction_ratio(change, predicted)
+
+    def _by_name(self, vector: Vector) -> dict[str, Tensor]:
+        return {self._names[p]: v for p, v in vector.items()}
+
+    def _decayed(self, u: Vector, v: Vector) -> Tensor:
+        """Return ``Σ η uᵀv`` over the parameters."""
+        rates = sorted({self._decays[p] for p in v})
+        return torch.stack([eta * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}) for eta in rates]).sum()
+
+
+def dot(u: Vector, v: Vector) -> Tensor:
+    """Return the inner product over the parameters of the second vector, 0-dim, float64."""
+    return torch.stack([torch.sum(u[p] * w, dtype=torch.float64) for p, w in v.items()]).sum()
+
+
+def _parts(vector: Tensor, members: Sequence[Sequence[int]]) -> Tensor:
+    return torch.stack([torch.stack([vector[i] for i in some]) for some in members])
+
+
+def _submatrices(matrix: Tensor, members: Sequence[Sequence[int]]) -> Tensor:
+    return torch.stack([torch.stack([torch.stack([matrix[i, j] for j in some]) for i in some]) for some in members])
