@@ -62,6 +62,19 @@ def test_a_step_is_that_of_the_dense_fisher(sizes, bias, decay):
     assert_close(change, -0.5 * torch.linalg.solve(fisher, gradient), 1e-8)
 
 
+def test_part_of_a_batch():
+    """The moments of all kinds are those of the same examples."""
+    model, x, y = chain((4, 3, 2)), torch.randn(20, 4).double(), torch.randn(20, 2).double()
+    with optimizer_of(model, curvature_fraction=0.4) as optimizer:
+        blocks, cross = blocks_of(*moments(model, x[:8]))
+        before = matrices(model)
+        step(optimizer, model, x, y)
+    gradient = torch.cat([g.flatten() for g in matrices(model, lambda p: p.grad)])
+    change = torch.cat([(w - v).flatten() for w, v in zip(matrices(model), before, strict=True)])
+    fisher = dense_fisher_of([damped(block, 0.1) for block in blocks], cross)
+    assert_close(change, -0.5 * torch.linalg.solve(fisher, gradient), 1e-8)
+
+
 def test_groups_have_their_own_weight_decay():
     model, x, y = chain((4, 3, 2)), torch.randn(20, 4).double(), torch.randn(20, 2).double()
     before = matrices(model)
