@@ -137,21 +137,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ValueError: If the outputs do not fit the likelihood, or are NaN or infinite.
             UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
         """
-        if not self._curvature.observer.enabled:
-            return
         self._require(
             all_finite(outputs.detach()),
             f"step {self._steps}: the network's outputs are NaN or infinite, so the curvature was not updated. Either the "
             f"inputs are, or training has diverged. {self._advice()}",
         )
-        self._curvature.update(outputs)
-        arguments = self._curvature.observer.arguments
+        if self._curvature.observer.enabled:
+            self._curvature.update(outputs)
+            self._passes += 1
+        arguments = self._curvature.arguments
         if self._needs_batch() and arguments is not None:
             self._batch = BatchModel(
                 self._model, self.likelihood, arguments, outputs, self._model_fraction, targets=targets
             )
-        self._passes += 1
         self._curvature.observer.clear()
+        self._curvature.arguments = None
 
     def _needs_batch(self) -> bool:
         """Return whether the next step computes exact products on the batch."""
@@ -256,7 +256,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     # -- Steps -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step.
 
         Args:

@@ -73,11 +73,15 @@ class TrainingCurvature:
         self._of_last_step = 0
         self.observer = NetworkObserver(model, accumulation.layers)
         """The observer of the user's forward passes."""
-        self._first = model.register_forward_pre_hook(Hook(self, "_find_layout"), with_kwargs=True, prepend=True)
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """The arguments of the last forward pass with gradients, whether or not it was observed."""
+        self._layout_known = False
+        self._hook = model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True, prepend=True)
 
     def close(self) -> None:
         """Remove all hooks from the network."""
-        self._first.remove()
+        self._hook.remove()
+        self.arguments = None
         self.observer.close()
 
     def start_from(self, blocks: Mapping[str, Block], batch_size: int) -> None:
@@ -153,11 +157,14 @@ class TrainingCurvature:
         if factor < 1:
             self.accumulation.decay(factor)
 
-    def _find_layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out where the examples are, before the first pass that is observed."""
-        if not self.observer.observes() or not torch.is_grad_enabled():
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the arguments of a pass with gradients; before the first one, find out where the examples are."""
+        if not torch.is_grad_enabled():
             return
-        self._first.remove()
+        self.arguments = args, kwargs
+        if self._layout_known:
+            return
+        self._layout_known = True
         value: Any = args
         if kwargs:
             value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
