@@ -146,6 +146,24 @@ def test_a_run_that_is_killed_and_resumed(structure):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("structure", BOTH)
+def test_inverses_in_the_background(structure):
+    """An inverse is of the moments at its step, however late it comes: the first is as without a background."""
+    model, other = chain((4, 3, 2)), chain((4, 3, 2))
+    other.load_state_dict(model.state_dict())
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
+    for network, asynchronous in ((model, False), (other, True)):
+        with optimizer_of(network, structure, invert_every=100, invert_async=asynchronous) as optimizer:
+            for _ in range(3):
+                step(optimizer, network, x, y)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with optimizer_of(model, structure, invert_async=True, lr=0.1) as optimizer:
+        for _ in range(30):
+            step(optimizer, model, x, y)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("saved", BOTH)
 def test_checkpoints_of_the_other_structure_are_refused(saved):
     model, x, y = chain((4, 3, 2)), torch.randn(8, 4).double(), torch.randn(8, 2).double()
