@@ -86,9 +86,7 @@ def accumulate_batch(
     unused: UnusableLayersError | None = None
     for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
         try:
-            observer.backward(
-                outputs, direction, receive, retain_graph=retain_graph or v < n_directions
-            )
+            observer.backward(outputs, direction, receive, retain_graph=retain_graph or v < n_directions)
         except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
             unused = error
     accumulation.end_batch(batches, len(outputs) if n_examples is None else min(n_examples, len(outputs)))

@@ -120,8 +120,15 @@ class NaturalGradient(CurvatureOptimizer):
                 step[p].add_(v, alpha=momenta[p])
             used = [scale * largest, momenta[next(iter(direction))]]
         if model is not None and self._adapts_damping:
-            coefficients = model.slopes.new_tensor([]) if not used else torch.stack(
-                [torch.as_tensor(c, dtype=model.slopes.dtype, device=model.slopes.device) for c in used[: model.slopes.shape[1]]]
+            coefficients = (
+                model.slopes.new_tensor([])
+                if not used
+                else torch.stack(
+                    [
+                        torch.as_tensor(c, dtype=model.slopes.dtype, device=model.slopes.device)
+                        for c in used[: model.slopes.shape[1]]
+                    ]
+                )
             )
             first = torch.zeros(1, dtype=torch.long, device=model.slopes.device)
             self._ratio = Arriving(model.ratio(step, coefficients, first))

@@ -85,7 +85,9 @@ class StepModel:
     def _decayed(self, u: Vector, v: Vector) -> Tensor:
         """Return ``Σ η uᵀv`` over the parameters."""
         rates = sorted({self._decays[p] for p in v})
-        return torch.stack([eta * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}) for eta in rates]).sum()
+        return torch.stack(
+            [eta * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}) for eta in rates]
+        ).sum()
 
 
 def dot(u: Vector, v: Vector) -> Tensor:
