@@ -38,7 +38,7 @@ def damped_inverses(matrices: Tensor, scale: Tensor, shift: Tensor, dtype: torch
 
     Each inverse ``X`` is checked by a few products with vectors: the residual of the solution for two fixed vectors ``z``,
     and for ``X z``, which points to the smallest eigenvalue, where the error is largest. It is not right either if what it
-    inverts may be rounding: if the smallest eigenvalue and ``s`` are both below the rounding of ``M`` in its own dtype.
+    inverts may be rounding: if the smallest eigenvalue is below the rounding of ``M`` in its own dtype.
 
     Args:
         matrices: Matrices ``M``, symmetric, shape ``(k, n, n)``.
@@ -55,15 +55,14 @@ def damped_inverses(matrices: Tensor, scale: Tensor, shift: Tensor, dtype: torch
     damped.mul_((scale / sizes).to(dtype).view(-1, 1, 1))
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     rounding = (10 + math.sqrt(n)) * torch.finfo(matrices.dtype).eps * diagonal.amax(-1)
-    shift = (shift / sizes).to(dtype)
-    diagonal.add_(shift.unsqueeze(1))
+    diagonal.add_((shift / sizes).to(dtype).unsqueeze(1))
     root, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
     identity = torch.eye(n, dtype=dtype, device=root.device)
     inverses = torch.cholesky_inverse(torch.where(failed.view(-1, 1, 1), identity, root))
     residual, smallest = _examined(damped, inverses)
-    certain = (smallest > rounding) | (shift > rounding)
-    return DampedInverses(inverses, sizes, ~failed & (residual <= _LARGEST_RESIDUAL) & certain)
+    right = ~failed & (residual <= _LARGEST_RESIDUAL) & (smallest > rounding)
+    return DampedInverses(inverses, sizes, right)
 
 
 def _examined(matrices: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,6 @@ from kronlaplace.damping import Damping
 from kronlaplace.data.deferred_checks import all_finite
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, resolve_estimator
-from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.optim.arriving import Arriving
@@ -25,7 +23,8 @@ from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.curvature import TrainingCurvature
 from kronlaplace.optim.parameters import PlainSGD, assembled, divide
 from kronlaplace.optim.period import Period, period_of
-from kronlaplace.optim.preconditioner import BlockDiagonalInverse, Inverse, Renewal, block_diagonal_inverse
+from kronlaplace.optim.preconditioner import Inverse, Renewal
+from kronlaplace.optim.structure import Structure, structure_of
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -46,6 +45,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         layers: Sequence[str] | str | None,
         others: str | PlainSGD,
         estimator: Estimator | str,
+        structure: Structure | str,
         sampling: Sampling | str,
         mc_samples: int,
         curvature_every: int | Period,
@@ -61,6 +61,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         division = divide(model, params, layers, others)
         self.estimator = resolve_estimator(estimator).online()
         """The estimator of the blocks."""
+        self._structure = structure_of(structure)
         self._curvature_every = period_of(curvature_every, "curvature_every")
         self._invert_every = period_of(invert_every, "invert_every")
         self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
@@ -73,10 +74,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._curvature = TrainingCurvature(
             model,
             self.likelihood,
-            self._accumulation(list(self._layers.values())),
+            self._structure.accumulation(self.estimator, list(self._layers.values())),
             DirectionSampling(sampling, mc_samples, seed),  # type: ignore[arg-type]
             decay=ema_decay,
             fraction=fraction_of_batch(curvature_fraction, "curvature_fraction"),
+            examine=self._structure.examine,
         )
         self._model = model
         self._renewal = Renewal(Background(device_of(model)) if invert_async else None)
@@ -87,9 +89,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._passes = 0
         self._awaited: list[tuple[Arriving, str]] = []
         self._closing = weakref.finalize(self, _close, self._curvature, self._renewal)
-
-    def _accumulation(self, layers: list[Layer]) -> Accumulation:
-        return Accumulation(self.estimator, layers)
 
     def __enter__(self) -> CurvatureOptimizer:
         return self
@@ -138,21 +137,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ValueError: If the outputs do not fit the likelihood, or are NaN or infinite.
             UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
         """
-        if not self._curvature.observer.enabled:
-            return
         self._require(
             all_finite(outputs.detach()),
             f"step {self._steps}: the network's outputs are NaN or infinite, so the curvature was not updated. Either the "
             f"inputs are, or training has diverged. {self._advice()}",
         )
-        self._curvature.update(outputs)
-        arguments = self._curvature.observer.arguments
+        if self._curvature.observer.enabled:
+            self._curvature.update(outputs)
+            self._passes += 1
+        arguments = self._curvature.arguments
         if self._needs_batch() and arguments is not None:
             self._batch = BatchModel(
                 self._model, self.likelihood, arguments, outputs, self._model_fraction, targets=targets
             )
-        self._passes += 1
         self._curvature.observer.clear()
+        self._curvature.arguments = None
 
     def _needs_batch(self) -> bool:
         """Return whether the next step computes exact products on the batch."""
@@ -178,8 +177,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _inversion(self, damping: Damping) -> Callable[[], Inverse]:
         blocks = self._curvature.blocks()
-        added = self._weight_decays()
-        return lambda: block_diagonal_inverse(blocks, damping, added)
+        return self._structure.inversion(self._curvature.accumulation, blocks, damping, self._weight_decays())
 
     def _weight_decays(self) -> dict[str, float]:
         """Return the weight decay of every layer, which is part of the objective's curvature (KFC Eq. 28)."""
@@ -258,7 +256,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     # -- Steps -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step.
 
         Args:
@@ -370,7 +368,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             name: {key: t.to(device) if isinstance(t, Tensor) else t for key, t in part.items()}
             for name, part in tensors.items()
         }
-        return BlockDiagonalInverse.from_tensors(moved)
+        return self._structure.inverse_from(moved)
 
     def _more_state(self) -> dict[str, Any]:
         """Return what a subclass adds to the state."""

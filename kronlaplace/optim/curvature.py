@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class TrainingCurvature:
         sampling: How directions are chosen; every update has its own draws.
         decay: The decay ``ξ``, from 0 to 1.
         fraction: Fraction of each batch whose examples count.
+        examine: Function that checks the network in the first pass, given the observer, the accumulation and the number of
+            examples.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TrainingCurvature:
         *,
         decay: float,
         fraction: float = 1.0,
+        examine: Callable[[NetworkObserver, Accumulation, int], None] | None = None,
     ) -> None:
         self.likelihood = likelihood
         """The likelihood."""
@@ -64,16 +67,21 @@ class TrainingCurvature:
         self._sampling = sampling
         self._decay = decay
         self._fraction = fraction
+        self._examine = examine
         self._checked = False
         self._of_step = 0  # examples of the step so far, with gradient accumulation
         self._of_last_step = 0
         self.observer = NetworkObserver(model, accumulation.layers)
         """The observer of the user's forward passes."""
-        self._first = model.register_forward_pre_hook(Hook(self, "_find_layout"), with_kwargs=True, prepend=True)
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """The arguments of the last forward pass with gradients, whether or not it was observed."""
+        self._layout_known = False
+        self._hook = model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True, prepend=True)
 
     def close(self) -> None:
         """Remove all hooks from the network."""
-        self._first.remove()
+        self._hook.remove()
+        self.arguments = None
         self.observer.close()
 
     def start_from(self, blocks: Mapping[str, Block], batch_size: int) -> None:
@@ -106,6 +114,8 @@ class TrainingCurvature:
             self.likelihood.check_outputs(outputs.detach())
             generator = self._sampling.generator(0, outputs.device)
             check_observed(self.observer, outputs, generator, examples_independent=not couples_examples(self.model))
+            if self._examine is not None:
+                self._examine(self.observer, self.accumulation, n)
             self._checked = True
         counted = n if self._fraction == 1 else math.ceil(self._fraction * n)
         if not self._of_step and self.accumulation.weight > 0:
@@ -147,11 +157,14 @@ class TrainingCurvature:
         if factor < 1:
             self.accumulation.decay(factor)
 
-    def _find_layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out where the examples are, before the first pass that is observed."""
-        if not self.observer.observes() or not torch.is_grad_enabled():
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the arguments of a pass with gradients; before the first one, find out where the examples are."""
+        if not torch.is_grad_enabled():
             return
-        self._first.remove()
+        self.arguments = args, kwargs
+        if self._layout_known:
+            return
+        self._layout_known = True
         value: Any = args
         if kwargs:
             value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)

@@ -17,6 +17,7 @@ from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.parameters import PlainSGD
 from kronlaplace.optim.period import Period
 from kronlaplace.optim.step_model import StepModel, dot
+from kronlaplace.optim.structure import Structure
 
 __all__ = ["NaturalGradient"]
 
@@ -34,6 +35,7 @@ class NaturalGradient(CurvatureOptimizer):
         momentum: float | None = None,
         weight_decay: float = 0.0,
         estimator: Estimator | str = "kfac",
+        structure: Structure | str = "block-diagonal",
         damping: Damping | LevenbergMarquardt | None = None,
         kl_clip: float | None = 0.3,
         curvature_every: int | Period = Period(10, growth=0.1),
@@ -67,6 +69,7 @@ class NaturalGradient(CurvatureOptimizer):
             layers=layers,
             others=others,
             estimator=estimator,
+            structure=structure,
             sampling=sampling,
             mc_samples=mc_samples,
             curvature_every=curvature_every,

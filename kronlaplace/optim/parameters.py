@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import positive_number
 from kronlaplace.layers import Layer, Unsupported, search_layers
 
-__all__ = ["Division", "PlainSGD", "divide"]
+__all__ = ["Division", "PlainSGD", "assembled", "divide"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def divide(model: nn.Module, params: Any, layers: Sequence[str] | str | None, ot
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"the first argument must be the model, a torch.nn.Module, whose layers are observed; got {type(model).__name__}."
+            f"the first argument must be the model, a torch.nn.Module whose layers are observed; got {type(model).__name__}."
         )
     if others != "diagonal" and not isinstance(others, PlainSGD):
         raise ValueError(f'others must be "diagonal" or PlainSGD(lr=...), got {others!r}.')
@@ -107,7 +106,7 @@ def divide(model: nn.Module, params: Any, layers: Sequence[str] | str | None, ot
     return Division(found, result)
 
 
-def _groups(params: Any, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
+def _groups(params: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, Any]]:
     """Return the user's parameter groups as a list of dicts with lists of trainable parameters."""
     if params is None:
         params = list(names)
@@ -131,11 +130,6 @@ def _groups(params: Any, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
     return groups
 
 
-def assembled(layer: Layer, values: Mapping[Tensor, Tensor]) -> Tensor:
+def assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """Return values of a layer's parameters, such as their gradients, as one matrix ``(q, p)`` in the layer's dtype."""
     return layer.assemble({name: values[p] for name, p in layer.parameters.items()}).to(layer.dtype)
-
-
-def zeros_like_missing(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> dict[Tensor, Tensor]:
-    """Return gradients by parameter, with zeros for those that have none."""
-    return {p: torch.zeros_like(p) if g is None else g for p, g in gradients}

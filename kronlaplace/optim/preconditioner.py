@@ -81,7 +81,7 @@ class Renewal:
         background: Where inverses are computed while training goes on; None computes them at once.
     """
 
-    def __init__(self, background: Background | None) -> None:
+    def __init__(self, background: Background[Inverse] | None) -> None:
         self.inverse: Inverse | None = None
         """The current inverse, or None before the first."""
         self._background = background

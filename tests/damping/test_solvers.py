@@ -163,7 +163,7 @@ def test_what_single_precision_cannot_invert_is_inverted_in_double(monkeypatch):
 @pytest.mark.parametrize("strategy", [FactoredTikhonov, TraceRestricted])
 @pytest.mark.parametrize("kind", ["number", "tensor", "by-group"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1, 3])
 def test_singular_blocks_need_a_damping(strategy, zero, kind, dtype, rank):
     good = make("number", 1, dtype=dtype)
     for seed in range(10):  # rounding makes about half of them positive definite
@@ -186,6 +186,18 @@ def test_nan_is_refused_with_the_layers_name(strategy, bad, kind):
     tensor[(0,) * tensor.ndim] = bad
     with pytest.raises(ValueError, match=r"NaN or infinite entries in .*layer 'layer'"):
         strategy(0.1).solvers({"other": make("number", 1), "layer": block})
+
+
+def test_the_error_names_the_layer_that_failed_in_double_too():
+    singular = make("number", 0, rank=0, dtype=torch.float32)
+    singular.name, singular.scale = "other", singular.scale * math.nan
+    with pytest.raises(ValueError, match="layer 'other'"):
+        FactoredTikhonov(1e-11).solvers({"other": singular, "layer": ill_conditioned()})
+
+
+def test_solvers_are_in_the_order_of_the_blocks():
+    blocks = {kind: make(kind, 0) for kind in ("diagonal", "number", "dense", "tensor")}
+    assert list(FactoredTikhonov(0.1).solvers(blocks)) == list(blocks)
 
 
 @pytest.mark.parametrize("bad", ["fisher", make("number", 0), {"layer": 1}])

@@ -5,9 +5,11 @@ import io
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronlaplace as kl
 from kronlaplace.layers import find_layers
+from kronlaplace.likelihoods import resolve_likelihood
 from tests.support import oracles
 from tests.support.accumulations import BY_BATCH, ONE_PASS, accumulated, assert_same, one_pass
 from tests.support.assertions import assert_blocks_are, assert_close
@@ -366,3 +368,31 @@ def test_estimators_without_a_version_for_training():
         TwoPasses().online()
     with pytest.raises(NotImplementedError, match="it keeps all examples"):
         kl.EKFAC(basis=kl.KFOC(aggregation="full")).online()
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses to read a value on the host, for which an accelerator would be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn", "gru"])
+@pytest.mark.parametrize("name", [*ONLINE, "kfac", "tkfac", "diagonal"])
+def test_batches_decay_and_looking_wait_for_no_value(name, network):
+    made, _ = problem(network)
+    layers = find_layers(made.model)
+    accumulation = kl.Accumulation({**ONLINE, **ONE_PASS}[name](), layers, DECAY)
+    x, _ = batches(made, 3)[0]
+    with kl.NetworkObserver(made.model, layers) as observer:
+        for _ in range(2):
+            for _ in range(2):
+                f = made.model(x)
+                with NoWaits():
+                    kl.accumulate_batch(
+                        observer, f, resolve_likelihood(made.likelihood), kl.DirectionSampling("mc"), accumulation
+                    )
+                    accumulation.decay(0.5)
+                    accumulation.so_far()
+            accumulation.refresh()

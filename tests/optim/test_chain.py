@@ -19,7 +19,7 @@ EXACT = DirectionSampling("exact")
 
 
 def chain_of(model, x, layers=None):
-    with NetworkObserver(model, find_layers(model, layers)) as observer:
+    with NetworkObserver(model, find_layers(model, layers), layout=kl.find_layout(model, x)) as observer:
         outputs = model(x)
         return [layer.name for layer in find_chain(observer, len(outputs))]
 
@@ -86,6 +86,11 @@ OTHERS = {
     ),
     "several uses": (Net(lambda m, x: m.c(m.b(m.b(m.a(x))))), (5, 3), "'b' is called several times"),
     "positions": (Net(lambda m, x: m.c(m.b(m.a(x))).mean(1)), (5, 6, 3), r"'a' is used at several positions"),
+    "positions among the rows": (
+        Net(lambda m, x: m.c(m.b(m.a(x.flatten(0, 1)))).unflatten(0, (-1, 6)).mean(1)),
+        (5, 6, 3),
+        "'a' is used at several positions",
+    ),
     "concatenated inputs": (
         Net(lambda m, x: m.c(torch.cat([m.b(m.a(x)), x], 1)), ((3, 4), (4, 4), (7, 2))),
         (5, 3),
@@ -104,7 +109,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(9)
 @pytest.mark.parametrize(("model", "shape", "message"), OTHERS.values(), ids=OTHERS)
 def test_other_networks_are_refused(model, shape, message):
     with pytest.raises(ValueError, match=message) as error:

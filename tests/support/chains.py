@@ -61,12 +61,12 @@ def damped(block, damping):
     return gradient + root / pi * eyes[0], activation + pi * root * eyes[1]
 
 
-def dense_blocks(blocks, cross, damping):
+def dense_blocks(factors, cross):
     """All blocks of the dense ``F̂``: those given, and the others from the Markov property of its inverse."""
-    n = len(blocks)
+    n = len(factors)
     dense = [[None] * n for _ in range(n)]
-    for i, block in enumerate(blocks):
-        dense[i][i] = torch.kron(*damped(block, damping))
+    for i, pair in enumerate(factors):
+        dense[i][i] = torch.kron(*pair)
     for i, link in enumerate(cross):
         dense[i][i + 1] = torch.kron(link.gradient.double(), link.activation.double())
     for distance in range(2, n):
@@ -79,9 +79,14 @@ def dense_blocks(blocks, cross, damping):
     return dense
 
 
+def dense_fisher_of(factors, cross):
+    """The dense ``F̂`` from the damped factors of all layers and the moments between them."""
+    return torch.cat([torch.cat(row, 1) for row in dense_blocks(factors, cross)])
+
+
 def dense_fisher(blocks, cross, damping):
-    """The dense ``F̂``."""
-    return torch.cat([torch.cat(row, 1) for row in dense_blocks(blocks, cross, damping)])
+    """The dense ``F̂`` with factored Tikhonov damping."""
+    return dense_fisher_of([damped(block, damping) for block in blocks], cross)
 
 
 def unit_matrices(blocks):
