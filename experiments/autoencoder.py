@@ -47,8 +47,8 @@ def digits(data_dir, n):
     return torch.from_numpy(images.reshape(len(images), -1) / np.float32(255)), "MNIST digits"
 
 
-def network(n_pixels, widths=WIDTHS, is_tanh=False):
-    sizes = (n_pixels, *widths, n_pixels)
+def network(n_pixels, is_tanh=False):
+    sizes = (n_pixels, *WIDTHS, n_pixels)
     layers = []
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.Tanh() if is_tanh else nn.ReLU()]

@@ -16,13 +16,13 @@ from kronlaplace.demo.datasets import DATA_VARIABLE
 from kronlaplace.demo.report import Column, Table
 
 
-def add_arguments(parser, optimizers, out, *, target, seconds, grid_updates):
+def add_arguments(parser, optimizers, out, *, target, seconds=math.inf, updates=math.inf, grid_updates=100):
     """Add the options that the comparisons share."""
     parser.add_argument("--data-dir", type=Path, default=os.environ.get(DATA_VARIABLE))
     parser.add_argument("--optimizers", nargs="+", choices=optimizers, default=list(optimizers))
     parser.add_argument("--target", type=float, default=target, help="of what is plotted")
     parser.add_argument("--seconds", type=float, default=seconds, help="wall clock of each training at most")
-    parser.add_argument("--updates", type=float, default=math.inf, help="of each training at most")
+    parser.add_argument("--updates", type=float, default=updates, help="of each training at most")
     parser.add_argument("--grid-updates", type=int, default=grid_updates, help="of each training of a grid at most")
     parser.add_argument("--stop-at-target", action="store_true", help="end a training once it has reached the target")
     parser.add_argument("--score-every", type=int, default=10, help="updates between evaluations, where there are any")

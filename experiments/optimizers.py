@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 
 import torch
 
 import kronlaplace as kl
-from experiments.second_order_peers import PEERS
+from experiments.second_order_peers import PEERS, grid
 from experiments.training import Optimizer, updater
+
+AVERAGED_EXAMPLES = 50_000
 
 
 def plain(make):
@@ -16,32 +18,82 @@ def plain(make):
     return lambda model, problem, **settings: updater(model, problem, make(model.parameters(), **settings))
 
 
-def natural_gradient(model, problem, **settings):
-    """Train with `kl.NaturalGradient`, which observes the forward pass."""
-    optimizer = kl.NaturalGradient(model, problem.likelihood, **settings)
+def natural(make):
+    """Train with an optimizer of kronlaplace that `make(model, likelihood, **settings)` builds."""
 
-    def update(x, y):
-        optimizer.zero_grad()
-        outputs = model(x)
-        optimizer.update_curvature(outputs)
-        loss = problem.loss(outputs, y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    def prepare(model, problem, **settings):
+        optimizer = make(model, problem.likelihood, **settings)
 
-    return update
+        def update(x, y):
+            optimizer.zero_grad()
+            outputs = model(x)
+            optimizer.update_curvature(outputs)
+            loss = problem.loss(outputs, y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return update
+
+    return prepare
 
 
-def rates(*values, **settings):
-    return tuple({"lr": value, **settings} for value in values)
+def averaged(prepare):
+    """Evaluate the moving average of the weights over 50,000 examples, as KFC does for every optimizer."""
+
+    @wraps(prepare)
+    def with_average(model, problem, **settings):
+        update = prepare(model, problem, **settings)
+        average = kl.IterateAverage(model, timescale=AVERAGED_EXAMPLES / problem.batch_size)
+
+        def update_both(x, y):
+            loss = update(x, y)
+            average.update()
+            return loss
+
+        update_both.evaluated = average.applied
+        return update_both
+
+    return with_average
 
 
-IS_MISSING = "" if hasattr(kl, "NaturalGradient") else "this kronlaplace has no NaturalGradient"
-SGD = "SGD with momentum"
+def natural_gradient(model, likelihood, **settings):
+    return kl.NaturalGradient(model, likelihood, **settings)
+
+
+def adaptive_kfac(model, likelihood, **settings):
+    return kl.AdaptiveKFAC(model, likelihood, **settings)
+
+
+def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
+    """KFC's Algorithm 1: a constant damping and learning rate, clipped steps, momentum."""
+    return kl.NaturalGradient(
+        model,
+        likelihood,
+        lr=lr,
+        momentum=0.9,
+        estimator=estimator,
+        damping=kl.damping.FactoredTikhonov(damping),
+        kl_clip=0.3,
+        curvature_every=10,
+        invert_every=invert_every,
+    )
+
+
+def missing(name):
+    return "" if hasattr(kl, name) else f"this kronlaplace has no {name}"
+
+
+SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
+KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)), missing("NaturalGradient"))
 OPTIMIZERS = {
-    SGD: Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), rates(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
-    "Adam": Optimizer(plain(torch.optim.Adam), rates(3e-4, 1e-3, 2e-3, 3e-3, 5e-3)),
-    "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), rates(1e-3)),
-    "NaturalGradient": Optimizer(natural_gradient, missing=IS_MISSING),
+    "SGD with momentum": SGD,
+    "SGD, averaged": Optimizer(averaged(SGD.prepare), SGD.grid),
+    "Adam": Optimizer(plain(torch.optim.Adam), grid(lr=(3e-4, 1e-3, 2e-3, 3e-3))),
+    "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), grid(lr=(1e-3,))),
+    "NaturalGradient": Optimizer(natural(natural_gradient), missing=missing("NaturalGradient")),
+    "NaturalGradient, KFC": KFC,
+    "NaturalGradient, KFC, averaged": Optimizer(averaged(KFC.prepare), KFC.grid, KFC.missing),
+    "AdaptiveKFAC": Optimizer(natural(adaptive_kfac), missing=missing("AdaptiveKFAC")),
     **PEERS,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +55,8 @@ class Optimizer:
     """A way to train with settings to choose from.
 
     `prepare(model, problem, **settings)` returns a function that makes one update from a batch `(x, y)` and returns the
-    loss before it, a 0-dim tensor. `grid` has the settings that are tried, `missing` says why it cannot be used here.
+    loss before it, a 0-dim tensor. Where the function has an attribute `evaluated`, evaluations are made in that context.
+    `grid` has the settings that are tried, `missing` says why the optimizer cannot be used here.
     """
 
     prepare: Callable[..., Callable[[Tensor, Tensor], Tensor]]
@@ -158,7 +160,8 @@ class Training:
         log.seconds.append(self.clock)
         k = len(log.losses)
         if self.problem.score is not None and k % self.score_every == 0:
-            log.scores[k] = self.problem.score(self.model)
+            with getattr(self.update, "evaluated", nullcontext)():
+                log.scores[k] = self.problem.score(self.model)
         if not log.losses[-1] <= DIVERGED * log.losses[0]:
             self._end(f"diverged: loss {log.losses[-1]:.4g}")
         counted = log.scores.get(k, math.inf) if self.problem.score else log.smoothed[-1]
