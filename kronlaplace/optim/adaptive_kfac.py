@@ -1,4 +1,4 @@
-"""`AdaptiveKFAC`: K-FAC without a learning rate, as its authors trained with it."""
+"""`AdaptiveKFAC`: K-FAC with step sizes that adapt, as its authors trained with it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import positive_integer
+from kronlaplace.blocks import Block
 from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
@@ -30,9 +31,9 @@ _FIRST_STEPS = 3
 class AdaptiveKFAC(CurvatureOptimizer):
     """K-FAC whose step sizes, momentum and dampings all adapt (Martens and Grosse 2015; KFC appendix A.2).
 
-    There is no learning rate. Each step is ``δ = αΔ + μδ₀``, from the preconditioned gradient ``Δ = −F̂(γ)⁻¹∇h`` and the last
-    step ``δ₀``, where ``α`` and ``μ`` minimize the quadratic model ``M(δ) = h + ∇hᵀδ + ½ δᵀ(F + (λ + η)I)δ`` with the exact
-    Fisher ``F`` of part of the batch (Eq. 36). The two dampings adapt on their own:
+    No learning rate has to be chosen. Each step is ``δ = αΔ + μδ₀``, from the preconditioned gradient ``Δ = −F̂(γ)⁻¹∇h`` and
+    the last step ``δ₀``, where ``α`` and ``μ`` minimize the quadratic model ``M(δ) = h + ∇hᵀδ + ½ δᵀ(F + (λ + η)I)δ`` with
+    the exact Fisher ``F`` of part of the batch (Eq. 36). The two dampings adapt on their own:
 
     - ``λ``, that of the model, by the Levenberg-Marquardt rule from the reduction ratio ``ρ`` (Eq. 37 and 38), which is
       measured on the same part of the batch, without targets;
@@ -56,8 +57,9 @@ class AdaptiveKFAC(CurvatureOptimizer):
     Args:
         model: The network.
         likelihood: The likelihood whose mean negative log-likelihood the loss is.
-        params: Parameters or parameter groups to train; None means all trainable ones. A group may have its own
-            ``weight_decay``.
+        params: Parameters or parameter groups to train; None means all trainable ones. Groups may have their own ``lr`` and
+            ``weight_decay``. All parameters of a layer must be in one group.
+        lr: Factor of the steps, for schedules; 1 is the minimum of the model.
         damping: The rule that adapts ``λ`` every ``T₁`` steps, and its start. The rule's own ``damping`` is the strategy
             that damps the factors, given ``γ²``.
         weight_decay: ``η``, the factor of ``½‖θ‖²`` in the objective.
@@ -88,6 +90,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         likelihood: Likelihood | str,
         *,
         params: Any = None,
+        lr: float = 1.0,
         damping: LevenbergMarquardt = LevenbergMarquardt(initial=150.0),  # noqa: B008 - it is frozen
         weight_decay: float = 1e-5,
         momentum: bool = True,
@@ -113,6 +116,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         if not 0 < factor_decay < 1:
             raise ValueError(f"factor_decay must be between 0 and 1, got {factor_decay!r}.")
         check_setting("weight_decay", weight_decay)
+        check_setting("lr", lr)
         self._rule = damping
         self._adapt_factors_every = positive_integer(adapt_factors_every, "adapt_factors_every")
         self._factor_decay = factor_decay
@@ -128,7 +132,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
             model,
             likelihood,
             params=params,
-            defaults={"weight_decay": weight_decay, "momentum": 0.9, "natural": True},
+            defaults={"lr": lr, "weight_decay": weight_decay, "momentum": 0.9, "natural": True},
             layers=layers,
             others=others,
             estimator=estimator,
@@ -161,8 +165,11 @@ class AdaptiveKFAC(CurvatureOptimizer):
         return self._rule.damping(self._gamma**2)
 
     def _inversion(self, damping: Damping) -> Callable[[], Inverse]:
-        blocks, accumulation = self._curvature.blocks(), self._curvature.accumulation
-        return self._structure.inversion(accumulation, blocks, damping, dict.fromkeys(blocks, 0.0))  # η is in γ
+        return self._inversion_of(self._curvature.blocks(), damping)
+
+    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], Inverse]:
+        no_more = dict.fromkeys(blocks, 0.0)  # γ contains the weight decay
+        return self._structure.inversion(self._curvature.accumulation, blocks, damping, no_more)
 
     def _start(self, damping: float) -> None:
         self._lambda, self._gamma = float(damping), math.sqrt(damping + self._weight_decay)
@@ -190,14 +197,16 @@ class AdaptiveKFAC(CurvatureOptimizer):
             self._lambda = float(self._rule.updated(self._lambda, ratio))
 
     def _try_factor_dampings(self) -> None:
-        """Make the inverses for the candidates of ``γ``."""
-        current = self._renewal.inverse
-        assert current is not None
-        self._candidates = [(self._gamma, current)]
-        if self._last_inversion != self._steps:
-            self._candidates = [(self._gamma, self._inversion(self._damping())())]
-        for gamma in (self._gamma * self._factor_decay, self._gamma / self._factor_decay):
-            self._candidates.append((gamma, self._inversion(self._rule.damping(gamma**2))()))
+        """Make the inverses for the candidates of ``γ``, of the blocks as they are now."""
+        factors = (1.0, self._factor_decay, 1 / self._factor_decay)
+        blocks = self._curvature.blocks()
+        self._candidates = []
+        for gamma in [self._gamma * factor for factor in factors]:
+            if gamma == self._gamma and self._last_inversion == self._steps:
+                assert self._renewal.inverse is not None
+                self._candidates.append((gamma, self._renewal.inverse))
+            else:
+                self._candidates.append((gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()))
         self._choice = None
 
     def _choose(self) -> None:
@@ -226,7 +235,8 @@ class AdaptiveKFAC(CurvatureOptimizer):
         self._choose()
         if (self._steps + 1) % self._rule.every == 0:
             self._ratio = Arriving(model.ratio(step, best, lowest))
-        return step
+        rates = self._settings("lr")
+        return step if all(rates[p] == 1 for p in step) else {p: v * rates[p] for p, v in step.items()}
 
     def _advice(self) -> str:
         return (

@@ -276,6 +276,16 @@ def test_parameters_without_a_block_and_groups_with_their_own_weight_decay():
     torch.testing.assert_close(flat(model[0].parameters()) - first, step, rtol=1e-6, atol=1e-12)
 
 
+def test_a_schedule_scales_the_steps():
+    first, second, (x, y) = classifier(), classifier(), data()
+    before = flat(first.parameters())
+    train(AdaptiveKFAC(first, "classification"), first, x, y)
+    optimizer = AdaptiveKFAC(second, "classification")
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5)
+    train(optimizer, second, x, y)
+    torch.testing.assert_close(flat(second.parameters()) - before, 0.5 * (flat(first.parameters()) - before))
+
+
 def test_a_closure():
     first, second, (x, y) = classifier(), classifier(), data()
     train(AdaptiveKFAC(first, "classification"), first, x, y)
@@ -344,9 +354,24 @@ def test_arguments_that_are_not_allowed():
     model = classifier()
     with pytest.raises(TypeError, match="NaturalGradient"):
         AdaptiveKFAC(model, "classification", damping=FactoredTikhonov(1.0))
-    for name, value in (("factor_decay", 1.0), ("weight_decay", -1.0), ("model_fraction", 2.0), ("ema_decay", 1.0)):
+    for name, value in (
+        ("factor_decay", 1.0),
+        ("lr", -1.0),
+        ("weight_decay", -1.0),
+        ("model_fraction", 2.0),
+        ("ema_decay", 1.0),
+    ):
         with pytest.raises(ValueError, match=name):
             AdaptiveKFAC(model, "classification", **{name: value})
+
+
+@pytest.mark.parametrize("estimator", ["tkfac", "kfoc", "ekfac", "diagonal"])
+def test_other_estimators(estimator):
+    model, (x, y) = classifier(), data()
+    rule = LevenbergMarquardt(initial=1.0)
+    optimizer = AdaptiveKFAC(model, "classification", damping=rule, estimator=estimator, adapt_factors_every=3)
+    losses = train(optimizer, model, x, y, steps=10)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("training", [False, True])
