@@ -141,6 +141,14 @@ def test_nothing_changes(name, training):
     assert_unchanged(model, before)
 
 
+def test_inputs_that_the_network_changes_stay_as_they_were():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    given = x.clone()
+    jacobian_products(model, (x,), {}, draw_directions(model))
+    assert torch.equal(x, given)
+
+
 def test_all_directions_see_the_same_dropout():
     model, x = network("dropped")
     direction = draw_directions(model, 1)[0]
