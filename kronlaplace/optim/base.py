@@ -251,15 +251,23 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         return self._batch
 
+    def _required_batch(self) -> BatchModel:
+        """Return the batch, whose loss has been propagated back.
+
+        Raises:
+            RuntimeError: If there is none, or its loss has not been propagated back.
+        """
+        if (batch := self._propagated_batch()) is None:
+            raise RuntimeError(_NO_CURVATURE)
+        return batch
+
     def _curvature_along(self, direction: Vector) -> float:
         """Return ``vᵀFv / vᵀv`` with the exact Fisher of part of the batch; waits for the device.
 
         Raises:
-            RuntimeError: If there is no batch.
+            RuntimeError: As `_required_batch`.
         """
-        batch = self._propagated_batch()
-        if batch is None:
-            raise RuntimeError(_NO_CURVATURE)
+        batch = self._required_batch()
         size = torch.stack([v.square().sum(dtype=torch.float64) for v in direction.values()]).sum()
         matrix, _ = batch.products([{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), self._passes)
         return float(matrix[0, 0] / size)
