@@ -60,8 +60,9 @@ class AdaptiveKFAC(CurvatureOptimizer):
         params: Parameters or parameter groups to train; None means all trainable ones. Groups may have their own ``lr`` and
             ``weight_decay``. All parameters of a layer must be in one group.
         lr: Factor of the steps, for schedules; 1 is the minimum of the model.
-        damping: The rule that adapts ``λ`` every ``T₁`` steps, and its start. The rule's own ``damping`` is the strategy
-            that damps the factors, given ``γ²``.
+        damping: The rule that adapts ``λ`` every ``T₁`` steps, and its start. The paper's 150 is for autoencoders whose loss
+            is hundreds of nats; ``LevenbergMarquardt()`` starts at the curvature along the first gradient, whatever the
+            loss. The rule's own ``damping`` is the strategy that damps the factors, given ``γ²``.
         weight_decay: ``η``, the factor of ``½‖θ‖²`` in the objective.
         momentum: Whether the last step is part of the next one.
         estimator: Estimator of the blocks, as for `NaturalGradient`.
