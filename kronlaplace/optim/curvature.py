@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks import Block
+from kronlaplace.blocks import Block, with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
@@ -146,7 +146,7 @@ class TrainingCurvature:
     def blocks(self) -> dict[str, Block]:
         """Return the blocks as they are now."""
         self.accumulation.refresh()
-        return self.accumulation.so_far()
+        return with_least_trace(self.accumulation.so_far())
 
     def _make_room(self, batch_size: int) -> None:
         """Reduce the weight of everything seen so far, so that the batch fits under the largest total weight."""
