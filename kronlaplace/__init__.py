@@ -55,6 +55,9 @@ from kronlaplace.network.forward import find_layout
 from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.optim.growing_batches import GrowingBatches
 from kronlaplace.optim.iterate_average import IterateAverage
+from kronlaplace.optim.natural_gradient import NaturalGradient
+from kronlaplace.optim.parameters import PlainSGD
+from kronlaplace.optim.period import Period
 
 __all__ = [
     "estimate_fisher",
@@ -115,6 +118,9 @@ __all__ = [
     "Link",
     "GrowingBatches",
     "IterateAverage",
+    "NaturalGradient",
+    "Period",
+    "PlainSGD",
     "damping",
     "metrics",
 ]

@@ -127,6 +127,21 @@ class NotLinear(kl.Bernoulli):
         return -statistics[0] / statistics[1]
 
 
+class OtherDivergence(kl.Categorical):
+    def _divergence(self, outputs, new_outputs, targets):
+        return 2 * super()._divergence(outputs, new_outputs, targets)
+
+
+class NegativeDivergence(kl.Categorical):
+    def _divergence(self, outputs, new_outputs, targets):
+        return -super()._divergence(outputs, new_outputs, targets)
+
+
+class RefusesItsGradient(kl.Categorical):
+    def _gradient_error(self, outputs, gradient):
+        return gradient.abs()
+
+
 class OtherProduct(kl.Bernoulli):
     def _metric_product(self, outputs, vectors, targets):
         return 2 * super()._metric_product(outputs, vectors, targets)
@@ -213,6 +228,9 @@ BROKEN_LIKELIHOODS = {
     OtherExponent: r"the metric scales as the power noise_exponent of the noise",
     NoiseIgnored: r"log_likelihood\(statistics, noise_std\) is that of a likelihood with that noise",
     OtherShape: r"predictions have the shape of the outputs",
+    OtherDivergence: r"divergence is half the metric's square of a small change",
+    NegativeDivergence: r"divergence is not negative",
+    RefusesItsGradient: r"check_gradient accepts the gradient of the negative log-likelihood without targets",
     OtherProduct: r"metric_product is the sum of d dᵀ over exact directions times a vector",
     Unnormalized: r"probabilities of the classes sum to one \(with link='margin'\)",
     OutOfRange: r"probabilities lie between 0 and 1",

@@ -28,7 +28,8 @@ class LevenbergMarquardt:
 
     Args:
         damping: Damping strategy that takes ``γ``: a class such as `Tikhonov`, or a function.
-        initial: First ``γ``.
+        initial: First ``γ``. None is the curvature along the first gradient, ``gᵀFg / gᵀg``, so that a step along the
+            gradient is halved.
         every: Number of steps between two changes.
         decay: Factor per step by which ``γ`` shrinks while the model is right, below 1.
         minimum: Least ``γ``.
@@ -41,7 +42,7 @@ class LevenbergMarquardt:
     """
 
     damping: Callable[[float | Tensor], Damping] = FactoredTikhonov
-    initial: float = 1.0
+    initial: float | None = None
     every: int = 5
     decay: float = 19 / 20
     minimum: float = 1e-8
@@ -56,11 +57,13 @@ class LevenbergMarquardt:
                 f"parentheses; got {self.damping!r}."
             )
         positive_integer(self.every, "every")
-        for name in ("initial", "decay", "minimum", "maximum", "upper"):
+        for name in ("decay", "minimum", "maximum", "upper"):
             positive_number(getattr(self, name), name)
+        if self.initial is not None:
+            positive_number(self.initial, "initial")
         if not self.decay < 1:
             raise ValueError(f"decay must be below 1, got {self.decay}.")
-        if not self.minimum <= self.initial <= self.maximum:
+        if self.initial is not None and not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
                 f"initial must be from minimum to maximum, got {self.initial} with minimum {self.minimum} and maximum "
                 f"{self.maximum}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,14 @@ from kronlaplace.optim.preconditioner import Inverse, Renewal
 from kronlaplace.optim.structure import Structure, structure_of
 
 __all__ = ["CurvatureOptimizer"]
+
+_FEWEST = 32
+"""Number of examples on which exact products are computed at least, if the batch has that many."""
+
+_NO_CURVATURE = (
+    "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
+    "forward pass of the model and the backward pass of the loss."
+)
 
 Vector = dict[nn.Parameter, Tensor]
 """A vector in the space of the parameters that follow the natural gradient."""
@@ -67,6 +76,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
+        for group in division.groups:
+            for name in ("lr", "momentum", "weight_decay"):
+                if name in group:
+                    check_setting(name, group[name])
         super().__init__(division.groups, defaults)
         self._layers = {layer.name: layer for layer in division.layers}
         self._names = {p: name for name, p in model.named_parameters()}
@@ -142,16 +155,30 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             f"step {self._steps}: the network's outputs are NaN or infinite, so the curvature was not updated. Either the "
             f"inputs are, or training has diverged. {self._advice()}",
         )
-        if self._curvature.observer.enabled:
+        if self._updates_curvature:
             self._curvature.update(outputs)
-            self._passes += 1
+        self._passes += 1
         arguments = self._curvature.arguments
-        if self._needs_batch() and arguments is not None:
+        if arguments is None:
+            raise RuntimeError(
+                "no forward pass of the model was observed: call the model itself, with gradients enabled, once before "
+                "every call of update_curvature."
+            )
+        if self._needs_batch() or self._steps == 0:
             self._batch = BatchModel(
-                self._model, self.likelihood, arguments, outputs, self._model_fraction, targets=targets
+                self._model, self.likelihood, arguments, outputs, self._fraction_of(len(outputs)), targets=targets
             )
         self._curvature.observer.clear()
         self._curvature.arguments = None
+
+    def _fraction_of(self, n_examples: int) -> float:
+        """Return the fraction of a batch for exact products, which is larger for small batches."""
+        return min(1.0, max(self._model_fraction, _FEWEST / n_examples))
+
+    @property
+    def _updates_curvature(self) -> bool:
+        """Whether the curvature is updated in this step."""
+        return self._curvature.observer.enabled
 
     def _needs_batch(self) -> bool:
         """Return whether the next step computes exact products on the batch."""
@@ -164,13 +191,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _renew(self) -> None:
         """Compute a new inverse if it is due, and take over one that is ready."""
         self._renewal.swap()
-        if self._passes:
+        if self._passes and self._updates_curvature:
             self._last_update = self._steps
         if self._curvature.updates == 0 and self._curvature.accumulation.weight == 0:
-            raise RuntimeError(
-                "there is no curvature yet: call optimizer.update_curvature(outputs) in every step, between the forward pass "
-                "of the model and the backward pass of the loss."
-            )
+            raise RuntimeError(_NO_CURVATURE)
         if self._invert_every.is_due(self._steps, self._last_inversion) or self._renewal.inverse is None:
             self._renewal.begin(self._inversion(self._damping()))
             self._last_inversion = self._steps
@@ -213,6 +237,32 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 p = layer.parameters[name]
                 result[p] = part.to(p.dtype)
         return result
+
+    def _propagated_batch(self) -> BatchModel | None:
+        """Return the batch, whose loss has been propagated back, if this step needs it.
+
+        Raises:
+            RuntimeError: If its loss has not been propagated back.
+        """
+        if self._batch is not None and self._batch.gradient is None:
+            raise RuntimeError(
+                "the loss was not propagated back through the outputs that update_curvature got. Call it between the "
+                "forward and the backward pass, with the outputs from which the loss is computed."
+            )
+        return self._batch
+
+    def _curvature_along(self, direction: Vector) -> float:
+        """Return ``vᵀFv / vᵀv`` with the exact Fisher of part of the batch; waits for the device.
+
+        Raises:
+            RuntimeError: If there is no batch.
+        """
+        batch = self._propagated_batch()
+        if batch is None:
+            raise RuntimeError(_NO_CURVATURE)
+        size = torch.stack([v.square().sum(dtype=torch.float64) for v in direction.values()]).sum()
+        matrix, _ = batch.products([{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), self._passes)
+        return float(matrix[0, 0] / size)
 
     def _settings(self, key: str) -> dict[nn.Parameter, float]:
         """Return the value of a setting of the groups for every parameter."""
@@ -376,6 +426,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `_more_state` returned."""
+
+
+def check_setting(name: str, value: float) -> None:
+    """Check a learning rate, momentum or weight decay, as for a parameter group.
+
+    Raises:
+        ValueError: If it is not a number in its range.
+    """
+    below = 1.0 if name == "momentum" else math.inf
+    if not isinstance(value, (int, float)) or not 0 <= value < below:
+        limit = "less than 1" if name == "momentum" else "finite"
+        raise ValueError(f"{name} must be at least 0 and {limit}, got {value!r}.")
 
 
 def fraction_of_batch(value: float, name: str) -> float:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision, wide
-from kronlaplace.data.inputs import Inputs
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.likelihoods.loss_factor import loss_factor
 from kronlaplace.optim.fisher_products import fisher_inner_products, jacobian_products, outputs_at, part_of_batch
 
 __all__ = ["BatchModel"]
+
+_SCALED = 16.0
+"""Ratio of gradients above which a gradient scaler must be at work; scalers multiply by far larger powers of two."""
+
+_LARGEST_FACTOR = 2.1
+"""Loss over mean negative log-likelihood above which the loss cannot be a mean: a squared error without the half has 2."""
 
 Direction = Mapping[str, Tensor]
 """A direction in the space of the parameters, by parameter name."""
@@ -61,48 +65,58 @@ class BatchModel:
         self._likelihood = likelihood
         self._arguments = part_of_batch(*arguments, fraction, self.n_examples)
         self._count = math.ceil(fraction * self.n_examples - 1e-9)
+        self.factor = torch.ones((), device=outputs.device)
+        """By which factor the loss is larger than the mean negative log-likelihood, as found by `products`, 0-dim."""
         self._base: Tensor | None = None
+        self._residuals = self.outputs
         outputs.register_hook(self._take)
 
     def _take(self, gradient: Tensor) -> None:
         self.gradient = gradient.detach() if self.gradient is None else self.gradient + gradient.detach()
 
-    @cached_property
-    def factor(self) -> Tensor:
-        """By which factor the observed gradient is larger than that of the mean negative log-likelihood, 0-dim.
-
-        Means over positions (tokens), gradient accumulation and gradient scalers change it.
-        """
-        return loss_factor(self._likelihood, self.outputs, self._scaled(), self._targets)
-
-    def check(self) -> tuple[Tensor, str]:
-        """Check that the loss can be the negative log-likelihood up to a factor; see `Likelihood.check_gradient`."""
-        return self._likelihood.check_gradient(self.outputs, self._scaled() / self.factor, self._targets)
-
-    def _scaled(self) -> Tensor:
-        assert self.gradient is not None
-        return wide(self.gradient) * self.n_examples
-
     @in_full_precision
-    def products(self, directions: Sequence[Direction]) -> tuple[Tensor, Tensor]:
-        """Compute the matrix of ``v_iᵀ F v_j`` with the exact Fisher of the part, and the ``k`` slopes of its mean loss.
+    def products(self, directions: Sequence[Direction], slopes: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+        """Compute the matrix of ``v_iᵀ F v_j`` with the exact Fisher of the part, and the ``k`` slopes of its loss.
 
-        The loss here is the mean negative log-likelihood, without the `factor`.
+        The slopes, and later `change`, are those of the mean negative log-likelihood: the `factor` is taken out.
+
+        Args:
+            directions: The directions ``v_i``.
+            slopes: ``∇hᵀv_i`` with the gradient of the loss with respect to the parameters, ``(k,)``. They show by which
+                power of two a gradient scaler multiplies the gradients at the outputs.
+            passes: Number of passes that were propagated back for this step, each with its part of the loss.
 
         Returns:
             The matrix, ``(k, k)``, and the slopes ``r · J v_i``, ``(k,)``, float64.
         """
         self._base, images = jacobian_products(self._model, *self._arguments, directions)
         matrix = fisher_inner_products(self._likelihood, self._base, images)
-        return matrix, torch.stack([self._slope(image) for image in images])
+        assert self.gradient is not None
+        self._residuals = wide(self.gradient) * (self.n_examples * passes)
+        raw = torch.stack([self._slope(image) for image in images])
+        ratio = (raw[0] / slopes[0]).abs()
+        scaler = torch.where((ratio > _SCALED) & ratio.isfinite(), torch.exp2(ratio.log2().round()), 1.0)
+        self._residuals = self._residuals / scaler.to(self._residuals.dtype)
+        self.factor = loss_factor(self._likelihood, self.outputs, self._residuals, self._targets)
+        self._residuals = self._residuals / self.factor
+        return matrix, raw / (scaler * self.factor)
+
+    def check(self) -> tuple[Tensor, str]:
+        """Check that the loss can be the mean negative log-likelihood, except for a mean over positions; after `products`.
+
+        Returns:
+            As `Likelihood.check_gradient`.
+        """
+        right, message = self._likelihood.check_gradient(self.outputs, self._residuals, self._targets)
+        return right & (self.factor < _LARGEST_FACTOR), message
 
     def _slope(self, image: Tensor) -> Tensor:
-        part = self._scaled()[: self._count] / self.factor
+        part = self._residuals[: self._count]
         return (part * wide(image)).sum(dtype=torch.float64) / self._count
 
     @in_full_precision
     def change(self, step: Direction) -> Tensor:
-        """Compute by how much a step really changes the mean negative log-likelihood on the part, 0-dim, float64.
+        """Compute by how much a step really changes the mean negative log-likelihood of the part, 0-dim, float64.
 
         Args:
             step: The step ``θ' − θ``; the model still has the parameters ``θ``. `products` must have been called before.

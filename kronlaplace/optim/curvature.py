@@ -31,8 +31,8 @@ class TrainingCurvature:
 
     Each update weighs the examples before it by a factor, at most 1, with which the total weight stays at most
     ``B / (1 − ξ)`` for batches of ``B`` examples. Without a start, the average after ``k`` updates is therefore
-    ``ε_k Ω + (1 − ε_k) Ω_k`` with ``ε_k = min(1 − 1/k, ξ)`` (K-FAC section 5); after `start_from` it is ``ξ Ω + (1 − ξ) Ω_k``
-    from the first update on (KFC Eq. 33).
+    ``ε_k Ω + (1 − ε_k) Ω_k`` with ``ε_k = min(1 − 1/k, ξ)`` (K-FAC section 5); after `start_from` it is
+    ``ξ Ω + (1 − ξ) Ω_k`` from the first update on (KFC Eq. 33).
 
     Args:
         model: The network, which the user runs in training mode.

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace._arguments import positive_number
+from kronlaplace._arguments import positive_number, warn
 from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector
+from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
+from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.parameters import PlainSGD
 from kronlaplace.optim.period import Period
 from kronlaplace.optim.step_model import StepModel, dot
@@ -21,9 +22,81 @@ from kronlaplace.optim.structure import Structure
 
 __all__ = ["NaturalGradient"]
 
+_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
+_CURVATURE_EVERY = Period(10, growth=0.1)
+_INVERT_EVERY = Period(100, growth=0.1)
+
+_PATIENCE = 20
+"""Number of rejected steps in a row after which a warning tells that training is stuck."""
+
 
 class NaturalGradient(CurvatureOptimizer):
-    """TODO"""
+    """Natural-gradient descent, with Kronecker factors that follow the training.
+
+    Each step is preconditioned with the damped Fisher of the network, ``−(F̂ + γI)⁻¹ ∇h``, whose blocks are moving averages
+    over the batches. The optimizer observes the user's own forward passes; labels are drawn from the model's predictive
+    distribution, anew in each step. One line is added to the usual loop:
+
+        >>> optimizer = kl.NaturalGradient(model, "classification")  # doctest: +SKIP
+        >>> optimizer.zero_grad()                                    # doctest: +SKIP
+        >>> outputs = model(x)                                       # doctest: +SKIP
+        >>> optimizer.update_curvature(outputs)                      # doctest: +SKIP
+        >>> loss_function(outputs, y).backward()                     # doctest: +SKIP
+        >>> optimizer.step()                                         # doctest: +SKIP
+
+    The loss is the mean over examples of the negative log-likelihood (for `Gaussian`, half the squared error over ``σ²``,
+    summed over the outputs). A mean over tokens or pixels is found to be smaller by its factor.
+
+    **By itself.** Without a ``damping``, nothing has to be set. In each step, the length ``α`` and the momentum ``μ`` of
+    ``δ = α Δ + μ δ₀`` minimize the quadratic model of the loss along the natural gradient ``Δ`` and the last step ``δ₀``,
+    with the exact Fisher of part of the batch (KFC Eq. 36). The damping adapts to how well that model predicts the loss
+    (Levenberg-Marquardt, KFC Eq. 37 and 38), and a step that would increase the loss of that part is not made. ``lr`` scales
+    the steps, for schedules. Curvature and inverses are renewed in every step at first, and then less often.
+
+    **KFC's Algorithm 1.** With a ``damping`` of your own, steps are ``v = −lr · (F̂ + γI)⁻¹ ∇h``, shortened such that
+    ``ν = vᵀFv + η‖v‖² ≤ kl_clip`` with the exact Fisher of part of the batch, and then ``δ = momentum · δ₀ + v``. If the
+    curvature is not updated in a step, ``ν`` is taken from ``−vᵀ∇h``, in the proportion in which they were when it last was.
+    `start_from` gives the averages a start, and `IterateAverage` averages the weights.
+
+    **TKFAC's Algorithm 1** is ``estimator="tkfac"`` with ``damping=kl.damping.TraceRestricted(λ)`` (Eq. 5.15) or
+    ``TraceRestrictedAuto(ν)`` (Eq. 5.16 and 5.17), ``momentum=0.9``, ``kl_clip=None``.
+
+    Batch norm and dropout run in training mode. The gradients behind the factors come from the backward pass of the batch,
+    in which batch norm couples the examples.
+
+    Args:
+        model: The network. It carries hooks until `close`, or until the optimizer is deleted.
+        likelihood: The likelihood whose mean negative log-likelihood the loss is, or a shorthand, as in `estimate_fisher`.
+        params: Parameters or parameter groups to train; None means all trainable ones. Groups may have their own ``lr``,
+            ``momentum`` and ``weight_decay``. All parameters of a layer must be in one group.
+        lr: Learning rate.
+        momentum: Momentum, from 0 to 1. None means that it adapts if the damping does, and otherwise 0.9.
+        weight_decay: The factor ``η`` of ``½‖θ‖²`` in the objective. It is in the gradient and in the damping (KFC Eq. 28).
+        estimator: Estimator of the blocks, as in `estimate_fisher`. Those with several passes over the data go on by one
+            step per batch (`Estimator.online`): `KFOC` with one warm-started iteration, `EKFAC` with eigenvalues in a basis
+            that is renewed with every inverse.
+        structure: ``"block-diagonal"``, or ``"block-tridiagonal"`` for chains of linear layers (K-FAC section 3.3).
+        damping: A damping, or a rule that adapts one, `kronlaplace.damping.LevenbergMarquardt`. None is that rule with
+            `FactoredTikhonov`, started at the curvature along the first gradient.
+        kl_clip: The bound ``C`` on ``ν``, or None. Adaptive steps need none and are not clipped.
+        curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
+        invert_every: Number of steps between two inversions, exactly, or a `Period`.
+        ema_decay: Decay ``ξ`` of the moving averages, from 0 to 1 (excluded); the first batches are averaged evenly.
+        sampling: Where the labels of the Fisher come from: ``"mc"``, ``"exact"``; see `estimate_fisher`.
+        mc_samples: Number of label draws per example.
+        layers: Names or patterns of the modules that get a block; None means all.
+        others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
+        curvature_fraction: Fraction of each batch that counts in the averages.
+        model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
+            adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
+        invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
+            replace the old ones when they are ready. When that is depends on the machine, so runs do not repeat exactly.
+        seed: Seed of the label draws.
+
+    Raises:
+        TypeError, ValueError: If an argument is not allowed, or the model has no layer with a block.
+        NotImplementedError: If a module cannot have a block and ``others`` is ``"diagonal"``.
+    """
 
     def __init__(
         self,
@@ -38,29 +111,38 @@ class NaturalGradient(CurvatureOptimizer):
         structure: Structure | str = "block-diagonal",
         damping: Damping | LevenbergMarquardt | None = None,
         kl_clip: float | None = 0.3,
-        curvature_every: int | Period = Period(10, growth=0.1),
-        invert_every: int | Period = Period(100, growth=0.1),
+        curvature_every: int | Period = _CURVATURE_EVERY,
+        invert_every: int | Period = _INVERT_EVERY,
         ema_decay: float = 0.95,
         sampling: Sampling | str = "mc",
         mc_samples: int = 1,
         layers: Sequence[str] | str | None = None,
         others: str | PlainSGD = "diagonal",
         curvature_fraction: float = 1.0,
-        model_fraction: float = 0.25,
+        model_fraction: float | None = None,
         invert_async: bool = False,
         seed: int = 0,
     ) -> None:
-        self._rule = LevenbergMarquardt(initial=1.0, every=1, decay=0.8) if damping is None else damping
-        self._adapts_damping = isinstance(self._rule, LevenbergMarquardt)
-        self._adapts_steps = self._adapts_damping and momentum is None
+        rule = _ADAPTIVE if damping is None else damping
+        if not isinstance(rule, (Damping, LevenbergMarquardt)):
+            raise TypeError(
+                f"damping must be a damping such as kl.damping.FactoredTikhonov(1e-3), a rule that adapts one such as "
+                f"kl.damping.LevenbergMarquardt(), or None; got {damping!r}."
+            )
+        self._rule = rule
+        self._adapts_steps = isinstance(rule, LevenbergMarquardt) and momentum is None
         momentum = 0.9 if momentum is None else momentum
-        if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
-            raise ValueError(f"momentum must be at least 0 and less than 1, or None, got {momentum!r}.")
-        self._clip = None if kl_clip is None or self._adapts_steps else positive_number(kl_clip, "kl_clip")
-        self._lambda = self._rule.initial if isinstance(self._rule, LevenbergMarquardt) else 0.0
+        check_setting("momentum", momentum)
+        check_setting("lr", lr)
+        check_setting("weight_decay", weight_decay)
+        self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
+        self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
-        self._coefficients: Tensor | None = None
+        self._last_adapted = 0
+        self._rejected = 0
         self._clip_ratio: Tensor | None = None
+        if model_fraction is None:
+            model_fraction = 1 / 8 if self._adapts_steps else 1 / 4
         super().__init__(
             model,
             likelihood,
@@ -82,112 +164,121 @@ class NaturalGradient(CurvatureOptimizer):
         )
 
     @property
-    def damping(self) -> Damping:
-        """The damping of the next inverse, without the weight decay."""
-        return self._rule.damping(self._lambda) if isinstance(self._rule, LevenbergMarquardt) else self._rule
+    def damping(self) -> Damping | None:
+        """The damping of the next inverse, without the weight decay; None if it adapts and has not started yet."""
+        if not isinstance(self._rule, LevenbergMarquardt):
+            return self._rule
+        return None if self._lambda is None else self._rule.damping(self._lambda)
 
     def _needs_batch(self) -> bool:
-        return self._adapts_damping or self._clip is not None
+        if self._adapts_steps:
+            return True
+        return (isinstance(self._rule, LevenbergMarquardt) or self._clip is not None) and self._updates_curvature
 
     def _damping(self) -> Damping:
-        return self.damping
+        damping = self.damping
+        assert damping is not None
+        return damping
 
     def _make_step(self) -> None:
+        gradient = self._gradient()
+        batch = self._propagated_batch()
+        if self._lambda is None:
+            self._lambda = self._curvature_along(gradient)
         self._adapt()
         self._renew()
-        gradient = self._gradient()
         if gradient:
-            self._step_naturally(gradient)
+            self._take(self._adaptive_step(gradient) if self._adapts_steps else self._fixed_step(gradient, batch))
         self._step_plainly()
 
     def _adapt(self) -> None:
         """Change the damping by the last reduction ratio, as soon as it has arrived."""
-        if self._ratio is not None and (ratio := self._ratio.value()) is not None:
-            assert isinstance(self._rule, LevenbergMarquardt)
-            self._ratio = None
-            self._lambda = float(self._rule.updated(self._lambda, ratio))
+        rule = self._rule
+        if self._ratio is None or not isinstance(rule, LevenbergMarquardt) or self._lambda is None:
+            return
+        if (ratio := self._ratio.value()) is None:
+            return
+        self._ratio = None
+        if self._steps - self._last_adapted >= rule.every:
+            self._lambda, self._last_adapted = float(rule.updated(self._lambda, ratio)), self._steps
+        self._rejected = 0 if ratio > 0 else self._rejected + 1
+        if self._rejected == _PATIENCE:
+            warn(
+                f"the last {_PATIENCE} steps were not made, because each would have increased the loss of the batch; the "
+                f"damping is {self._lambda:.3g}. If the loss is not the mean negative log-likelihood of {self.likelihood}, "
+                "correct either of them; otherwise training may have converged, or the batches are too small for "
+                "model_fraction."
+            )
 
-    def _step_naturally(self, gradient: Vector) -> None:
-        rates, momenta = self._settings("lr"), self._settings("momentum")
-        largest = max((rates[p] for p in gradient), default=0.0)
-        relative = {p: rates[p] / largest if largest else 0.0 for p in gradient}
-        direction = {p: v.mul_(-relative[p]) for p, v in self._solved(gradient).items()}
+    def _adaptive_step(self, gradient: Vector) -> Vector:
+        """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
+        rates = self._settings("lr")
+        direction = {p: v.neg_() for p, v in self._solved(gradient).items()}
         last = {p: self.state[p]["last_step"] for p in direction if "last_step" in self.state[p]}
-        model = self._measured(gradient, direction, last)
-        if self._adapts_steps:
-            step, used = self._adapted(model, direction, last, largest)
-        else:
-            scale = self._clipping(model, gradient, direction, largest)
-            step = {p: v.mul(scale * largest) for p, v in direction.items()}
-            for p, v in last.items():
-                step[p].add_(v, alpha=momenta[p])
-            used = [scale * largest, momenta[next(iter(direction))]]
-        if model is not None and self._adapts_damping:
-            coefficients = (
-                model.slopes.new_tensor([])
-                if not used
-                else torch.stack(
-                    [
-                        torch.as_tensor(c, dtype=model.slopes.dtype, device=model.slopes.device)
-                        for c in used[: model.slopes.shape[1]]
-                    ]
-                )
-            )
-            first = torch.zeros(1, dtype=torch.long, device=model.slopes.device)
-            self._ratio = Arriving(model.ratio(step, coefficients, first))
-        self._take(step)
-
-    def _measured(self, gradient: Vector, direction: Vector, last: Vector) -> StepModel | None:
-        """Return the quadratic model of this step, if the batch was observed."""
-        batch = self._batch
-        if batch is None:
-            return None
-        if batch.gradient is None:
-            raise RuntimeError(
-                "the loss was not propagated back through the outputs that update_curvature got. Call it between the forward "
-                "and the backward pass, with the outputs from which the loss is computed."
-            )
-        self._require(*batch.check())
-        damping = self._lambda if self._adapts_damping else 0.0
-        decays = self._settings("weight_decay")
-        return StepModel(batch, self._names, gradient, [direction], last, damping, decays)
-
-    def _adapted(self, model, direction, last, lr):
-        if model is not None:
-            self._coefficients = model.minimum()[0][0]
-        if self._coefficients is None:
-            raise RuntimeError("call update_curvature in the first step")
-        c = self._coefficients
-        step = {p: v.mul(c[0] * lr) for p, v in direction.items()}
+        model = self._model_of(gradient, direction, last)
+        best = model.minimum()[0][0]
+        step = {p: v * best[0] for p, v in direction.items()}
         for p, v in last.items():
-            step[p].add_(v * c[-1])
-        return step, [c[0] * lr, c[-1]]
+            step[p] += best[1] * v
+        ratio = model.ratio(step, best, torch.zeros(1, dtype=torch.long, device=best.device))
+        self._ratio = Arriving(ratio)
+        return {p: torch.where(ratio > 0, v, 0.0) * rates[p] for p, v in step.items()}
 
-    def _clipping(self, model: StepModel | None, gradient: Vector, direction: Vector, lr: float) -> Tensor | float:
-        """Return the factor that shortens the step so that ``ν = vᵀFv + λ‖v‖² ≤ C``."""
-        if self._clip is None:
-            return 1.0
-        slope = -dot(gradient, direction)
+    def _fixed_step(self, gradient: Vector, batch: BatchModel | None) -> Vector:
+        """Return ``momentum · δ₀ + v``, with ``v`` clipped."""
+        rates, momenta = self._settings("lr"), self._settings("momentum")
+        direction = {p: v.mul_(-rates[p]) for p, v in self._solved(gradient).items()}
+        last = {p: self.state[p]["last_step"] for p in direction if "last_step" in self.state[p]}
+        last = {p: momenta[p] * v for p, v in last.items() if momenta[p]}
+        model = None if batch is None else self._model_of(gradient, direction, last)
+        step = direction
+        coefficients = [torch.ones((), dtype=torch.float64, device=v.device) for v in list(direction.values())[:1]]
+        if self._clip is not None:
+            scale = self._clipping(model, gradient, direction)
+            coefficients = [scale]
+            step = {p: v * scale for p, v in direction.items()}
+        for p, v in last.items():
+            step[p] = step[p] + v
+        if model is not None and isinstance(self._rule, LevenbergMarquardt):
+            both = torch.stack([*coefficients, *[torch.ones_like(coefficients[0]) for _ in range(bool(last))]])
+            self._ratio = Arriving(model.ratio(step, both, torch.zeros(1, dtype=torch.long, device=both.device)))
+        return step
+
+    def _model_of(self, gradient: Vector, direction: Vector, last: Vector) -> StepModel:
+        assert self._batch is not None and self._lambda is not None
+        decays = self._settings("weight_decay")
+        model = StepModel(self._batch, self._names, gradient, [direction], last, self._lambda, decays, self._passes)
+        self._require(*self._batch.check())
+        return model
+
+    def _clipping(self, model: StepModel | None, gradient: Vector, direction: Vector) -> Tensor:
+        """Return the factor, at most 1, with which ``ν ≤ C``."""
+        assert self._clip is not None
+        decrease = -dot(gradient, direction)
         if model is not None:
-            self._clip_ratio = model.curvature[0, 0, 0] / slope
+            self._clip_ratio = model.curvature[0, 0, 0] / decrease
         assert self._clip_ratio is not None
-        size = lr**2 * self._clip_ratio * slope
+        size = self._clip_ratio * decrease
         return torch.where(size > self._clip, (self._clip / size).sqrt(), 1.0)
 
     def _advice(self) -> str:
-        if self._adapts_damping:
-            return "Use a larger initial damping: damping=kl.damping.LevenbergMarquardt(initial=...), or a smaller lr."
-        return "Use a smaller lr, a larger damping, or kl_clip."
+        if self._adapts_steps:
+            return (
+                "If training has diverged, start with a larger damping, "
+                "damping=kl.damping.LevenbergMarquardt(initial=...), or use larger batches or a larger model_fraction."
+            )
+        return "If training has diverged, use a smaller lr, a larger damping, or a smaller kl_clip."
 
     def _more_state(self) -> dict[str, Any]:
         return {
             "damping": self._lambda,
-            "coefficients": self._coefficients,
+            "last_adapted": self._last_adapted,
+            "rejected": self._rejected,
             "clip_ratio": self._clip_ratio,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
-        self._lambda, self._coefficients = state["damping"], state["coefficients"]
-        self._clip_ratio = state["clip_ratio"]
+        self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
+        self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

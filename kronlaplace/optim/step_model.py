@@ -17,7 +17,8 @@ __all__ = ["StepModel", "dot"]
 class StepModel:
     """Quadratic model ``M(δ)`` of the objective for steps ``δ = αΔ + μδ₀``, with the exact Fisher of part of a batch.
 
-    For ``m`` candidates ``Δ`` there are ``m`` models of ``k`` coefficients: ``(α, μ)``, or ``α`` alone if there is no last step.
+    If the loss is the mean negative log-likelihood up to a factor, such as a mean over tokens, the model is without it. For
+    ``m`` candidates ``Δ`` there are ``m`` models of ``k`` coefficients: ``(α, μ)``, or ``α`` alone if there is no last step.
 
     Args:
         batch: The batch, whose loss has been propagated back.
@@ -27,7 +28,7 @@ class StepModel:
         last: The last step ``δ₀``; empty if there is none.
         damping: ``λ``.
         decays: The weight decay ``η`` of each parameter.
-        factor: By which factor ``h`` is larger than the mean negative log-likelihood; the model is that of ``h`` divided by it.
+        passes: Number of passes of the step, with gradient accumulation.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class StepModel:
         last: Vector,
         damping: float,
         decays: Mapping[nn.Parameter, float],
-        factor: Tensor | float = 1.0,
+        passes: int = 1,
     ) -> None:
         self._batch, self._names, self._decays = batch, names, decays
         vectors = [*candidates]
         if last:
             vectors.append({p: last.get(p, torch.zeros_like(v)) for p, v in candidates[0].items()})
-        fisher, slopes = batch.products([self._by_name(v) for v in vectors])
+        whole = torch.stack([dot(gradient, v) for v in vectors])
+        fisher, slopes = batch.products([self._by_name(v) for v in vectors], whole, passes)
         products: dict[tuple[int, int], Tensor] = {}
         for i, u in enumerate(vectors):
             for j, v in enumerate(vectors[: i + 1]):
@@ -54,7 +56,7 @@ class StepModel:
         members = [[i, len(candidates)] if last else [i] for i in range(len(candidates))]
         self.curvature = _submatrices(fisher + added, members)
         """``C_ij = v_iᵀFv_j + (λ + η) v_iᵀv_j`` of each model, shape ``(m, k, k)``."""
-        self.slopes = _parts(torch.stack([dot(gradient, v) for v in vectors]) / factor, members)
+        self.slopes = _parts(whole / batch.factor, members)
         """``d_i = ∇hᵀv_i`` of each model with the gradient of the whole batch, shape ``(m, k)``."""
         self._part_slopes = _parts(slopes, members)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.blocks.eigendecomposition import Eigen, eigendecompose_symmetric
-from kronlaplace.damping import Damping
+from kronlaplace.damping import Damping, Tikhonov
 from kronlaplace.optim.chain_accumulation import CrossMoments
 
 __all__ = ["TridiagonalInverse"]
@@ -196,9 +196,9 @@ def _parts(
     blocks: Sequence[KroneckerBlock], cross: Sequence[CrossMoments], dampings: Sequence[Damping]
 ) -> dict[str, dict[str, Tensor]]:
     """Compute the tensors of the inverse, by layer."""
-    for block, damping in zip(blocks, dampings, strict=True):
-        if damping.is_zero:
-            damping.invert(block)  # refuses singular blocks
+    undamped = {block.name: block for block, damping in zip(blocks, dampings, strict=True) if damping.is_zero}
+    if undamped:
+        Tikhonov(0.0).invert_all(undamped)  # refuses singular blocks
     gradients, activations = _damped(blocks, dampings)
     gradient_links = [_Link(*pair, link.gradient) for pair, link in zip(pairwise(gradients), cross, strict=True)]
     activation_links = [_Link(*pair, link.activation) for pair, link in zip(pairwise(activations), cross, strict=True)]

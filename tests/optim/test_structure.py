@@ -62,6 +62,19 @@ def test_a_step_is_that_of_the_dense_fisher(sizes, bias, decay):
     assert_close(change, -0.5 * torch.linalg.solve(fisher, gradient), 1e-8)
 
 
+def test_part_of_a_batch():
+    """The moments of all kinds are those of the same examples."""
+    model, x, y = chain((4, 3, 2)), torch.randn(20, 4).double(), torch.randn(20, 2).double()
+    with optimizer_of(model, curvature_fraction=0.4) as optimizer:
+        blocks, cross = blocks_of(*moments(model, x[:8]))
+        before = matrices(model)
+        step(optimizer, model, x, y)
+    gradient = torch.cat([g.flatten() for g in matrices(model, lambda p: p.grad)])
+    change = torch.cat([(w - v).flatten() for w, v in zip(matrices(model), before, strict=True)])
+    fisher = dense_fisher_of([damped(block, 0.1) for block in blocks], cross)
+    assert_close(change, -0.5 * torch.linalg.solve(fisher, gradient), 1e-8)
+
+
 def test_groups_have_their_own_weight_decay():
     model, x, y = chain((4, 3, 2)), torch.randn(20, 4).double(), torch.randn(20, 2).double()
     before = matrices(model)
@@ -131,6 +144,24 @@ def test_a_run_that_is_killed_and_resumed(structure):
             step(optimizer, resumed, x, y)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("structure", BOTH)
+def test_inverses_in_the_background(structure):
+    """An inverse is of the moments at its step, however late it comes: the first is as without a background."""
+    model, other = chain((4, 3, 2)), chain((4, 3, 2))
+    other.load_state_dict(model.state_dict())
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
+    for network, asynchronous in ((model, False), (other, True)):
+        with optimizer_of(network, structure, invert_every=100, invert_async=asynchronous) as optimizer:
+            for _ in range(3):
+                step(optimizer, network, x, y)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with optimizer_of(model, structure, invert_async=True, lr=0.1) as optimizer:
+        for _ in range(30):
+            step(optimizer, model, x, y)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("saved", BOTH)
