@@ -1,4 +1,7 @@
-"""Second-order optimizers of other libraries, each with the reason if it cannot be had here."""
+"""Second-order optimizers of other libraries, each with the reason if it cannot be had here.
+
+The extra `peers` installs them. K-FAC is that of ASDL (`asdfghjkl` on the registry); kfac-pytorch is on no registry.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,7 @@ def grid(**values):
 PEERS = {
     "Muon": Optimizer(
         muon,
-        grid(lr=(1e-3, 3e-3, 1e-2), adam_lr=(1e-3, 3e-3)),
+        grid(lr=(3e-3, 1e-2, 3e-2), adam_lr=(1e-3,)),
         "" if hasattr(torch.optim, "Muon") else "this torch has no Muon",
     ),
     "SOAP": Optimizer(
