@@ -5,7 +5,6 @@ The Fisher is the **mean over examples**; multiply by ``n_examples`` to get the 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kronlaplace._storage import load_tensors, save_tensors
-from kronlaplace.blocks import Block, KroneckerBlock, block_from_tensors, decompose
+from kronlaplace.blocks import Block, block_from_tensors, decompose
+from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.fisher.coverage import Coverage
 from kronlaplace.fisher.provenance import FisherMetadata
 
@@ -42,7 +42,7 @@ class KroneckerFisher(Mapping[str, Block]):
         metadata: FisherMetadata | None = None,
         statistics: Tensor | None = None,
     ) -> None:
-        self._blocks = _with_least_trace(blocks)
+        self._blocks = with_least_trace(blocks)
         self.n_examples = n_examples
         """Number of examples ``N`` over which the mean was taken."""
         self._metadata = metadata
@@ -218,21 +218,3 @@ class KroneckerFisher(Mapping[str, Block]):
             ValueError: If the file was not written by `save`, or is damaged.
         """
         return cls.from_tensors(*load_tensors(path, "fisher", device))
-
-
-def _with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
-    """Return the blocks with the least trace in their network set; those that have it keep it, even in a subset."""
-    kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
-    if not kronecker:
-        return dict(blocks)
-    traces = torch.cat([block.group_traces().detach().to(kronecker[0].scale) for block in kronecker])
-    # Ignore layers that receive no gradient; rounding may leave them a tiny trace.
-    some = traces > torch.finfo(traces.dtype).eps ** 2 * traces.amax()
-    least = torch.where(some, traces, torch.inf).amin()
-    result = {}
-    for name, block in blocks.items():
-        if block.least_trace is None and not block.shares_weights_over_space:
-            block = copy.copy(block)
-            block.least_trace = least.to(block.device)
-        result[name] = block
-    return result

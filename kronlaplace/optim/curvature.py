@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block
+from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
@@ -141,12 +142,13 @@ class TrainingCurvature:
         """Let the next `update` begin a new batch."""
         if self._of_step:
             self._of_last_step, self._accumulates = self._of_step, self._passes > 1
+            self.accumulation.end_step()
         self._of_step = self._passes = 0
 
     def blocks(self) -> dict[str, Block]:
         """Return the blocks as they are now."""
         self.accumulation.refresh()
-        return self.accumulation.so_far()
+        return with_least_trace(self.accumulation.so_far())
 
     def _make_room(self, batch_size: int) -> None:
         """Reduce the weight of everything seen so far, so that the batch fits under the largest total weight."""
