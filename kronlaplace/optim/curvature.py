@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks import Block
-from kronlaplace.blocks.least_trace import with_least_trace
+from kronlaplace.blocks import Block, with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
