@@ -115,6 +115,10 @@ class Accumulation:
                 self.estimators[name].end_batch(state, batches[name])
         self.weight += n_examples
 
+    def end_step(self) -> None:
+        """Note that a step of training ends; the sums over batches do not depend on it."""
+        return
+
     def merge(self, other: Accumulation) -> None:
         """Add what another accumulation of the same estimator, layers and pass has seen."""
         for name, estimator in self.estimators.items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks import Block, with_least_trace
+from kronlaplace.blocks import Block
+from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
@@ -141,6 +142,7 @@ class TrainingCurvature:
         """Let the next `update` begin a new batch."""
         if self._of_step:
             self._of_last_step, self._accumulates = self._of_step, self._passes > 1
+            self.accumulation.end_step()
         self._of_step = self._passes = 0
 
     def blocks(self) -> dict[str, Block]:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kronlaplace._arguments import positive_number, warn
+from kronlaplace._arguments import Choice, choice, positive_number, warn
 from kronlaplace.damping import Damping, LevenbergMarquardt
-from kronlaplace.estimators import Estimator
+from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
 from kronlaplace.optim.parameters import PlainSGD
 from kronlaplace.optim.period import Period
 from kronlaplace.optim.step_model import StepModel, dot
-from kronlaplace.optim.structure import Structure
+from kronlaplace.optim.structure import Structure, structure_of
 
-__all__ = ["NaturalGradient"]
+__all__ = ["Averaging", "NaturalGradient"]
+
+
+class Averaging(Choice):
+    """What is averaged over the batches: the factors as they are, or damped in each step."""
+
+    UNDAMPED = "undamped"
+    DAMPED = "damped"
+
 
 _ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
 _CURVATURE_EVERY = Period(10, growth=0.1)
@@ -59,7 +69,7 @@ class NaturalGradient(CurvatureOptimizer):
     `start_from` gives the averages a start, and `IterateAverage` averages the weights.
 
     **TKFAC's Algorithm 1** is ``estimator="tkfac"`` with ``damping=kl.damping.TraceRestricted(λ)`` (Eq. 5.15) or
-    ``TraceRestrictedAuto(ν)`` (Eq. 5.16 and 5.17), ``momentum=0.9``, ``kl_clip=None``.
+    ``TraceRestrictedAuto(ν)`` (Eq. 5.16 and 5.17), ``averaging="damped"``, ``momentum=0.9``, ``kl_clip=None``.
 
     Batch norm and dropout run in training mode. The gradients behind the factors come from the backward pass of the batch,
     in which batch norm couples the examples.
@@ -82,13 +92,16 @@ class NaturalGradient(CurvatureOptimizer):
         curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
         invert_every: Number of steps between two inversions, exactly, or a `Period`.
         ema_decay: Decay ``ξ`` of the moving averages, from 0 to 1 (excluded); the first batches are averaged evenly.
+        averaging: What is averaged over the batches: ``"undamped"`` factors, which are damped when they are inverted (KFC
+            Eq. 33), or factors that are ``"damped"`` in each step (TKFAC Eq. 5.18 and 5.19), for which the damping must be
+            a fixed one of factors and the estimator one of ``"kfac"``, ``"tkfac"``, and ``"sua"``.
         sampling: Where the labels of the Fisher come from: ``"mc"``, ``"exact"``; see `estimate_fisher`.
         mc_samples: Number of label draws per example.
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
-            adaptive steps (K-FAC), and 1/4 for the clip (KFC).
+            adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
             replace the old ones when they are ready. When that is depends on the machine, so runs do not repeat exactly.
         seed: Seed of the label draws.
@@ -114,6 +127,7 @@ class NaturalGradient(CurvatureOptimizer):
         curvature_every: int | Period = _CURVATURE_EVERY,
         invert_every: int | Period = _INVERT_EVERY,
         ema_decay: float = 0.95,
+        averaging: Averaging | str = "undamped",
         sampling: Sampling | str = "mc",
         mc_samples: int = 1,
         layers: Sequence[str] | str | None = None,
@@ -143,6 +157,10 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip_ratio: Tensor | None = None
         if model_fraction is None:
             model_fraction = 1 / 8 if self._adapts_steps else 1 / 4
+        if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
+            decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
+            structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
+            structure = DampedBlockDiagonal(structure, estimator, rule, lambda: cast(Decays, decays())())
         super().__init__(
             model,
             likelihood,

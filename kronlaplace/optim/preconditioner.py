@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from kronlaplace.damping import Damping
 from kronlaplace.damping.solvers import Solver, solver_from_tensors
 from kronlaplace.optim.background import Background
 
-__all__ = ["BlockDiagonalInverse", "Inverse", "Renewal", "block_diagonal_inverse"]
+__all__ = ["BlockDiagonalInverse", "Inverse", "InverseInProgress", "Renewal", "block_diagonal_inverse"]
 
 
 class Inverse(Protocol):
@@ -54,66 +55,144 @@ class BlockDiagonalInverse:
         )
 
 
+class InverseInProgress:
+    """An inverse that is computed, perhaps not finished, and not yet checked.
+
+    Args:
+        settle: Function that finishes it.
+        ready: Function that tells whether ``settle`` would not wait for a device; by default it never would.
+    """
+
+    def __init__(self, settle: Callable[[], Inverse], ready: Callable[[], bool] = lambda: True) -> None:
+        self._settle = settle
+        self.ready = ready
+        self._inverse: Inverse | None = None
+
+    def settle(self) -> Inverse:
+        """Return the inverse; this waits for the device if it is not ready.
+
+        Raises:
+            ValueError: If a block cannot be inverted, naming its layer.
+        """
+        if self._inverse is None:
+            self._inverse = self._settle()
+        return self._inverse
+
+
 def block_diagonal_inverse(
     blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
-) -> BlockDiagonalInverse:
-    """Invert all blocks, equal sizes together.
+) -> InverseInProgress:
+    """Begin to invert all blocks, equal sizes together.
 
     Args:
         blocks: The blocks by layer.
         damping: The damping.
         added: A number by layer that is added to the damping, such as the weight decay.
 
-    Raises:
-        ValueError: If a block is singular and the damping zero, or for NaN or infinite entries; the message names the layer.
+    Returns:
+        The inverse; to settle it raises a ValueError if a block is singular and the damping zero, or for NaN or infinite
+        entries, naming the layer.
     """
-    solvers: dict[str, Solver] = {}
+    parts = []
     for amount in dict.fromkeys(added[name] for name in blocks):
         some = {name: block for name, block in blocks.items() if added[name] == amount}
-        solvers.update(damping.with_added(amount).solvers(some))
-    return BlockDiagonalInverse(solvers)
+        parts.append(damping.with_added(amount).begin_solvers(some))
+    return InverseInProgress(
+        lambda: BlockDiagonalInverse({name: solver for part in parts for name, solver in part.settle().items()}),
+        lambda: all(part.ready() for part in parts),
+    )
 
 
 class Renewal:
     """The current inverse, and the one that will replace it.
 
+    A new inverse replaces the old one when it is ready: on the CPU at once, unless there is a background, and on an
+    accelerator in one of the next steps, so that no step waits for it. Only the first is waited for.
+
     Args:
-        background: Where inverses are computed while training goes on; None computes them at once.
+        background: Where inverses are computed beside the training, or None.
     """
 
-    def __init__(self, background: Background[Inverse] | None) -> None:
+    def __init__(self, background: Background[InverseInProgress] | None) -> None:
         self.inverse: Inverse | None = None
         """The current inverse, or None before the first."""
         self._background = background
+        self._computation: Callable[[], InverseInProgress] | None = None  # kept, with its tensors, while it is computed
+        self._next: InverseInProgress | None = None
 
-    def begin(self, compute: Callable[[], Inverse]) -> None:
-        """Compute a new inverse: the first at once, later ones in the background if there is one.
+    @property
+    def busy(self) -> bool:
+        """Whether a new inverse is being computed, so that another one cannot begin."""
+        return self._next is not None or self._computation is not None
 
-        A request is dropped while the one before it is being computed.
+    def begin(self, compute: Callable[[], InverseInProgress]) -> None:
+        """Compute a new inverse; only if none is being computed.
 
         Raises:
-            ValueError: As ``compute``; the old inverse stays.
+            ValueError: If a block cannot be inverted, naming its layer; the old inverse stays.
         """
-        if self._background is None or self.inverse is None:
-            self.inverse = compute()
-        elif not self._background.pending:
-            self._background.submit(compute)
+        assert not self.busy
+        if self.inverse is None:
+            self.inverse = compute().settle()
+        elif self._background is None:
+            self._next = compute()
+            self.swap()
+        else:
+            self._computation = compute
+            self._background.submit(lambda: _begun(compute))
 
     def swap(self) -> None:
-        """Take over the inverse that the background has finished, if any; never waits for one.
+        """Take over the next inverse if it is ready; never waits for one.
 
         Raises:
-            ValueError: If its computation failed.
+            ValueError: If it could not be computed, naming the layer; the old inverse stays.
         """
-        if self._background is not None and (finished := self._background.result()) is not None:
-            self.inverse = finished
+        if self._background is not None and self._computation is not None:
+            self._receive(self._background.result)
+        if self._next is not None and self._next.ready():
+            self._take()
 
     def wait(self) -> None:
-        """Take over the inverse that is being computed, if any, after waiting for it."""
-        if self._background is not None and (finished := self._background.wait()) is not None:
-            self.inverse = finished
+        """Take over the next inverse, if any, after waiting for it.
+
+        Raises:
+            ValueError: As `swap`.
+        """
+        if self._background is not None and self._computation is not None:
+            self._receive(self._background.wait)
+        if self._next is not None:
+            self._take()
+
+    def restore(self, inverse: Inverse | None) -> None:
+        """Replace the current inverse, and drop the next one."""
+        if self._background is not None:
+            with suppress(Exception):  # of a computation that is dropped
+                self._background.wait()
+        self.inverse, self._next, self._computation = inverse, None, None
+
+    def _receive(self, result: Callable[[], InverseInProgress | None]) -> None:
+        try:
+            self._next = result()
+        except Exception:
+            self._computation = None
+            raise
+        if self._next is not None:
+            self._computation = None
+
+    def _take(self) -> None:
+        assert self._next is not None
+        following, self._next = self._next, None
+        self.inverse = following.settle()
 
     def close(self) -> None:
         """Wait for the background and stop it."""
         if self._background is not None:
             self._background.close()
+
+
+def _begun(compute: Callable[[], InverseInProgress]) -> InverseInProgress:
+    """Begin an inverse, and finish it if nothing has to be waited for, as in a thread."""
+    begun = compute()
+    if begun.ready():
+        begun.settle()
+    return begun

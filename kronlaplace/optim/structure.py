@@ -15,7 +15,12 @@ from kronlaplace.layers import Layer
 from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.optim.chain import find_chain
 from kronlaplace.optim.chain_accumulation import ChainAccumulation
-from kronlaplace.optim.preconditioner import BlockDiagonalInverse, Inverse, block_diagonal_inverse
+from kronlaplace.optim.preconditioner import (
+    BlockDiagonalInverse,
+    Inverse,
+    InverseInProgress,
+    block_diagonal_inverse,
+)
 from kronlaplace.optim.tridiagonal import TridiagonalInverse
 
 __all__ = ["BlockDiagonal", "BlockTridiagonal", "Structure", "structure_of"]
@@ -48,8 +53,8 @@ class Structure(ABC):
     @abstractmethod
     def inversion(
         self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
-    ) -> Callable[[], Inverse]:
-        """Return a function that computes the inverse as the accumulation is now, whatever happens to it meanwhile.
+    ) -> Callable[[], InverseInProgress]:
+        """Return a function that begins to compute the inverse as the accumulation is now, whatever happens to it meanwhile.
 
         Args:
             accumulation: The accumulation.
@@ -81,7 +86,7 @@ class BlockDiagonal(Structure):
 
     def inversion(
         self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
-    ) -> Callable[[], Inverse]:
+    ) -> Callable[[], InverseInProgress]:
         return lambda: block_diagonal_inverse(blocks, damping, added)
 
     def inverse_from(self, tensors: Mapping[str, Mapping[str, Any]]) -> Inverse:
@@ -112,11 +117,16 @@ class BlockTridiagonal(Structure):
 
     def inversion(
         self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
-    ) -> Callable[[], Inverse]:
+    ) -> Callable[[], InverseInProgress]:
         assert isinstance(accumulation, ChainAccumulation)
         chain = [block for name in accumulation.chain if isinstance(block := blocks[name], KroneckerBlock)]
         cross, dampings = accumulation.cross_moments(), [damping.with_added(added[block.name]) for block in chain]
-        return lambda: TridiagonalInverse(chain, cross, dampings)
+
+        def compute() -> InverseInProgress:
+            inverse = TridiagonalInverse(chain, cross, dampings)
+            return InverseInProgress(lambda: inverse)
+
+        return compute
 
     def inverse_from(self, tensors: Mapping[str, Mapping[str, Any]]) -> Inverse:
         return TridiagonalInverse.from_tensors(tensors)
