@@ -15,9 +15,10 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
+from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.batch_model import BatchModel
-from kronlaplace.optim.parameters import PlainSGD
+from kronlaplace.optim.checks import check_setting
+from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.preconditioner import InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
@@ -191,7 +192,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
             self._renew()
         if gradient:
             self._take(self._best_step(gradient, batch))
-        self._step_plainly()
+        step_plainly(self.param_groups, self.state, self._finite)
 
     def _adapt(self) -> None:
         """Change ``λ`` by the last reduction ratio, as soon as it is there."""
@@ -221,7 +222,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         directions = [{p: v.neg() for p, v in self._solved(gradient, one).items()} for one in inverses]
         last = {p: self.state[p]["last_step"] for p in directions[0] if self._momentum and "last_step" in self.state[p]}
         decays = self._settings("weight_decay")
-        model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, self._passes)
+        model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, len(self._passes))
         self._require(*batch.check())
         coefficients, lowest = model.minimum()
         if tries and self._choice is None:
