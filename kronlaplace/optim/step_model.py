@@ -51,7 +51,7 @@ class StepModel:
         products: dict[tuple[int, int], Tensor] = {}
         for i, u in enumerate(vectors):
             for j, v in enumerate(vectors[: i + 1]):
-                products[i, j] = products[j, i] = damping * dot(u, v) + self._decayed(u, v)
+                products[i, j] = products[j, i] = self._weighted(u, v, damping)
         added = torch.stack([torch.stack([products[i, j] for j in range(len(vectors))]) for i in range(len(vectors))])
         members = [[i, len(candidates)] if last else [i] for i in range(len(candidates))]
         self.curvature = _submatrices(fisher + added, members)
@@ -76,20 +76,22 @@ class StepModel:
             candidate: The number of its candidate, shape ``(1,)``.
         """
         curvature, slopes = (t.index_select(0, candidate).squeeze(0) for t in (self.curvature, self._part_slopes))
-        shift = self._decayed({p: p.detach() for p in step}, step)  # of weight decay, to first order
+        shift = self._weighted({p: p.detach() for p in step}, step)  # of weight decay, to first order
         predicted = predicted_change(curvature, slopes, coefficients) + shift
-        change = self._batch.change(self._by_name(step)) + shift + self._decayed(step, step) / 2
+        change = self._batch.change(self._by_name(step)) + shift + self._weighted(step, step) / 2
         return reduction_ratio(change, predicted)
 
     def _by_name(self, vector: Vector) -> dict[str, Tensor]:
         return {self._names[p]: v for p, v in vector.items()}
 
-    def _decayed(self, u: Vector, v: Vector) -> Tensor:
-        """Return ``Σ η uᵀv`` over the parameters."""
-        rates = sorted({self._decays[p] for p in v})
-        return torch.stack(
-            [eta * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}) for eta in rates]
-        ).sum()
+    def _weighted(self, u: Vector, v: Vector, damping: float = 0.0) -> Tensor:
+        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim."""
+        factors = {eta: damping + eta for eta in sorted({self._decays[p] for p in v})}
+        terms = [torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)]
+        for eta, factor in factors.items():
+            if factor:
+                terms.append(factor * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}))
+        return torch.stack(terms).sum()
 
 
 def dot(u: Vector, v: Vector) -> Tensor:
