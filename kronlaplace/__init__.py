@@ -53,6 +53,7 @@ from kronlaplace.likelihoods.links import Link
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.forward import find_layout
 from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.optim.adaptive_kfac import AdaptiveKFAC
 from kronlaplace.optim.growing_batches import GrowingBatches
 from kronlaplace.optim.iterate_average import IterateAverage
 from kronlaplace.optim.natural_gradient import NaturalGradient
@@ -119,6 +120,7 @@ __all__ = [
     "GrowingBatches",
     "IterateAverage",
     "NaturalGradient",
+    "AdaptiveKFAC",
     "Period",
     "PlainSGD",
     "damping",

@@ -29,6 +29,9 @@ from kronlaplace.optim.structure import Structure, structure_of
 
 __all__ = ["CurvatureOptimizer"]
 
+_FEWEST = 32
+"""Number of examples on which exact products are computed at least, if the batch has that many."""
+
 _NO_CURVATURE = (
     "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
     "forward pass of the model and the backward pass of the loss."
@@ -163,10 +166,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         if self._needs_batch() or self._steps == 0:
             self._batch = BatchModel(
-                self._model, self.likelihood, arguments, outputs, self._model_fraction, targets=targets
+                self._model, self.likelihood, arguments, outputs, self._fraction_of(len(outputs)), targets=targets
             )
         self._curvature.observer.clear()
         self._curvature.arguments = None
+
+    def _fraction_of(self, n_examples: int) -> float:
+        """Return the fraction of a batch for exact products, which is larger for small batches."""
+        return min(1.0, max(self._model_fraction, _FEWEST / n_examples))
 
     @property
     def _updates_curvature(self) -> bool:
@@ -245,15 +252,23 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         return self._batch
 
+    def _required_batch(self) -> BatchModel:
+        """Return the batch, whose loss has been propagated back.
+
+        Raises:
+            RuntimeError: If there is none, or its loss has not been propagated back.
+        """
+        if (batch := self._propagated_batch()) is None:
+            raise RuntimeError(_NO_CURVATURE)
+        return batch
+
     def _curvature_along(self, direction: Vector) -> float:
         """Return ``vᵀFv / vᵀv`` with the exact Fisher of part of the batch; waits for the device.
 
         Raises:
-            RuntimeError: If there is no batch.
+            RuntimeError: As `_required_batch`.
         """
-        batch = self._propagated_batch()
-        if batch is None:
-            raise RuntimeError(_NO_CURVATURE)
+        batch = self._required_batch()
         size = torch.stack([v.square().sum(dtype=torch.float64) for v in direction.values()]).sum()
         matrix, _ = batch.products([{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), self._passes)
         return float(matrix[0, 0] / size)

@@ -101,7 +101,7 @@ class NaturalGradient(CurvatureOptimizer):
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
-            adaptive steps (K-FAC), and 1/4 for the clip (KFC).
+            adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
             replace the old ones when they are ready. When that is depends on the machine, so runs do not repeat exactly.
         seed: Seed of the label draws.
