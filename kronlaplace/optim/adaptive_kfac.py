@@ -18,7 +18,7 @@ from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.parameters import PlainSGD
-from kronlaplace.optim.preconditioner import Inverse
+from kronlaplace.optim.preconditioner import Inverse, InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
 
@@ -126,6 +126,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         if damping.initial is not None:
             self._start(damping.initial)
         self._ratio: Arriving | None = None
+        self._begun: list[tuple[float, InverseInProgress]] = []
         self._candidates: list[tuple[float, Inverse]] = []
         self._choice: Arriving | None = None
         super().__init__(
@@ -164,10 +165,10 @@ class AdaptiveKFAC(CurvatureOptimizer):
     def _damping(self) -> Damping:
         return self._rule.damping(self._gamma**2)
 
-    def _inversion(self, damping: Damping) -> Callable[[], Inverse]:
+    def _inversion(self, damping: Damping) -> Callable[[], InverseInProgress]:
         return self._inversion_of(self._curvature.blocks(), damping)
 
-    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], Inverse]:
+    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], InverseInProgress]:
         no_more = dict.fromkeys(blocks, 0.0)  # γ contains the weight decay
         return self._structure.inversion(self._curvature.accumulation, blocks, damping, no_more)
 
@@ -186,6 +187,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         self._renew()
         if self._steps and self._steps % self._adapt_factors_every == 0:
             self._try_factor_dampings()
+        self._settle_candidates()
         if gradient:
             self._take(self._best_step(gradient, batch))
         self._step_plainly()
@@ -197,17 +199,23 @@ class AdaptiveKFAC(CurvatureOptimizer):
             self._lambda = float(self._rule.updated(self._lambda, ratio))
 
     def _try_factor_dampings(self) -> None:
-        """Make the inverses for the candidates of ``γ``, of the blocks as they are now."""
+        """Begin the inverses for the candidates of ``γ``, of the blocks as they are now."""
         factors = (1.0, self._factor_decay, 1 / self._factor_decay)
-        blocks = self._curvature.blocks()
-        self._candidates = []
+        blocks, current = self._curvature.blocks(), self._renewal.inverse
+        assert current is not None
+        self._candidates, self._begun = [], []
         for gamma in [self._gamma * factor for factor in factors]:
-            if gamma == self._gamma and self._last_inversion == self._steps:
-                assert self._renewal.inverse is not None
-                self._candidates.append((gamma, self._renewal.inverse))
+            if gamma == self._gamma and self._last_inversion == self._steps and not self._renewal.busy:
+                self._begun.append((gamma, InverseInProgress(lambda: current)))
             else:
-                self._candidates.append((gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()))
+                self._begun.append((gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()))
         self._choice = None
+
+    def _settle_candidates(self) -> None:
+        """Take over the candidates' inverses as soon as all of them are ready."""
+        if self._begun and all(begun.ready() for _, begun in self._begun):
+            begun, self._begun = self._begun, []
+            self._candidates = [(gamma, one.settle()) for gamma, one in begun]
 
     def _choose(self) -> None:
         """Keep the best candidate for ``γ``, as soon as it is known on the host; all are solved with until then."""
@@ -256,7 +264,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         self._lambda, self._gamma = state["damping"], state["factor_damping"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])
-        self._candidates, self._choice = [], None
+        self._begun, self._candidates, self._choice = [], [], None
 
 
 def _chosen(parts: Sequence[Tensor], number: Tensor) -> Tensor:
