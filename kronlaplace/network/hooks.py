@@ -33,6 +33,10 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self._method)
 
+    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Hook:
+        """Return the hook of a `kronlaplace._replica.Replica`, which does nothing."""
+        return Hook(None, self._method)
+
 
 class WrittenOut:
     """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
@@ -69,3 +73,8 @@ class WrittenOut:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._module, "forward")
+
+    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Any:
+        """Return the module's usual forward pass, for a `kronlaplace._replica.Replica`."""
+        module = copy_module(self._module)
+        return types.MethodType(type(module).forward, module)
