@@ -41,8 +41,8 @@ class Replica:
     Every module is copied, including modules that are only reachable through plain attributes: lists, tuples, sets, dicts,
     bound methods, ``functools.partial``, closures, and simple objects. Anything that contains neither a module nor a
     parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
-    incorrectly are guarded (see `kronlaplace._memory_layout`). An object with a method ``for_replica`` is replaced by what it
-    returns, given the function that copies a module.
+    incorrectly are guarded (see `kronlaplace._memory_layout`). An object with a method ``for_replica`` is replaced by
+    what that returns, given the function that copies a module.
 
     Args:
         model: The network, which is not changed.

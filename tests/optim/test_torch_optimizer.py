@@ -677,6 +677,47 @@ def test_one_optimizer_after_another():
     bystander.close()
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.last = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(self.recurrent(x.view(-1, 2, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [network, Recurrent])
+def test_a_fisher_is_estimated_while_an_optimizer_watches(make):
+    """Before the first step, to start from it, and between steps."""
+    model, data = make(), batches(4)
+    expected = kl.estimate_fisher(model, data, "classification")
+    with kl.NaturalGradient(model, "classification", **FIXED) as optimizer:
+        fisher = kl.estimate_fisher(model, data, "classification")
+        optimizer.start_from(fisher, batch_size=12)
+        step(optimizer, model, *data[0])
+        after = kl.estimate_fisher(model, data, "classification")
+        step(optimizer, model, *data[1])
+    for name, block in expected.items():
+        assert torch.equal(fisher[name].to_dense(), block.to_dense())
+        assert not torch.equal(after[name].to_dense(), block.to_dense())
+
+
+@pytest.mark.parametrize("make", [network, Recurrent])
+def test_an_optimizer_is_made_again(make):
+    """As by running a notebook's cell twice: the new one is there before the old one goes."""
+    model = make()
+    optimizer = kl.NaturalGradient(model, "classification", **FIXED)
+    step(optimizer, model, *batches(1)[0])
+    optimizer = kl.NaturalGradient(model, "classification", **FIXED)
+    gc.collect()
+    before = values(model).clone()
+    step(optimizer, model, *batches(1)[0])
+    assert not torch.equal(values(model), before)
+    del optimizer
+    gc.collect()
+    assert hooks_of(model) == 0
+
+
 @BOTH
 def test_memory_of_a_pass_is_released(options):
     """After a step nothing holds the graph or the inputs of the batch."""
