@@ -44,7 +44,8 @@ class Replica:
     Every module is copied, including modules that are only reachable through plain attributes: lists, tuples, sets, dicts,
     bound methods, ``functools.partial``, closures, and simple objects. Anything that contains neither a module nor a
     parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
-    incorrectly are guarded (see `kronlaplace._memory_layout`).
+    incorrectly are guarded (see `kronlaplace._memory_layout`). An object with a method ``for_replica`` is replaced by
+    what that returns, given the function that copies a module.
 
     Args:
         model: The network, which is not changed.
@@ -134,6 +135,8 @@ class Replica:
             return self._tensor(value)
         if isinstance(value, Tensor) or depth == 0:
             return self._copies.get(id(value), value)
+        if hasattr(type(value), "for_replica"):
+            return value.for_replica(self._module)
         if isinstance(value, (list, tuple, set, frozenset)):
             return self._sequence(value, depth)
         if isinstance(value, Mapping):
