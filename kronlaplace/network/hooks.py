@@ -6,7 +6,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,9 @@ __all__ = ["Hook", "WrittenOut"]
 
 class Hook:
     """A hook that does not keep the observer alive and does nothing in copies of its module."""
+
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
 
     def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
         self._observer = None if observer is None else weakref.ref(observer)
@@ -36,6 +39,9 @@ class Hook:
 
 class WrittenOut:
     """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
+
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
 
     def __init__(
         self,
