@@ -5,7 +5,7 @@
 The network is 784-1000-500-250-30-250-500-1000-784 (ReLU, PyTorch's initial weights; with `--tanh` the papers' tanh network
 with 15 random connections into each unit), the loss the binary cross-entropy summed over pixels, mean over examples; 10,000
 digits, batches of 500. Every optimizer starts from the same weights and sees the same batches. The target is a smoothed
-loss (exponential moving average of the batches' losses, decay 0.9, corrected for its start).
+loss (exponential moving average of the batches' losses, decay 0.7, corrected for its start).
 
 First each optimizer with a grid is tuned: the settings with the fewest updates to the target, their time not counted. Then
 all are trained for some seconds of wall clock, in turn in one process, so that they share what the machine does meanwhile.

@@ -53,9 +53,10 @@ def table(logs, names, measure, target, seconds):
         ),
         Column("ms", "ms an update", 0),
     )
-    reference = next(
-        (log.reached(target)[1] for label, log in logs.items() if names[label] == measure.reference), math.nan
+    reference = min(
+        (log.reached(target)[1] for label, log in logs.items() if names[label] == measure.reference), default=math.inf
     )
+    reference = reference if reference < math.inf else math.nan
     rows = {}
     for label, log in logs.items():
         updates, to_target = log.reached(target)

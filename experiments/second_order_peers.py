@@ -1,4 +1,7 @@
-"""Second-order optimizers of other libraries, each with the reason if it cannot be had here."""
+"""Second-order optimizers of other libraries, each with the reason if it cannot be had here.
+
+The extra `peers` installs them. K-FAC is that of ASDL (`asdfghjkl` on the registry); kfac-pytorch is on no registry.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from contextlib import nullcontext
 from itertools import product
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from experiments.training import Optimizer, updater
 
@@ -36,11 +40,27 @@ def shampoo(model, problem, **settings):
     return updater(model, problem, optimizer)
 
 
+class _SinglePrecision(TorchFunctionMode):
+    """Keeps what asks for bfloat16 as it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+class Muon(getattr(torch.optim, "Muon", object)):
+    """Muon that iterates in single precision on the CPU, where bfloat16 can be tens of times slower."""
+
+    def step(self, closure=None):
+        is_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        with _SinglePrecision() if is_cpu else nullcontext():
+            return super().step(closure)
+
+
 def muon(model, problem, lr, adam_lr):
     """Train the matrices with Muon, and all else (biases, norms, convolutions' kernels) with Adam, as its authors do."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
     optimizers += [torch.optim.Adam(others, lr=adam_lr)] if others else []
     return updater(model, problem, *optimizers)
 
@@ -106,7 +126,7 @@ def grid(**values):
 PEERS = {
     "Muon": Optimizer(
         muon,
-        grid(lr=(1e-3, 3e-3, 1e-2), adam_lr=(1e-3, 3e-3)),
+        grid(lr=(3e-3, 1e-2, 3e-2), adam_lr=(1e-3,)),
         "" if hasattr(torch.optim, "Muon") else "this torch has no Muon",
     ),
     "SOAP": Optimizer(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from experiments.measure import seconds
 
-DECAY = 0.9
+DECAY = 0.7
 DIVERGED = 3.0
 
 
@@ -94,7 +94,7 @@ class Log:
 
     @property
     def smoothed(self):
-        """The exponential moving average of the losses with decay 0.9, corrected for its start at zero."""
+        """The exponential moving average of the losses with decay 0.7, corrected for its start at zero."""
         mean, means = 0.0, []
         for k, loss in enumerate(self.losses, 1):
             mean = DECAY * mean + (1 - DECAY) * loss

@@ -14,6 +14,7 @@ import copy
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,8 @@ _Object = TypeVar("_Object", nn.Module, Tensor)
 
 _STATE_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has; those that are containers (of hooks, for example) are always copied."""
+
+_CONTAINERS = (dict, OrderedDict, set, list)
 
 _DEPTH = 4
 """How deeply containers in a module's attributes are searched for modules and parameters."""
@@ -96,6 +99,11 @@ class Replica:
                 parts = copy.copy(value)
                 parts.update({key: self._tensor_or_module(part) for key, part in value.items()})
                 state[name] = parts
+                continue
+            if (
+                not value and name in _STATE_OF_ANY_MODULE and type(value) in _CONTAINERS
+            ):  # hooks that nobody registered
+                state[name] = type(value)()
                 continue
             state[name] = self._value(value, _DEPTH)
             if name in _STATE_OF_ANY_MODULE and state[name] is value and isinstance(value, (dict, set, list)):

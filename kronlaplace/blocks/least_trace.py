@@ -1,4 +1,4 @@
-"""The smallest trace of a Kronecker block in a network, by which a damping expands the blocks."""
+"""The least trace of the Kronecker blocks of a network, by which TKFAC expands its damping (TKFAC Eq. 5.17)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["with_least_trace"]
 
 
 def with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
-    """Return the blocks of a network with `Block.least_trace` set; those that have it keep it, even in a subset."""
+    """Return the blocks with the least trace in their network set; those that have it keep it, even in a subset."""
     kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
     if not kronecker:
         return dict(blocks)

@@ -237,6 +237,14 @@ def _geometry(module: Any) -> tuple[Any, ...]:
     return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
 
 
+REMEDY = (
+    "To go on, leave the module out with layers=[...] (names of the modules that get a block) or exclude=[...], freeze it "
+    'with requires_grad_(False) on those parameters, or pass unsupported="fixed". Its parameters then stay at their trained '
+    "values."
+)
+"""What a caller of `estimate_fisher` can do about a module without a block."""
+
+
 def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> str:
     lines = [
         f"  {name or '(the model itself)'} ({type(owners[name]).__name__}): {why}" for name, why in refusals.items()
@@ -244,10 +252,8 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
     return (
         "no block for\n"
         + "\n".join(lines)
-        + f"\nSupported types: {', '.join(kind.__name__ for kind in LAYERS)}. To go on, leave the module out with "
-        "layers=[...] (names of the modules that get a block) or exclude=[...], freeze it with "
-        'requires_grad_(False) on those parameters, or pass unsupported="fixed". Its parameters then stay at their trained '
-        "values. If your own type behaves like a supported one, register it: kl.register_layer(type, family)."
+        + f"\nSupported types: {', '.join(kind.__name__ for kind in LAYERS)}. {REMEDY} If your own type behaves "
+        "like a supported one, register it: kl.register_layer(type, family)."
     )
 
 

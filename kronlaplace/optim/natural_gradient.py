@@ -14,10 +14,11 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
+from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
-from kronlaplace.optim.parameters import PlainSGD
+from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.period import Period
 from kronlaplace.optim.step_model import StepModel, dot
 from kronlaplace.optim.structure import Structure, structure_of
@@ -35,6 +36,8 @@ class Averaging(Choice):
 _ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
 _CURVATURE_EVERY = Period(10, growth=0.1)
 _INVERT_EVERY = Period(100, growth=0.1)
+
+_KL_CLIP = 0.3
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -88,7 +91,7 @@ class NaturalGradient(CurvatureOptimizer):
         structure: ``"block-diagonal"``, or ``"block-tridiagonal"`` for chains of linear layers (K-FAC section 3.3).
         damping: A damping, or a rule that adapts one, `kronlaplace.damping.LevenbergMarquardt`. None is that rule with
             `FactoredTikhonov`, started at the curvature along the first gradient.
-        kl_clip: The bound ``C`` on ``ν``, or None. Adaptive steps need none and are not clipped.
+        kl_clip: The bound ``C`` on ``ν``, or None. Steps whose length adapts need none and are not clipped.
         curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
         invert_every: Number of steps between two inversions, exactly, or a `Period`.
         ema_decay: Decay ``ξ`` of the moving averages, from 0 to 1 (excluded); the first batches are averaged evenly.
@@ -123,7 +126,7 @@ class NaturalGradient(CurvatureOptimizer):
         estimator: Estimator | str = "kfac",
         structure: Structure | str = "block-diagonal",
         damping: Damping | LevenbergMarquardt | None = None,
-        kl_clip: float | None = 0.3,
+        kl_clip: float | None = _KL_CLIP,
         curvature_every: int | Period = _CURVATURE_EVERY,
         invert_every: int | Period = _INVERT_EVERY,
         ema_decay: float = 0.95,
@@ -145,6 +148,11 @@ class NaturalGradient(CurvatureOptimizer):
             )
         self._rule = rule
         self._adapts_steps = isinstance(rule, LevenbergMarquardt) and momentum is None
+        if self._adapts_steps and kl_clip not in (None, _KL_CLIP):
+            raise ValueError(
+                f"kl_clip={kl_clip} has no effect on steps whose length adapts. Leave it out, or give a damping such as "
+                "kl.damping.FactoredTikhonov(1e-3), or a momentum."
+            )
         momentum = 0.9 if momentum is None else momentum
         check_setting("momentum", momentum)
         check_setting("lr", lr)
@@ -207,7 +215,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._renew()
         if gradient:
             self._take(self._adaptive_step(gradient) if self._adapts_steps else self._fixed_step(gradient, batch))
-        self._step_plainly()
+        step_plainly(self.param_groups, self.state, self._finite)
 
     def _adapt(self) -> None:
         """Change the damping by the last reduction ratio, as soon as it has arrived."""
@@ -265,7 +273,9 @@ class NaturalGradient(CurvatureOptimizer):
     def _model_of(self, gradient: Vector, direction: Vector, last: Vector) -> StepModel:
         assert self._batch is not None and self._lambda is not None
         decays = self._settings("weight_decay")
-        model = StepModel(self._batch, self._names, gradient, [direction], last, self._lambda, decays, self._passes)
+        model = StepModel(
+            self._batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes)
+        )
         self._require(*self._batch.check())
         return model
 
