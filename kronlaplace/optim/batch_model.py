@@ -107,7 +107,8 @@ class BatchModel:
         Returns:
             As `Likelihood.check_gradient`.
         """
-        right, message = self._likelihood.check_gradient(self.outputs, self._residuals, self._targets)
+        rounded = self._residuals.to(self.outputs.dtype)  # that of the gradients, under autocast
+        right, message = self._likelihood.check_gradient(self.outputs, rounded, self._targets)
         return right & (self.factor < _LARGEST_FACTOR), message
 
     def _slope(self, image: Tensor) -> Tensor:
