@@ -28,9 +28,6 @@ from kronlaplace.optim.structure import Structure, structure_of
 
 __all__ = ["CurvatureOptimizer"]
 
-_FEWEST = 32
-"""Number of examples on which exact products are computed at least, if the batch has that many."""
-
 _NO_PASS = (
     "no forward pass of the model was observed: call the model itself, with gradients enabled, once before every call of "
     "update_curvature."
@@ -82,6 +79,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         ema_decay: float,
         curvature_fraction: float,
         model_fraction: float,
+        fewest: int = 1,
         invert_async: bool,
         seed: int,
     ) -> None:
@@ -96,6 +94,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._curvature_every = period_of(curvature_every, "curvature_every")
         self._invert_every = period_of(invert_every, "invert_every")
         self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
+        self._fewest = fewest
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
         for group in division.groups:
@@ -234,7 +233,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _fraction_of(self, n_examples: int) -> float:
         """Return the fraction of a batch for exact products, which is larger for small batches."""
-        return min(1.0, max(self._model_fraction, _FEWEST / n_examples))
+        return min(1.0, max(self._model_fraction, self._fewest / n_examples))
 
     @property
     def _updates_curvature(self) -> bool:

@@ -20,6 +20,7 @@ from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.period import Period
+from kronlaplace.optim.quadratic_model import reduction_ratio
 from kronlaplace.optim.step_model import StepModel, dot
 from kronlaplace.optim.structure import Structure, structure_of
 
@@ -38,6 +39,9 @@ _CURVATURE_EVERY = Period(10, growth=0.1)
 _INVERT_EVERY = Period(100, growth=0.1)
 
 _KL_CLIP = 0.3
+
+_FEWEST = 32
+"""Number of examples on which exact products are computed at least by default, if the batch has that many."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -160,11 +164,13 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
+        self._predicted: Tensor | None = None
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
+        fewest = 1
         if model_fraction is None:
-            model_fraction = 1 / 8 if self._adapts_steps else 1 / 4
+            model_fraction, fewest = 1 / 8 if self._adapts_steps else 1 / 4, _FEWEST
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
             structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
@@ -185,6 +191,7 @@ class NaturalGradient(CurvatureOptimizer):
             ema_decay=ema_decay,
             curvature_fraction=curvature_fraction,
             model_fraction=model_fraction,
+            fewest=fewest,
             invert_async=invert_async,
             seed=seed,
         )
@@ -227,7 +234,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._ratio = None
         if self._steps - self._last_adapted >= rule.every:
             self._lambda, self._last_adapted = float(rule.updated(self._lambda, ratio)), self._steps
-        self._rejected = 0 if ratio > 0 else self._rejected + 1
+        self._rejected = self._rejected + 1 if ratio.isnan() else 0
         if self._rejected == _PATIENCE:
             warn(
                 f"the last {_PATIENCE} steps were not made, because each would have increased the loss of the batch; the "
@@ -246,9 +253,11 @@ class NaturalGradient(CurvatureOptimizer):
         step = {p: v * best[0] for p, v in direction.items()}
         for p, v in last.items():
             step[p] += best[1] * v
-        ratio = model.ratio(step, best, torch.zeros(1, dtype=torch.long, device=best.device))
-        self._ratio = Arriving(ratio)
-        return {p: torch.where(ratio > 0, v, 0.0) * rates[p] for p, v in step.items()}
+        if self._predicted is not None:
+            self._ratio = Arriving(reduction_ratio(-model.change({p: -v for p, v in last.items()}), self._predicted))
+        accepted = model.change(step) < 0
+        self._predicted = torch.where(accepted, model.predicted()[0], 0.0)
+        return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
 
     def _fixed_step(self, gradient: Vector, batch: BatchModel | None) -> Vector:
         """Return ``momentum · δ₀ + v``, with ``v`` clipped."""
@@ -303,10 +312,12 @@ class NaturalGradient(CurvatureOptimizer):
             "last_adapted": self._last_adapted,
             "rejected": self._rejected,
             "clip_ratio": self._clip_ratio,
+            "predicted": self._predicted,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
+        self._predicted = state["predicted"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

@@ -67,6 +67,15 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
+    def predicted(self) -> Tensor:
+        """Return ``M(δ) − M(0)`` at the minimum of each model, with the gradient of the whole batch, shape ``(m,)``."""
+        return predicted_change(self.curvature, self.slopes, minimize(self.curvature, self.slopes))
+
+    def change(self, step: Vector) -> Tensor:
+        """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
+        weights = {p: p.detach() for p in step}
+        return self._batch.change(self._by_name(step)) + self._decayed(weights, step) + self._decayed(step, step) / 2
+
     def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
         """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.
 
