@@ -38,14 +38,28 @@ _DEPTH = 4
 _SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, types.ModuleType)
 
 
+def _stays_behind(value: Any) -> bool:
+    """Return whether something on a module belongs to those who observe the original, and means nothing to a copy."""
+    return getattr(type(value), "only_on_original", False)
+
+
+def _others(value: Any) -> Any:
+    """Return a module's hooks without those that stay behind; anything else unchanged."""
+    if not isinstance(value, dict) or not any(_stays_behind(part) for part in value.values()):
+        return value
+    changed = copy.copy(value)
+    for key in [key for key, part in value.items() if _stays_behind(part)]:
+        del changed[key]
+    return changed
+
+
 class Replica:
     """A structural copy of a network.
 
     Every module is copied, including modules that are only reachable through plain attributes: lists, tuples, sets, dicts,
     bound methods, ``functools.partial``, closures, and simple objects. Anything that contains neither a module nor a
     parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
-    incorrectly are guarded (see `kronlaplace._memory_layout`). An object with a method ``for_replica`` is replaced by
-    what that returns, given the function that copies a module.
+    incorrectly are guarded (see `kronlaplace._memory_layout`).
 
     Args:
         model: The network, which is not changed.
@@ -79,7 +93,7 @@ class Replica:
         if isinstance(module, torch.jit.ScriptModule):
             return cast(nn.Module, self._remember(module, module))
         replica = self._remember(module, object.__new__(type(module)))
-        state = dict(vars(module))
+        state = {name: _others(value) for name, value in vars(module).items() if not _stays_behind(value)}
         for name, value in state.items():
             if name in ("_parameters", "_buffers", "_modules"):
                 parts = copy.copy(value)
@@ -135,8 +149,6 @@ class Replica:
             return self._tensor(value)
         if isinstance(value, Tensor) or depth == 0:
             return self._copies.get(id(value), value)
-        if hasattr(type(value), "for_replica"):
-            return value.for_replica(self._module)
         if isinstance(value, (list, tuple, set, frozenset)):
             return self._sequence(value, depth)
         if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,9 @@ __all__ = ["Hook", "WrittenOut"]
 
 class Hook:
     """A hook that does not keep the observer alive and does nothing in copies of its module."""
+
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
 
     def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
         self._observer = None if observer is None else weakref.ref(observer)
@@ -33,16 +36,12 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self._method)
 
-    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Hook:
-        """Return the hook of a `kronlaplace._replica.Replica`, which does nothing."""
-        return Hook(None, self._method)
-
 
 class WrittenOut:
     """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
 
-    is_modules_own = True
-    """That it computes what the module does."""
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
 
     def __init__(
         self,
@@ -97,8 +96,3 @@ class WrittenOut:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._module, "forward")
-
-    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module's usual forward pass, for a `kronlaplace._replica.Replica`."""
-        module = copy_module(self._module)
-        return types.MethodType(type(module).forward, module)
