@@ -67,9 +67,9 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
-    def predicted(self) -> Tensor:
-        """Return ``M(δ) − M(0)`` at the minimum of each model, with the gradient of the whole batch, shape ``(m,)``."""
-        return predicted_change(self.curvature, self.slopes, minimize(self.curvature, self.slopes))
+    def predicted(self, coefficients: Tensor) -> Tensor:
+        """Return ``M(δ) − M(0)`` of the first model, with the gradient of the whole batch, 0-dim; coefficients ``(k,)``."""
+        return predicted_change(self.curvature[0], self.slopes[0], coefficients)
 
     def change(self, step: Vector) -> Tensor:
         """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
@@ -92,18 +92,25 @@ class StepModel:
         return {self._names[p]: v for p, v in vector.items()}
 
     def _weighted(self, u: Vector, v: Vector, damping: float = 0.0) -> Tensor:
-        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim."""
-        factors = {eta: damping + eta for eta in sorted({self._decays[p] for p in v})}
-        terms = [torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)]
-        for eta, factor in factors.items():
-            if factor:
-                terms.append(factor * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}))
-        return torch.stack(terms).sum()
+        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim, float64."""
+        by_weight: dict[float, Vector] = {}
+        for p, w in v.items():
+            by_weight.setdefault(damping + self._decays[p], {})[p] = w
+        device = next(iter(v.values())).device
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        return sum((weight * dot(u, part) for weight, part in by_weight.items() if weight), start=none)
 
 
 def dot(u: Vector, v: Vector) -> Tensor:
     """Return the inner product over the parameters of the second vector, 0-dim, float64."""
-    return torch.stack([torch.sum(u[p] * w, dtype=torch.float64) for p, w in v.items()]).sum()
+    return torch.stack([_inner(u[p], w) for p, w in v.items()]).sum()
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return an inner product, 0-dim, float64; rows are summed without a copy of the products in float64."""
+    products = a * b
+    rows = products.flatten(1) if products.ndim > 1 else products
+    return rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)).sum(dtype=torch.float64)
 
 
 def _parts(vector: Tensor, members: Sequence[Sequence[int]]) -> Tensor:
