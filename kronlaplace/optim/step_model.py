@@ -74,7 +74,7 @@ class StepModel:
     def change(self, step: Vector) -> Tensor:
         """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
         weights = {p: p.detach() for p in step}
-        return self._batch.change(self._by_name(step)) + self._decayed(weights, step) + self._decayed(step, step) / 2
+        return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
 
     def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
         """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.
