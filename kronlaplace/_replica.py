@@ -14,6 +14,7 @@ import copy
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,8 @@ _Object = TypeVar("_Object", nn.Module, Tensor)
 _STATE_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has; those that are containers (of hooks, for example) are always copied."""
 
+_CONTAINERS = (dict, OrderedDict, set, list)
+
 _DEPTH = 4
 """How deeply containers in a module's attributes are searched for modules and parameters."""
 
@@ -41,7 +44,8 @@ class Replica:
     Every module is copied, including modules that are only reachable through plain attributes: lists, tuples, sets, dicts,
     bound methods, ``functools.partial``, closures, and simple objects. Anything that contains neither a module nor a
     parameter is shared with the network. Scripted modules cannot be copied and are shared. Norms that torch differentiates
-    incorrectly are guarded (see `kronlaplace._memory_layout`).
+    incorrectly are guarded (see `kronlaplace._memory_layout`). An object with a method ``for_replica`` is replaced by
+    what that returns, given the function that copies a module.
 
     Args:
         model: The network, which is not changed.
@@ -81,6 +85,9 @@ class Replica:
                 parts = copy.copy(value)
                 parts.update({key: self._tensor_or_module(part) for key, part in value.items()})
                 state[name] = parts
+                continue
+            if type(value) in _CONTAINERS and not value and name in _STATE_OF_ANY_MODULE:
+                state[name] = type(value)()  # hooks that nobody registered
                 continue
             state[name] = self._value(value, _DEPTH)
             if name in _STATE_OF_ANY_MODULE and state[name] is value and isinstance(value, (dict, set, list)):
@@ -128,6 +135,8 @@ class Replica:
             return self._tensor(value)
         if isinstance(value, Tensor) or depth == 0:
             return self._copies.get(id(value), value)
+        if hasattr(type(value), "for_replica"):
+            return value.for_replica(self._module)
         if isinstance(value, (list, tuple, set, frozenset)):
             return self._sequence(value, depth)
         if isinstance(value, Mapping):

@@ -5,7 +5,6 @@ from kronlaplace.blocks.dense import DenseBlock
 from kronlaplace.blocks.diagonal import DiagonalBlock
 from kronlaplace.blocks.eigen import EigenBlock
 from kronlaplace.blocks.kronecker import KroneckerBlock
-from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.blocks.registry import BLOCKS, block_from_tensors
 
 __all__ = [
@@ -18,5 +17,4 @@ __all__ = [
     "RotatedBlock",
     "block_from_tensors",
     "decompose",
-    "with_least_trace",
 ]

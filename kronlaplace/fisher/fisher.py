@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kronlaplace._storage import load_tensors, save_tensors
-from kronlaplace.blocks import Block, block_from_tensors, decompose, with_least_trace
+from kronlaplace.blocks import Block, block_from_tensors, decompose
+from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.fisher.coverage import Coverage
 from kronlaplace.fisher.provenance import FisherMetadata
 

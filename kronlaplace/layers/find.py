@@ -184,7 +184,8 @@ def _refusal(module: nn.Module) -> str | None:
     if found is None:
         return f"this layer type is not supported; its trainable parameters are {', '.join(sorted(trainable))}"
     kind, family = found
-    if type(module).forward is not kind.forward or "forward" in vars(module):
+    own_forward = vars(module).get("forward")  # an observer may have put its own there
+    if type(module).forward is not kind.forward or not getattr(own_forward, "is_modules_own", own_forward is None):
         return f"it overrides {kind.__name__}.forward, so the form of its gradient is unknown"
     if family.weight is None:
         if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):
@@ -229,6 +230,14 @@ def _geometry(module: Any) -> tuple[Any, ...]:
     return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
 
 
+REMEDY = (
+    "To go on, leave the module out with layers=[...] (names of the modules that get a block) or exclude=[...], freeze it "
+    'with requires_grad_(False) on those parameters, or pass unsupported="fixed". Its parameters then stay at their trained '
+    "values."
+)
+"""What a caller of `estimate_fisher` can do about a module without a block."""
+
+
 def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> str:
     lines = [
         f"  {name or '(the model itself)'} ({type(owners[name]).__name__}): {why}" for name, why in refusals.items()
@@ -236,10 +245,8 @@ def _refusal_message(owners: dict[str, nn.Module], refusals: dict[str, str]) -> 
     return (
         "no block for\n"
         + "\n".join(lines)
-        + f"\nSupported types: {', '.join(kind.__name__ for kind in LAYERS)}. To go on, leave the module out with "
-        "layers=[...] (names of the modules that get a block) or exclude=[...], freeze it with "
-        'requires_grad_(False) on those parameters, or pass unsupported="fixed". Its parameters then stay at their trained '
-        "values. If your own type behaves like a supported one, register it: kl.register_layer(type, family)."
+        + f"\nSupported types: {', '.join(kind.__name__ for kind in LAYERS)}. {REMEDY} If your own type behaves "
+        "like a supported one, register it: kl.register_layer(type, family)."
     )
 
 

@@ -13,16 +13,20 @@ class UnusableLayersError(NotImplementedError, ValueError):
     Args:
         message: What was wrong; possible remedies are appended.
         reasons: The reasons by layer name.
+        remedies: What can be done about it, as a sentence; None: by the arguments of `estimate_fisher`.
 
     Attributes:
+        message: What was wrong, without remedies.
         reasons: The reasons by layer name, for `KroneckerFisher.coverage`.
     """
 
-    def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
-        names = list(reasons)
-        super().__init__(
-            f"{message} Otherwise, leave these layers out with exclude={names} (or layers=[...], the names of those that "
-            'get a block), freeze their parameters with requires_grad_(False), or pass unsupported="fixed", which keeps '
-            "whatever turns out to be unusable at its trained values."
-        )
+    def __init__(self, message: str, reasons: Mapping[str, str], remedies: str | None = None) -> None:
+        if remedies is None:
+            remedies = (
+                f"Otherwise, leave these layers out with exclude={list(reasons)} (or layers=[...], the names of those that "
+                'get a block), freeze their parameters with requires_grad_(False), or pass unsupported="fixed", which keeps '
+                "whatever turns out to be unusable at its trained values."
+            )
+        super().__init__(f"{message} {remedies}")
+        self.message = message
         self.reasons = dict(reasons)

@@ -33,9 +33,16 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self._method)
 
+    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Hook:
+        """Return the hook of a `kronlaplace._replica.Replica`, which does nothing."""
+        return Hook(None, self._method)
+
 
 class WrittenOut:
     """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
+
+    is_modules_own = True
+    """That it computes what the module does."""
 
     def __init__(
         self,
@@ -50,6 +57,27 @@ class WrittenOut:
         self._names = names
         self._forward = forward
         self._layers = layers
+        self._attached = False
+        self._before: Any = None
+
+    def attach(self) -> Callable[[], None]:
+        """Let the module run it, and return the function that undoes this, also if others are attached meanwhile."""
+        attributes = vars(self._module)
+        self._before = attributes.get("forward")
+        self._attached = True
+        attributes["forward"] = self
+        return self._detach
+
+    def _detach(self) -> None:
+        self._attached = False
+        attributes = vars(self._module)
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+            before = self._before
+            while isinstance(before, WrittenOut) and not before._attached:
+                before = before._before
+            if before is not None:
+                attributes["forward"] = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self._observer()
@@ -69,3 +97,8 @@ class WrittenOut:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._module, "forward")
+
+    def for_replica(self, copy_module: Callable[[nn.Module], nn.Module]) -> Any:
+        """Return the module's usual forward pass, for a `kronlaplace._replica.Replica`."""
+        module = copy_module(self._module)
+        return types.MethodType(type(module).forward, module)

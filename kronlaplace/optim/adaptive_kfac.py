@@ -15,10 +15,11 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
+from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.batch_model import BatchModel
-from kronlaplace.optim.parameters import PlainSGD
-from kronlaplace.optim.preconditioner import Inverse
+from kronlaplace.optim.checks import check_setting
+from kronlaplace.optim.parameters import PlainSGD, step_plainly
+from kronlaplace.optim.preconditioner import InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
 
@@ -60,8 +61,9 @@ class AdaptiveKFAC(CurvatureOptimizer):
         params: Parameters or parameter groups to train; None means all trainable ones. Groups may have their own ``lr`` and
             ``weight_decay``. All parameters of a layer must be in one group.
         lr: Factor of the steps, for schedules; 1 is the minimum of the model.
-        damping: The rule that adapts ``λ`` every ``T₁`` steps, and its start. The rule's own ``damping`` is the strategy
-            that damps the factors, given ``γ²``.
+        damping: The rule that adapts ``λ`` every ``T₁`` steps, and its start. The paper's 150 is for autoencoders whose loss
+            is hundreds of nats; ``LevenbergMarquardt()`` starts at the curvature along the first gradient, whatever the
+            loss. The rule's own ``damping`` is the strategy that damps the factors, given ``γ²``.
         weight_decay: ``η``, the factor of ``½‖θ‖²`` in the objective.
         momentum: Whether the last step is part of the next one.
         estimator: Estimator of the blocks, as for `NaturalGradient`.
@@ -126,7 +128,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         if damping.initial is not None:
             self._start(damping.initial)
         self._ratio: Arriving | None = None
-        self._candidates: list[tuple[float, Inverse]] = []
+        self._candidates: list[tuple[float, InverseInProgress]] = []
         self._choice: Arriving | None = None
         super().__init__(
             model,
@@ -164,10 +166,10 @@ class AdaptiveKFAC(CurvatureOptimizer):
     def _damping(self) -> Damping:
         return self._rule.damping(self._gamma**2)
 
-    def _inversion(self, damping: Damping) -> Callable[[], Inverse]:
+    def _inversion(self, damping: Damping) -> Callable[[], InverseInProgress]:
         return self._inversion_of(self._curvature.blocks(), damping)
 
-    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], Inverse]:
+    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], InverseInProgress]:
         no_more = dict.fromkeys(blocks, 0.0)  # γ contains the weight decay
         return self._structure.inversion(self._curvature.accumulation, blocks, damping, no_more)
 
@@ -183,12 +185,14 @@ class AdaptiveKFAC(CurvatureOptimizer):
         self._choose()
         if self._steps < _FIRST_STEPS:
             self._last_inversion = None
-        self._renew()
         if self._steps and self._steps % self._adapt_factors_every == 0:
+            self._renewal.swap()
             self._try_factor_dampings()
+        else:
+            self._renew()
         if gradient:
             self._take(self._best_step(gradient, batch))
-        self._step_plainly()
+        step_plainly(self.param_groups, self.state, self._finite)
 
     def _adapt(self) -> None:
         """Change ``λ`` by the last reduction ratio, as soon as it is there."""
@@ -197,36 +201,31 @@ class AdaptiveKFAC(CurvatureOptimizer):
             self._lambda = float(self._rule.updated(self._lambda, ratio))
 
     def _try_factor_dampings(self) -> None:
-        """Make the inverses for the candidates of ``γ``, of the blocks as they are now."""
-        factors = (1.0, self._factor_decay, 1 / self._factor_decay)
-        blocks = self._curvature.blocks()
-        self._candidates = []
-        for gamma in [self._gamma * factor for factor in factors]:
-            if gamma == self._gamma and self._last_inversion == self._steps:
-                assert self._renewal.inverse is not None
-                self._candidates.append((gamma, self._renewal.inverse))
-            else:
-                self._candidates.append((gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()))
-        self._choice = None
+        """Begin the inverses for the candidates of ``γ``, of the blocks as they are now."""
+        blocks, self._choice = self._curvature.blocks(), None
+        gammas = (self._gamma, self._gamma * self._factor_decay, self._gamma / self._factor_decay)
+        self._candidates = [(gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()) for gamma in gammas]
 
     def _choose(self) -> None:
         """Keep the best candidate for ``γ``, as soon as it is known on the host; all are solved with until then."""
         if self._choice is not None and (number := self._choice.value()) is not None:
-            self._gamma, self._renewal.inverse = self._candidates[int(number)]
+            self._gamma, inverse = self._candidates[int(number)]
+            self._renewal.restore(inverse.settle())
             self._candidates, self._choice = [], None
 
     def _best_step(self, gradient: Vector, batch: BatchModel) -> Vector:
         """Return the step with the lowest quadratic model."""
-        inverse = self._renewal.inverse
-        assert inverse is not None
-        inverses = [other for _, other in self._candidates] or [inverse]
+        current, tried = self._renewal.inverse, [inverse for _, inverse in self._candidates]
+        assert current is not None
+        tries = bool(tried) and all(inverse.ready() for inverse in tried)
+        inverses = [inverse.settle() for inverse in tried] if tries else [current]
         directions = [{p: v.neg() for p, v in self._solved(gradient, one).items()} for one in inverses]
         last = {p: self.state[p]["last_step"] for p in directions[0] if self._momentum and "last_step" in self.state[p]}
         decays = self._settings("weight_decay")
-        model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, self._passes)
+        model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, len(self._passes))
         self._require(*batch.check())
         coefficients, lowest = model.minimum()
-        if self._candidates and self._choice is None:
+        if tries and self._choice is None:
             self._choice = Arriving(lowest)
         best = coefficients.index_select(0, lowest).squeeze(0)
         step = {p: _chosen([d[p] for d in directions], lowest) * best[0] for p in directions[0]}
@@ -244,9 +243,12 @@ class AdaptiveKFAC(CurvatureOptimizer):
             "use larger batches or a larger model_fraction."
         )
 
-    def _more_state(self) -> dict[str, Any]:
-        while self._choice is not None:
+    def state_dict(self) -> dict[str, Any]:
+        while self._choice is not None:  # it is on its way from the device
             self._choose()
+        return super().state_dict()
+
+    def _more_state(self) -> dict[str, Any]:
         return {
             "damping": self._lambda,
             "factor_damping": self._gamma,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlaplace._arguments import positive_number
 from kronlaplace.blocks import Block
 from kronlaplace.damping import Damping
-from kronlaplace.data.deferred_checks import all_finite
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.layers import Layer, UnusableLayersError
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.background import Background
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.checks import check_setting, finite_norms, fraction_of_batch
 from kronlaplace.optim.curvature import TrainingCurvature
 from kronlaplace.optim.parameters import PlainSGD, assembled, divide
 from kronlaplace.optim.period import Period, period_of
@@ -29,8 +28,10 @@ from kronlaplace.optim.structure import Structure, structure_of
 
 __all__ = ["CurvatureOptimizer"]
 
-_FEWEST = 32
-"""Number of examples on which exact products are computed at least, if the batch has that many."""
+_NO_PASS = (
+    "no forward pass of the model was observed: call the model itself, with gradients enabled, once before every call of "
+    "update_curvature."
+)
 
 _NO_CURVATURE = (
     "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
@@ -39,6 +40,22 @@ _NO_CURVATURE = (
 
 Vector = dict[nn.Parameter, Tensor]
 """A vector in the space of the parameters that follow the natural gradient."""
+
+_REMEDIES = (
+    "Otherwise, train these layers without curvature, by layers=[...], the names of those that get a block, with "
+    "others=kl.PlainSGD(lr=0.01), or freeze their parameters with requires_grad_(False)."
+)
+
+
+class _Pass:
+    """A forward pass of the step, and whether its loss has been propagated back."""
+
+    def __init__(self) -> None:
+        self.propagated = False
+
+    def note(self, gradient: Tensor) -> None:
+        """Note that it is being propagated back."""
+        self.propagated = True
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -62,6 +79,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         ema_decay: float,
         curvature_fraction: float,
         model_fraction: float,
+        fewest: int = 1,
         invert_async: bool,
         seed: int,
     ) -> None:
@@ -70,16 +88,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         division = divide(model, params, layers, others)
         self.estimator = resolve_estimator(estimator).online()
         """The estimator of the blocks."""
+        if (draws := DirectionSampling(sampling, mc_samples, seed)).kind is Sampling.EMPIRICAL:  # type: ignore[arg-type]
+            raise ValueError('sampling must be "mc" or "exact": the labels of the Fisher come from the model.')
         self._structure = structure_of(structure)
         self._curvature_every = period_of(curvature_every, "curvature_every")
         self._invert_every = period_of(invert_every, "invert_every")
         self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
+        self._fewest = fewest
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
         for group in division.groups:
             for name in ("lr", "momentum", "weight_decay"):
                 if name in group:
                     check_setting(name, group[name])
+        self._layers: dict[str, Layer] = {}
         super().__init__(division.groups, defaults)
         self._layers = {layer.name: layer for layer in division.layers}
         self._names = {p: name for name, p in model.named_parameters()}
@@ -88,7 +110,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             model,
             self.likelihood,
             self._structure.accumulation(self.estimator, list(self._layers.values())),
-            DirectionSampling(sampling, mc_samples, seed),  # type: ignore[arg-type]
+            draws,
             decay=ema_decay,
             fraction=fraction_of_batch(curvature_fraction, "curvature_fraction"),
             examine=self._structure.examine,
@@ -99,7 +121,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._last_update: int | None = None
         self._last_inversion: int | None = None
         self._batch: BatchModel | None = None
-        self._passes = 0
+        self._passes: list[_Pass] = []
+        self._finite = torch.ones((), dtype=torch.bool)
         self._awaited: list[tuple[Arriving, str]] = []
         self._closing = weakref.finalize(self, _close, self._curvature, self._renewal)
 
@@ -146,34 +169,71 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 factor it differs from that. In classification, the gradient of the loss usually shows this by itself.
 
         Raises:
-            RuntimeError: If no forward pass of the model was observed, or the outputs carry no graph.
-            ValueError: If the outputs do not fit the likelihood, or are NaN or infinite.
+            RuntimeError: If the outputs are not those of the last forward pass of the model, or carry no graph.
+            ValueError: If the outputs do not fit the likelihood, or outputs or the layers' inputs are NaN or infinite.
             UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
         """
-        self._require(
-            all_finite(outputs.detach()),
-            f"step {self._steps}: the network's outputs are NaN or infinite, so the curvature was not updated. Either the "
-            f"inputs are, or training has diverged. {self._advice()}",
-        )
+        self._check_pass(outputs)
         if self._updates_curvature:
-            self._curvature.update(outputs)
-        self._passes += 1
+            try:
+                self._curvature.update(outputs)
+            except UnusableLayersError as error:
+                raise UnusableLayersError(error.message, error.reasons, _REMEDIES) from None
+            except RuntimeError as error:
+                if "backward through the graph a second time" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "the loss has already been propagated back, which frees the graph: call update_curvature(outputs) "
+                    "before loss.backward()."
+                ) from error
         arguments = self._curvature.arguments
-        if arguments is None:
-            raise RuntimeError(
-                "no forward pass of the model was observed: call the model itself, with gradients enabled, once before "
-                "every call of update_curvature."
-            )
+        assert arguments is not None
         if self._needs_batch() or self._steps == 0:
             self._batch = BatchModel(
                 self._model, self.likelihood, arguments, outputs, self._fraction_of(len(outputs)), targets=targets
             )
-        self._curvature.observer.clear()
-        self._curvature.arguments = None
+        self._passes.append(_Pass())
+        outputs.register_hook(self._passes[-1].note)
+        self._curvature.forget()
+
+    def _check_pass(self, outputs: Tensor) -> None:
+        """Check that outputs are finite ones of the last forward pass, before anything depends on them.
+
+        Raises:
+            RuntimeError, ValueError: If they are not.
+        """
+        if not self._closing.alive:
+            raise RuntimeError("the optimizer was closed, and its hooks are off the model. Make a new one.")
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "the outputs carry no graph: call update_curvature(outputs) with the outputs of the forward pass that is "
+                "differentiated, with gradients enabled and before backward()."
+            )
+        mark = self._curvature.mark
+        if self._curvature.arguments is None or mark is None:
+            raise RuntimeError(_NO_PASS)
+        if not mark.made(outputs):
+            raise RuntimeError(
+                "the outputs are not those of the last forward pass of the model, but of an earlier one or of another "
+                "model. Call update_curvature(outputs) right after outputs = model(inputs)."
+            )
+        after = "so the curvature was not updated" if outputs.device.type == "cpu" else "and so are the factors"
+        self._require(
+            finite_norms([outputs.detach()]).all(),
+            f"step {self._steps}: the network's outputs are NaN or infinite, {after}. Either the inputs are, or training "
+            f"has diverged. {self._advice()}",
+        )
+        if self._updates_curvature:
+            for name, finite in self._curvature.input_norms().items():
+                self._require(
+                    finite,
+                    f"step {self._steps}: the inputs of layer {name!r} are NaN, infinite, or so large that their squares "
+                    f"overflow, {after}. Look at the inputs of the network. {self._advice()}",
+                )
 
     def _fraction_of(self, n_examples: int) -> float:
         """Return the fraction of a batch for exact products, which is larger for small batches."""
-        return min(1.0, max(self._model_fraction, _FEWEST / n_examples))
+        return min(1.0, max(self._model_fraction, self._fewest / n_examples))
 
     @property
     def _updates_curvature(self) -> bool:
@@ -191,7 +251,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _renew(self) -> None:
         """Compute a new inverse if it is due, and take over one that is ready."""
         self._renewal.swap()
-        if self._passes and self._updates_curvature:
+        if self._updates_curvature:
             self._last_update = self._steps
         if self._curvature.updates == 0 and self._curvature.accumulation.weight == 0:
             raise RuntimeError(_NO_CURVATURE)
@@ -270,7 +330,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         batch = self._required_batch()
         size = torch.stack([v.square().sum(dtype=torch.float64) for v in direction.values()]).sum()
-        matrix, _ = batch.products([{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), self._passes)
+        matrix, _ = batch.products(
+            [{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), len(self._passes)
+        )
         return float(matrix[0, 0] / size)
 
     def _settings(self, key: str) -> dict[nn.Parameter, float]:
@@ -284,11 +346,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ValueError: If it is not finite, naming the layer; on an accelerator later, and the parameters stay as they are.
         """
         norms = torch.stack([torch.linalg.vector_norm(v) for v in step.values()])
-        finite = norms.isfinite().all()
+        finite = norms.isfinite().all() & self._finite
         if finite.device.type == "cpu" and not finite:
             raise ValueError(self._divergence(step))
         if finite.device.type != "cpu":
             self._require(finite, self._divergence({}))
+            self._finite = finite
         for p, v in step.items():
             if finite.device.type != "cpu":
                 v = torch.where(finite, v, 0.0)
@@ -299,13 +362,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Return the message for a step that is not finite."""
         where = ""
         for name, layer in self._layers.items():
-            own = [p for p in layer.parameters.values() if p in step]
-            gradients = [p for p in own if p.grad is not None and not p.grad.isfinite().all()]
-            if gradients:
-                where = f" The gradient of layer {name!r} is."
+            if any(p in step and not step[p].isfinite().all() for p in layer.parameters.values()):
+                where = f" That of layer {name!r} is, and its gradient is finite."
                 break
-            if not where and any(not step[p].isfinite().all() for p in own):
-                where = f" That of layer {name!r} is; its gradient is finite."
         return f"step {self._steps} is NaN or infinite, and was not made.{where} {self._advice()}"
 
     def _advice(self) -> str:
@@ -336,11 +395,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
+            self._check_gradients()
+            if not self._passes and (self._updates_curvature or self._needs_batch()):
+                raise RuntimeError(_NO_CURVATURE)
             self._make_step()
         finally:
-            self._batch = None
-            self._passes = 0
-            self._curvature.end_step()
+            self._forget_passes()
         self._steps += 1
         self._curvature.observer.enabled = self._curvature_every.is_due(self._steps, self._last_update)
         return loss
@@ -348,23 +408,54 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _make_step(self) -> None:
         raise NotImplementedError
 
-    def _plain_groups(self) -> list[dict[str, Any]]:
-        """The groups of parameters without a block."""
-        return [group for group in self.param_groups if not group["natural"]]
+    def _check_gradients(self) -> None:
+        """Check that all gradients are finite, before anything depends on them; elsewhere than on the CPU, do not wait.
 
-    def _step_plainly(self) -> None:
-        """Step the parameters without a block by gradient descent with momentum."""
-        for group in self._plain_groups():
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
-                momentum = group["momentum"]
-                if momentum:
-                    buffer = self.state[p].get("momentum_buffer")
-                    buffer = grad.clone() if buffer is None else buffer.mul_(momentum).add_(grad)
-                    self.state[p]["momentum_buffer"] = grad = buffer
-                p.add_(grad, alpha=-group["lr"])
+        Raises:
+            ValueError: If one is not, naming its parameter.
+        """
+        named = {self._names[p]: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not named:
+            return
+        finite = finite_norms([*named.values()])
+        self._finite = finite.all()
+        which = ""
+        if self._finite.device.type == "cpu" and not self._finite:
+            which = f" of {list(named)[finite.tolist().index(False)]!r}"
+        self._require(
+            self._finite,
+            f"step {self._steps} was not made, because the gradient{which} is NaN or infinite. Look at the loss of this "
+            f"batch: its targets may be NaN, or infinite, or the loss itself. {self._advice()}",
+        )
+
+    def _forget_passes(self) -> None:
+        """Begin a new batch."""
+        self._batch = None
+        self._passes = []
+        self._curvature.end_step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; passes whose loss was propagated back for a step that was not made count no longer.
+
+        `torch.amp.GradScaler` does not make steps whose gradients overflowed.
+        """
+        super().zero_grad(set_to_none)
+        self._passes = [one for one in self._passes if not one.propagated]
+        if not self._passes:
+            self._forget_passes()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, which is possible only for the constructor.
+
+        Raises:
+            NotImplementedError: If the optimizer has been constructed: its curvature is that of its layers.
+        """
+        if self._layers:
+            raise NotImplementedError(
+                "parameter groups cannot be added later, because the curvature follows the layers from the first step. Pass "
+                "all of them at once, params=[{...}, {...}], or make a new optimizer."
+            )
+        super().add_param_group(param_group)
 
     def _require(self, holds: Tensor, message: str) -> None:
         """Raise an error if a condition fails: on the CPU at once, elsewhere as soon as its value has arrived."""
@@ -435,29 +526,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `_more_state` returned."""
-
-
-def check_setting(name: str, value: float) -> None:
-    """Check a learning rate, momentum or weight decay, as for a parameter group.
-
-    Raises:
-        ValueError: If it is not a number in its range.
-    """
-    below = 1.0 if name == "momentum" else math.inf
-    if not isinstance(value, (int, float)) or not 0 <= value < below:
-        limit = "less than 1" if name == "momentum" else "finite"
-        raise ValueError(f"{name} must be at least 0 and {limit}, got {value!r}.")
-
-
-def fraction_of_batch(value: float, name: str) -> float:
-    """Return a fraction of a batch, from 0 (excluded) to 1.
-
-    Raises:
-        TypeError, ValueError: If it is not a number in that range.
-    """
-    if positive_number(value, name) > 1:
-        raise ValueError(f"{name} must be at most 1, got {value!r}.")
-    return float(value)
 
 
 def _close(curvature: TrainingCurvature, renewal: Renewal) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks import Block, with_least_trace
+from kronlaplace.blocks import Block
+from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate_batch
@@ -22,6 +23,7 @@ from kronlaplace.network.hooks import Hook
 from kronlaplace.network.layer_checks import check_observed
 from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.network.preconditions import couples_examples
+from kronlaplace.optim.checks import PassMark, finite_norms
 
 __all__ = ["TrainingCurvature"]
 
@@ -75,14 +77,31 @@ class TrainingCurvature:
         """The observer of the user's forward passes."""
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         """The arguments of the last forward pass with gradients, whether or not it was observed."""
+        self.mark: PassMark | None = None
+        """What identifies the outputs of that pass, or None before its end."""
         self._layout_known = False
+        self._end_hook = model.register_forward_hook(Hook(self, "_end"))
         self._hook = model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True, prepend=True)
 
     def close(self) -> None:
         """Remove all hooks from the network."""
         self._hook.remove()
-        self.arguments = None
+        self._end_hook.remove()
+        self.forget()
         self.observer.close()
+
+    def forget(self) -> None:
+        """Forget the last pass."""
+        self.arguments = self.mark = None
+        self.observer.clear()
+
+    def input_norms(self) -> dict[str, Tensor]:
+        """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name."""
+        found = {}
+        for name, calls in self.observer.inputs.items():
+            if values := [call.x for call in calls if call.x.is_floating_point()]:
+                found[name] = finite_norms(values).all()
+        return found
 
     def start_from(self, blocks: Mapping[str, Block], batch_size: int) -> None:
         """Start from given blocks, such as the Fisher of a subset of the data, with batches of ``batch_size`` to follow.
@@ -103,11 +122,6 @@ class TrainingCurvature:
             ValueError: If the outputs do not fit the likelihood.
             UnusableLayersError: If a layer cannot have a block in the network as it runs.
         """
-        if not outputs.requires_grad:
-            raise RuntimeError(
-                "the outputs carry no graph: call update_curvature(outputs) with the outputs of the forward pass that is "
-                "differentiated, with gradients enabled and before backward()."
-            )
         n = len(outputs)
         if not self._checked:
             self.observer.layer_batches(n)
@@ -158,18 +172,25 @@ class TrainingCurvature:
         if factor < 1:
             self.accumulation.decay(factor)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of a pass with gradients; before the first one, find out where the examples are."""
         if not torch.is_grad_enabled():
             return
-        self.arguments = args, kwargs
+        self.arguments, self.mark = (args, kwargs), None
         if self._layout_known:
             return
         self._layout_known = True
         value: Any = args
         if kwargs:
-            value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
-        self.observer.layout = find_layout(model, Inputs(value).value, self.observer.layers)
+            value = (
+                dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
+            )
+        self.observer.layout = find_layout(self.model, Inputs(value).value, self.observer.layers)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        """Note the outputs of a pass with gradients."""
+        if torch.is_grad_enabled():
+            self.mark = PassMark(outputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that determines the future updates, as plain containers and tensors."""

@@ -14,11 +14,13 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector, check_setting
+from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
-from kronlaplace.optim.parameters import PlainSGD
+from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.period import Period, period_of
+from kronlaplace.optim.quadratic_model import predicted_change, reduction_ratio
 from kronlaplace.optim.step_model import StepModel, dot
 from kronlaplace.optim.structure import Structure, structure_of
 
@@ -39,6 +41,11 @@ _MODEL_EVERY = Period(5, growth=0.05)
 
 _LARGEST_MOMENTUM = 0.9
 """Largest momentum that adaptive steps keep until the model is measured again: what is kept must not accelerate for ever."""
+
+_KL_CLIP = 0.3
+
+_FEWEST = 32
+"""Number of examples on which exact products are computed at least by default, if the batch has that many."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -94,7 +101,7 @@ class NaturalGradient(CurvatureOptimizer):
         structure: ``"block-diagonal"``, or ``"block-tridiagonal"`` for chains of linear layers (K-FAC section 3.3).
         damping: A damping, or a rule that adapts one, `kronlaplace.damping.LevenbergMarquardt`. None is that rule with
             `FactoredTikhonov`, started at the curvature along the first gradient.
-        kl_clip: The bound ``C`` on ``ν``, or None. Adaptive steps need none and are not clipped.
+        kl_clip: The bound ``C`` on ``ν``, or None. Steps whose length adapts need none and are not clipped.
         curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
         invert_every: Number of steps between two inversions, exactly, or a `Period`.
         model_every: Number of steps between two renewals of ``α``, ``μ`` and the adaptive damping, or measurements of ``ν``,
@@ -131,7 +138,7 @@ class NaturalGradient(CurvatureOptimizer):
         estimator: Estimator | str = "kfac",
         structure: Structure | str = "block-diagonal",
         damping: Damping | LevenbergMarquardt | None = None,
-        kl_clip: float | None = 0.3,
+        kl_clip: float | None = _KL_CLIP,
         curvature_every: int | Period = _CURVATURE_EVERY,
         invert_every: int | Period = _INVERT_EVERY,
         model_every: int | Period = _MODEL_EVERY,
@@ -154,6 +161,11 @@ class NaturalGradient(CurvatureOptimizer):
             )
         self._rule = rule
         self._adapts_steps = isinstance(rule, LevenbergMarquardt) and momentum is None
+        if self._adapts_steps and kl_clip not in (None, _KL_CLIP):
+            raise ValueError(
+                f"kl_clip={kl_clip} has no effect on steps whose length adapts. Leave it out, or give a damping such as "
+                "kl.damping.FactoredTikhonov(1e-3), or a momentum."
+            )
         momentum = 0.9 if momentum is None else momentum
         check_setting("momentum", momentum)
         check_setting("lr", lr)
@@ -161,14 +173,17 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
+        self._predicted: Tensor | None = None
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
         self._model_every = period_of(model_every, "model_every")
         self._last_model: int | None = None
         self._coefficients: Tensor | None = None
+        self._accepted: Arriving | None = None
+        fewest = 1
         if model_fraction is None:
-            model_fraction = 1 / 8 if self._adapts_steps else 1 / 4
+            model_fraction, fewest = 1 / 8 if self._adapts_steps else 1 / 4, _FEWEST
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
             structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
@@ -189,6 +204,7 @@ class NaturalGradient(CurvatureOptimizer):
             ema_decay=ema_decay,
             curvature_fraction=curvature_fraction,
             model_fraction=model_fraction,
+            fewest=fewest,
             invert_async=invert_async,
             seed=seed,
         )
@@ -207,7 +223,8 @@ class NaturalGradient(CurvatureOptimizer):
         """Return whether the next step measures how much it really reduces the loss, or ``ν``."""
         if not isinstance(self._rule, LevenbergMarquardt) and self._clip is None:
             return False
-        return (self._adapts_steps and self._rejected > 0) or self._model_every.is_due(self._steps, self._last_model)
+        accepted = None if self._accepted is None else self._accepted.value()
+        return (accepted is not None and not accepted) or self._model_every.is_due(self._steps, self._last_model)
 
     def _damping(self) -> Damping:
         damping = self.damping
@@ -223,7 +240,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._renew()
         if gradient:
             self._take((self._adaptive_step if self._adapts_steps else self._fixed_step)(gradient, batch))
-        self._step_plainly()
+        step_plainly(self.param_groups, self.state, self._finite)
 
     def _adapt(self) -> None:
         """Change the damping by the last reduction ratio, as soon as it has arrived."""
@@ -235,7 +252,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._ratio = None
         if self._steps - self._last_adapted >= rule.every:
             self._lambda, self._last_adapted = float(rule.updated(self._lambda, ratio)), self._steps
-        self._rejected = 0 if ratio > 0 else self._rejected + 1
+        self._rejected = self._rejected + 1 if ratio.isnan() else 0
         if self._rejected == _PATIENCE:
             warn(
                 f"the last {_PATIENCE} steps were not made, because each would have increased the loss of the batch; the "
@@ -253,17 +270,22 @@ class NaturalGradient(CurvatureOptimizer):
         last = {p: self.state[p]["last_step"] for p in step if "last_step" in self.state[p]}
         if self._coefficients is not None and not self._needs_model():
             self._combine(step, last, self._coefficients)
-            scale = self._model_of(gradient, step, {}).minimum()[0][0, 0].clamp(0, 1)
-            return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
+            model = self._model_of(gradient, step, {})
+            scale = model.minimum()[0][0].clamp(0, 1)
+            self._predicted = predicted_change(model.curvature[0], model.slopes[0], scale)
+            return {p: v.mul_(scale[0] * rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
         best = model.minimum()[0][0]
         self._combine(step, last, best)
-        ratio = model.ratio(step, best, torch.zeros(1, dtype=torch.long, device=best.device))
-        self._ratio = Arriving(ratio)
+        if self._predicted is not None:
+            self._ratio = Arriving(reduction_ratio(-model.change({p: -v for p, v in last.items()}), self._predicted))
+        accepted = model.change(step) < 0
+        self._predicted = torch.where(accepted, model.predicted()[0], 0.0)
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
-        self._coefficients = torch.where(ratio > 0, torch.cat([best[:1], momentum]), 0.0)
-        return {p: torch.where(ratio > 0, v, 0.0) * rates[p] for p, v in step.items()}
+        self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
+        self._accepted = Arriving(accepted)
+        return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
 
     def _combine(self, step: Vector, last: Vector, coefficients: Tensor) -> None:
         """Turn ``Δ`` into ``α Δ + μ δ₀``, in place."""
@@ -298,7 +320,9 @@ class NaturalGradient(CurvatureOptimizer):
     def _model_of(self, gradient: Vector, direction: Vector, last: Vector) -> StepModel:
         assert self._batch is not None and self._lambda is not None
         decays = self._settings("weight_decay")
-        model = StepModel(self._batch, self._names, gradient, [direction], last, self._lambda, decays, self._passes)
+        model = StepModel(
+            self._batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes)
+        )
         self._require(*self._batch.check())
         return model
 
@@ -328,6 +352,8 @@ class NaturalGradient(CurvatureOptimizer):
             "clip_ratio": self._clip_ratio,
             "last_model": self._last_model,
             "coefficients": self._coefficients,
+            "accepted": None if self._accepted is None else self._accepted.value(),
+            "predicted": self._predicted,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
@@ -335,4 +361,6 @@ class NaturalGradient(CurvatureOptimizer):
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
         self._last_model, self._coefficients = state["last_model"], state["coefficients"]
+        self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
+        self._predicted = state["predicted"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import positive_number
 from kronlaplace.layers import Layer, Unsupported, search_layers
+from kronlaplace.layers.find import REMEDY
 
-__all__ = ["Division", "PlainSGD", "assembled", "divide"]
+__all__ = ["Division", "PlainSGD", "assembled", "divide", "step_plainly"]
+
+_REMEDY = (
+    "To go on, train its parameters without curvature, by others=kl.PlainSGD(lr=0.01), or freeze them with "
+    "requires_grad_(False)."
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,7 @@ def divide(model: nn.Module, params: Any, layers: Sequence[str] | str | None, ot
     try:
         search = search_layers(model, layers, Unsupported.FIXED if plain else Unsupported.ERROR)
     except NotImplementedError as error:
-        raise NotImplementedError(
-            f"{error} An optimizer can also step them without curvature: others=kl.PlainSGD(lr=0.01)."
-        ) from None
+        raise NotImplementedError(str(error).replace(REMEDY, _REMEDY)) from None
     index = {p: i for i, group in enumerate(groups) for p in group["params"]}
     found = []
     for layer in search.layers:
@@ -115,7 +120,9 @@ def _groups(params: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, An
     entries = list(params)
     groups = [dict(e) for e in entries] if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
     for group in groups:
-        given = group["params"]
+        given = group.get("params")
+        if not isinstance(given, Iterable):
+            raise TypeError(f'a parameter group is a dict with parameters under "params", got the keys {list(group)}.')
         members = [given] if isinstance(given, Tensor) else [p[1] if isinstance(p, tuple) else p for p in given]
         strangers = sum(p not in names for p in members)
         if strangers:
@@ -126,10 +133,33 @@ def _groups(params: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, An
         group["params"] = [p for p in members if p.requires_grad]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("the model has no trainable parameters (requires_grad is False everywhere).")
+        raise ValueError("there are no trainable parameters: params is empty, or requires_grad is False everywhere.")
     return groups
 
 
 def assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """Return values of a layer's parameters, such as their gradients, as one matrix ``(q, p)`` in the layer's dtype."""
     return layer.assemble({name: values[p] for name, p in layer.parameters.items()}).to(layer.dtype)
+
+
+def step_plainly(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:
+    """Step the parameters without a block by gradient descent with momentum.
+
+    Args:
+        groups: The optimizer's parameter groups, of which those that follow the natural gradient are passed over.
+        state: The optimizer's state, with the momentum by parameter.
+        finite: Whether all gradients are finite, boolean, 0-dim; elsewhere than on the CPU, they count as zero otherwise.
+    """
+    for group in groups:
+        for p in [] if group["natural"] else group["params"]:
+            if p.grad is None:
+                continue
+            grad = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+            if grad.device.type != "cpu":
+                grad = torch.where(finite, grad, 0.0)
+            momentum = group["momentum"]
+            if momentum:
+                buffer = state[p].get("momentum_buffer")
+                buffer = grad.clone() if buffer is None else buffer.mul_(momentum).add_(grad)
+                state[p]["momentum_buffer"] = grad = buffer
+            p.add_(grad, alpha=-group["lr"])

@@ -67,6 +67,15 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
+    def predicted(self) -> Tensor:
+        """Return ``M(δ) − M(0)`` at the minimum of each model, with the gradient of the whole batch, shape ``(m,)``."""
+        return predicted_change(self.curvature, self.slopes, minimize(self.curvature, self.slopes))
+
+    def change(self, step: Vector) -> Tensor:
+        """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
+        weights = {p: p.detach() for p in step}
+        return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
+
     def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
         """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.
 
@@ -85,13 +94,13 @@ class StepModel:
         return {self._names[p]: v for p, v in vector.items()}
 
     def _weighted(self, u: Vector, v: Vector, damping: float = 0.0) -> Tensor:
-        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim, float64."""
-        by_weight: dict[float, Vector] = {}
-        for p, w in v.items():
-            by_weight.setdefault(damping + self._decays[p], {})[p] = w
-        device = next(iter(v.values())).device
-        none = torch.zeros((), dtype=torch.float64, device=device)
-        return sum((weight * dot(u, part) for weight, part in by_weight.items() if weight), start=none)
+        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim."""
+        factors = {eta: damping + eta for eta in sorted({self._decays[p] for p in v})}
+        terms = [torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)]
+        for eta, factor in factors.items():
+            if factor:
+                terms.append(factor * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}))
+        return torch.stack(terms).sum()
 
 
 def dot(u: Vector, v: Vector) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
-from kronlaplace.optim.fisher_products import fisher_inner_products, jacobian_products, part_of_batch
+from kronlaplace.optim.fisher_products import fisher_inner_products, jacobian_products, outputs_at, part_of_batch
 from tests.support.architectures import ARCHITECTURES
 from tests.support.likelihoods import cases, draw, expected_metric, make
 from tests.support.networks import CASES
@@ -139,6 +139,31 @@ def test_nothing_changes(name, training):
     before = everything(model)
     jacobian_products(model, (x,), {}, directions)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["residual", "transformer", "lstm", "dropped", "tied"])
+def test_outputs_at_other_weights(name, training):
+    """At the network's own weights they are exactly those that the products come with, dropout included."""
+    model, x = network(name)
+    model.train(training)
+    (direction,) = directions = draw_directions(model, 1)
+    f, (product,) = jacobian_products(model, (x,), {}, directions)
+    assert torch.equal(outputs_at(model, (x,), {}, {}), f)
+    step = 1e-5
+    ahead, behind = (
+        outputs_at(model, (x,), {}, {name: p.detach() + s * direction[name] for name, p in model.named_parameters()})
+        for s in (step, -step)
+    )
+    torch.testing.assert_close((ahead - behind) / (2 * step), product, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_that_the_network_changes_stay_as_they_were():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    given = x.clone()
+    jacobian_products(model, (x,), {}, draw_directions(model))
+    assert torch.equal(x, given)
 
 
 def test_all_directions_see_the_same_dropout():

@@ -365,11 +365,11 @@ def test_a_small_step_is_not_clipped():
 def test_the_clip_uses_part_of_the_batch():
     """The first quarter of the examples, as in the paper, unless told otherwise."""
     model, _, _ = made("linear")
-    x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
+    x, y = torch.randn(160, 4).double(), torch.randint(3, (160,))
     before = flat(copies(model))
     direction, _ = natural_direction(model, x, y, 0.05)
     v = LR * flat(direction)
-    nu = v @ exact_fisher(model, x[:4]) @ v
+    nu = v @ exact_fisher(model, x[:40]) @ v
     with optimizer_of(model, kl_clip=1e-3) as optimizer:
         step(optimizer, model, x, y)
     assert_close(flat(copies(model)) - before, v * (1e-3 / nu).sqrt(), 1e-10)
