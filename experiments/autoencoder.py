@@ -26,7 +26,7 @@ from torch import nn
 
 import kronlaplace as kl
 from experiments.comparison import Measure, add_arguments, compare
-from experiments.optimizers import OPTIMIZERS
+from experiments.optimizers import CHAIN_OPTIMIZERS, OPTIMIZERS
 from experiments.training import Problem
 from kronlaplace.demo.files import read_idx
 
@@ -85,10 +85,11 @@ def main(argv=None):
     parser.add_argument("--tanh", action="store_true", help="the papers' network")
     parser.add_argument("--digits", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=500)
-    add_arguments(parser, OPTIMIZERS, "autoencoder", target=TARGET, seconds=60.0, grid_updates=300)
+    optimizers = OPTIMIZERS | CHAIN_OPTIMIZERS
+    add_arguments(parser, optimizers, "autoencoder", target=TARGET, seconds=60.0, grid_updates=300)
     args = parser.parse_args(argv)
     problem = autoencoding(args.data_dir, args.digits, args.batch_size, args.tanh, args.device)
-    compare(problem, OPTIMIZERS, MEASURE, args)
+    compare(problem, optimizers, MEASURE, args)
     return 0
 
 

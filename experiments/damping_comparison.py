@@ -16,7 +16,7 @@ import sys
 import kronlaplace as kl
 from experiments.autoencoder import MEASURE, TARGET, autoencoding
 from experiments.comparison import add_arguments, compare
-from experiments.optimizers import OPTIMIZERS, missing, natural
+from experiments.optimizers import OPTIMIZERS, natural
 from experiments.second_order_peers import grid
 from experiments.training import Optimizer
 
@@ -31,7 +31,11 @@ USUAL_DAMPINGS = (3e-3, 3e-2, 3e-1)
 
 
 def algorithm(estimator, make_damping, every):
-    """TKFAC's Algorithm 1 with an estimator and a damping, and factors and inverses renewed every so many updates."""
+    """TKFAC's Algorithm 1 with an estimator and a damping, and factors and inverses renewed every so many updates.
+
+    It averages damped factors (Eq. 5.18 and 5.19), where there are factors that can be.
+    """
+    can_be_damped = estimator in ("kfac", "tkfac") and make_damping is not kl.damping.Tikhonov
 
     def make(model, likelihood, lr, damping):
         return kl.NaturalGradient(
@@ -42,6 +46,7 @@ def algorithm(estimator, make_damping, every):
             estimator=estimator,
             damping=make_damping(damping),
             kl_clip=None,
+            averaging="damped" if can_be_damped else "undamped",
             curvature_every=every,
             invert_every=every,
         )
@@ -57,7 +62,7 @@ def optimizers(every, rates=RATES):
     pairs += [(name, "Tikhonov", kl.damping.Tikhonov) for name in ("ekfac", "diagonal")]
     for name, key, make in pairs:
         settings = grid(lr=rates, damping=DAMPINGS.get(key, USUAL_DAMPINGS))
-        found[f"{name}, {key}"] = Optimizer(algorithm(name, make, every), settings, missing("NaturalGradient"))
+        found[f"{name}, {key}"] = Optimizer(algorithm(name, make, every), settings)
     return found
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import kronlaplace as kl
 from experiments.comparison import Measure, add_arguments, compare
-from experiments.optimizers import OPTIMIZERS, natural, natural_gradient, plain
+from experiments.optimizers import OPTIMIZERS, plain
 from experiments.second_order_peers import PEERS, soap
 from experiments.training import Optimizer, Problem
 
@@ -70,7 +70,7 @@ BY_DEFAULT = {
     "SGD": Optimizer(plain(torch.optim.SGD)),
     "Adam": Optimizer(plain(torch.optim.Adam)),
     "AdamW": Optimizer(plain(torch.optim.AdamW)),
-    "NaturalGradient": Optimizer(natural(natural_gradient), missing=OPTIMIZERS["NaturalGradient"].missing),
+    "NaturalGradient": OPTIMIZERS["NaturalGradient"],
     "AdaptiveKFAC": OPTIMIZERS["AdaptiveKFAC"],
     "SOAP": Optimizer(soap, missing=PEERS["SOAP"].missing),
 }

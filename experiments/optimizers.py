@@ -57,14 +57,6 @@ def averaged(prepare):
     return with_average
 
 
-def natural_gradient(model, likelihood, **settings):
-    return kl.NaturalGradient(model, likelihood, **settings)
-
-
-def adaptive_kfac(model, likelihood, **settings):
-    return kl.AdaptiveKFAC(model, likelihood, **settings)
-
-
 def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
     """KFC's Algorithm 1: a constant damping and learning rate, clipped steps, momentum."""
     return kl.NaturalGradient(
@@ -80,20 +72,23 @@ def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
     )
 
 
-def missing(name):
-    return "" if hasattr(kl, name) else f"this kronlaplace has no {name}"
-
-
 SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
-KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)), missing("NaturalGradient"))
+KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)))
+PERIODS = grid(curvature_every=(1, 5), invert_every=(5, 20))
 OPTIMIZERS = {
     "SGD with momentum": SGD,
     "SGD, averaged": Optimizer(averaged(SGD.prepare), SGD.grid),
     "Adam": Optimizer(plain(torch.optim.Adam), grid(lr=(3e-4, 1e-3, 2e-3, 3e-3))),
     "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), grid(lr=(1e-3,))),
-    "NaturalGradient": Optimizer(natural(natural_gradient), missing=missing("NaturalGradient")),
+    "NaturalGradient": Optimizer(natural(kl.NaturalGradient)),
+    "NaturalGradient, periods": Optimizer(natural(kl.NaturalGradient), PERIODS),
     "NaturalGradient, KFC": KFC,
-    "NaturalGradient, KFC, averaged": Optimizer(averaged(KFC.prepare), KFC.grid, KFC.missing),
-    "AdaptiveKFAC": Optimizer(natural(adaptive_kfac), missing=missing("AdaptiveKFAC")),
+    "NaturalGradient, KFC, averaged": Optimizer(averaged(KFC.prepare), KFC.grid),
+    "AdaptiveKFAC": Optimizer(natural(kl.AdaptiveKFAC)),
     **PEERS,
 }
+CHAIN_OPTIMIZERS = {
+    "NaturalGradient, tridiagonal": Optimizer(natural(partial(kl.NaturalGradient, structure="block-tridiagonal"))),
+    "AdaptiveKFAC, tridiagonal": Optimizer(natural(partial(kl.AdaptiveKFAC, structure="block-tridiagonal"))),
+}
+"""Those for chains of linear layers only."""

@@ -31,7 +31,7 @@ import kronlaplace as kl
 from experiments import autoencoder
 from experiments.cifar import convolutional, resnet20
 from experiments.measure import Run, in_turn, peak_bytes, ratio
-from experiments.optimizers import missing, natural, natural_gradient, plain
+from experiments.optimizers import natural, plain
 from experiments.training import Optimizer, Problem
 from kronlaplace.demo.report import Column, Table
 
@@ -49,12 +49,12 @@ OPTIMIZERS = {
     PLAIN: Optimizer(plain(partial(torch.optim.SGD, lr=1e-3, momentum=0.9))),
     "Adam": Optimizer(plain(torch.optim.Adam)),
     "every 10, inverses every 100": Optimizer(
-        natural(partial(natural_gradient, curvature_every=10, invert_every=PERIOD)), missing=missing("NaturalGradient")
+        natural(partial(kl.NaturalGradient, curvature_every=10, invert_every=PERIOD))
     ),
     "every step, inverses every 100": Optimizer(
-        natural(partial(natural_gradient, curvature_every=1, invert_every=PERIOD)), missing=missing("NaturalGradient")
+        natural(partial(kl.NaturalGradient, curvature_every=1, invert_every=PERIOD))
     ),
-    "default": Optimizer(natural(natural_gradient), missing=missing("NaturalGradient")),
+    "default": Optimizer(natural(kl.NaturalGradient)),
 }
 HOST_COPIES = ("aten::_local_scalar_dense", "aten::is_nonzero")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -100,14 +100,6 @@ class Steps:
 
     def __call__(self):
         self.update(*next(self.batches))
-
-
-def chosen(names):
-    """The optimizers that can be had, saying which cannot."""
-    for name in names:
-        if OPTIMIZERS[name].missing:
-            print(f"{name} left out: {OPTIMIZERS[name].missing}")
-    return {name: OPTIMIZERS[name] for name in names if not OPTIMIZERS[name].missing}
 
 
 def measure(problem, optimizers, n_steps, n_warm):
@@ -182,7 +174,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     device, times = torch.device(args.device), {}
-    optimizers = chosen(dict.fromkeys([PLAIN, *args.optimizers]))
+    optimizers = {name: OPTIMIZERS[name] for name in dict.fromkeys([PLAIN, *args.optimizers])}
     for name in args.problems:
         make, batch_size = PROBLEMS[name]
         problem = make(device, args.batch_size or batch_size)

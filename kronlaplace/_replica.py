@@ -100,10 +100,8 @@ class Replica:
                 parts.update({key: self._tensor_or_module(part) for key, part in value.items()})
                 state[name] = parts
                 continue
-            if (
-                not value and name in _STATE_OF_ANY_MODULE and type(value) in _CONTAINERS
-            ):  # hooks that nobody registered
-                state[name] = type(value)()
+            if type(value) in _CONTAINERS and not value and name in _STATE_OF_ANY_MODULE:
+                state[name] = type(value)()  # hooks that nobody registered
                 continue
             state[name] = self._value(value, _DEPTH)
             if name in _STATE_OF_ANY_MODULE and state[name] is value and isinstance(value, (dict, set, list)):

@@ -180,48 +180,43 @@ def test_resnet20_is_the_published_one():
 
 @pytest.mark.parametrize("network", default_settings.NETWORKS)
 def test_default_settings(tmp_path, network):
-    options = [
-        "--networks",
-        network,
-        "--updates",
-        "2",
-        "--batch-size",
-        "8",
-        "--optimizers",
-        "Adam",
-        "--out",
-        str(tmp_path),
-    ]
-    default_settings.main([*options, *SMALL])
-    assert len(lines(tmp_path / network / "Adam.csv")) == 2
+    options = ["--networks", network, "--updates", "2", "--batch-size", "8", "--out", str(tmp_path)]
+    default_settings.main([*options, "--optimizers", "Adam", "NaturalGradient", "AdaptiveKFAC", *SMALL])
+    for name in ("Adam", "NaturalGradient", "AdaptiveKFAC"):
+        assert len(lines(tmp_path / network / f"{name}.csv")) == 2
 
 
-def test_damping_comparison_has_every_estimator_with_its_dampings():
-    names = damping_comparison.optimizers(10)
+def test_damping_comparison(tmp_path, monkeypatch):
+    monkeypatch.delenv("KRONLAPLACE_DATA", raising=False)
+    monkeypatch.setattr(autoencoder, "WIDTHS", (6, 3, 6))
+    sizes = {"digits": 20, "batch-size": 10, "updates": 3, "grid-updates": 1, "target": 0, "rates": 0.03, "every": 2}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    damping_comparison.main([*options, "--out", str(tmp_path), *SMALL])
+    names = [line["method"].split(" (")[0] for line in lines(tmp_path / "comparison.csv")]
+    assert names == list(damping_comparison.optimizers(2))
     assert len(names) == 1 + 3 * 3 + 2
-    assert all(len(optimizer.grid) == 9 for optimizer in list(names.values())[1:])
+    assert all(len(lines(tmp_path / f"{name}.csv")) == 3 for name in names)
 
 
 @pytest.mark.parametrize("is_profile", [False, True])
 def test_step_cost(tmp_path, monkeypatch, is_profile):
     monkeypatch.setattr(autoencoder, "WIDTHS", (6, 3, 6))
-    options = [
-        "--problems",
-        "autoencoder",
-        "--batch-size",
-        "4",
-        "--steps",
-        "2",
-        "--warm-up",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
-    step_cost.main([*options, "--optimizers", "Adam", *SMALL, *(["--profile"] if is_profile else [])])
+    sizes = ["--problems", "autoencoder", "--batch-size", "4", "--steps", "2", "--warm-up", "1", "--out", str(tmp_path)]
+    step_cost.main([*sizes, *SMALL, *(["--profile"] if is_profile else [])])
     rows = {line["method"]: line for line in lines(tmp_path / f"autoencoder{'_waits' if is_profile else ''}.csv")}
-    assert list(rows) == [step_cost.PLAIN, "Adam"]
+    assert list(rows) == list(step_cost.OPTIMIZERS)
     if not is_profile:
-        assert float(rows["Adam"]["held_mib"]) > 0
+        assert float(rows["default"]["held_mib"]) > 0
+
+
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, *optimizers.CHAIN_OPTIMIZERS])
+def test_every_optimizer_lowers_the_loss(regression, name):
+    if name in PEERS:
+        pytest.skip("tested below")
+    optimizer = (optimizers.OPTIMIZERS | optimizers.CHAIN_OPTIMIZERS)[name]
+    log = train(regression, optimizer, optimizer.grid[-1], Limits(updates=6))
+    assert not log.error
+    assert log.smoothed[-1] < log.losses[0]
 
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if not peer.missing])

@@ -56,6 +56,27 @@ class WrittenOut:
         self._names = names
         self._forward = forward
         self._layers = layers
+        self._attached = False
+        self._before: Any = None
+
+    def attach(self) -> Callable[[], None]:
+        """Let the module run it, and return the function that undoes this, also if others are attached meanwhile."""
+        attributes = vars(self._module)
+        self._before = attributes.get("forward")
+        self._attached = True
+        attributes["forward"] = self
+        return self._detach
+
+    def _detach(self) -> None:
+        self._attached = False
+        attributes = vars(self._module)
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+            before = self._before
+            while isinstance(before, WrittenOut) and not before._attached:
+                before = before._before
+            if before is not None:
+                attributes["forward"] = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self._observer()

@@ -172,7 +172,7 @@ class TrainingCurvature:
         if factor < 1:
             self.accumulation.decay(factor)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of a pass with gradients; before the first one, find out where the examples are."""
         if not torch.is_grad_enabled():
             return
@@ -182,8 +182,10 @@ class TrainingCurvature:
         self._layout_known = True
         value: Any = args
         if kwargs:
-            value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
-        self.observer.layout = find_layout(model, Inputs(value).value, self.observer.layers)
+            value = (
+                dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
+            )
+        self.observer.layout = find_layout(self.model, Inputs(value).value, self.observer.layers)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """Note the outputs of a pass with gradients."""
