@@ -19,6 +19,7 @@ from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
+from kronlaplace.optim.part import Part, part_of
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.quadratic_model import reduction_ratio
 from kronlaplace.optim.step_model import StepModel, dot
@@ -43,9 +44,6 @@ _LARGEST_MOMENTUM = 0.9
 """Largest momentum that adaptive steps keep until the model is measured again: what is kept must not accelerate for ever."""
 
 _KL_CLIP = 0.3
-
-_FEWEST = 32
-"""Number of examples on which exact products are computed at least by default, if the batch has that many."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -114,7 +112,8 @@ class NaturalGradient(CurvatureOptimizer):
         mc_samples: Number of label draws per example.
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
-        curvature_fraction: Fraction of each batch that counts in the averages.
+        curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
+            least 64 examples, if the batch has as many.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
@@ -148,7 +147,7 @@ class NaturalGradient(CurvatureOptimizer):
         mc_samples: int = 1,
         layers: Sequence[str] | str | None = None,
         others: str | PlainSGD = "diagonal",
-        curvature_fraction: float = 1.0,
+        curvature_fraction: float | None = None,
         model_fraction: float | None = None,
         invert_async: bool = False,
         seed: int = 0,
@@ -181,9 +180,6 @@ class NaturalGradient(CurvatureOptimizer):
         self._last_model: int | None = None
         self._coefficients: Tensor | None = None
         self._accepted: Arriving | None = None
-        fewest = 1
-        if model_fraction is None:
-            model_fraction, fewest = 1 / 8 if self._adapts_steps else 1 / 4, _FEWEST
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
             structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
@@ -202,9 +198,10 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_fraction=curvature_fraction,
-            model_fraction=model_fraction,
-            fewest=fewest,
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=64)),
+            model_part=part_of(
+                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=32)
+            ),
             invert_async=invert_async,
             seed=seed,
         )
@@ -223,11 +220,8 @@ class NaturalGradient(CurvatureOptimizer):
         """Return whether the next step measures how much it really reduces the loss, or ``ν``."""
         if not isinstance(self._rule, LevenbergMarquardt) and self._clip is None:
             return False
-        now = self._updates_curvature
-        if self._adapts_steps:
-            accepted = None if self._accepted is None else self._accepted.value()
-            now = accepted is not None and not accepted
-        return now or self._model_every.is_due(self._steps, self._last_model)
+        accepted = None if self._accepted is None else self._accepted.value()
+        return (accepted is not None and not accepted) or self._model_every.is_due(self._steps, self._last_model)
 
     def _damping(self) -> Damping:
         damping = self.damping
