@@ -15,7 +15,7 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector
+from kronlaplace.optim.base import CurvatureOptimizer
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting, fraction_of_batch
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
@@ -23,6 +23,7 @@ from kronlaplace.optim.part import Part
 from kronlaplace.optim.preconditioner import InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
+from kronlaplace.optim.vectors import Vector
 
 __all__ = ["AdaptiveKFAC"]
 
@@ -193,7 +194,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
             self._renew()
         if gradient:
             self._take(self._best_step(gradient, batch))
-        step_plainly(self.param_groups, self.state, self._finite)
+        step_plainly(self.param_groups, self.state, self._checks.finite)
 
     def _adapt(self) -> None:
         """Change ``λ`` by the last reduction ratio, as soon as it is there."""
@@ -224,7 +225,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         last = {p: self.state[p]["last_step"] for p in directions[0] if self._momentum and "last_step" in self.state[p]}
         decays = self._settings("weight_decay")
         model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, len(self._passes))
-        self._require(*batch.check())
+        self._checks.require(*batch.check())
         coefficients, lowest = model.minimum()
         if tries and self._choice is None:
             self._choice = Arriving(lowest)

@@ -16,47 +16,29 @@ from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.layers import Layer, UnusableLayersError
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
-from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.background import Background
 from kronlaplace.optim.batch_model import BatchModel
-from kronlaplace.optim.checks import check_setting, finite_norms
 from kronlaplace.optim.curvature import TrainingCurvature
-from kronlaplace.optim.parameters import PlainSGD, assembled, divide
+from kronlaplace.optim.finite import FiniteChecks
+from kronlaplace.optim.parameters import PlainSGD, divide
 from kronlaplace.optim.part import Part
+from kronlaplace.optim.passes import Passes
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.preconditioner import Inverse, InverseInProgress, Renewal
 from kronlaplace.optim.structure import Structure, structure_of
+from kronlaplace.optim.vectors import Vector, objective_gradient, solved
 
 __all__ = ["CurvatureOptimizer"]
-
-_NO_PASS = (
-    "no forward pass of the model was observed: call the model itself, with gradients enabled, once before every call of "
-    "update_curvature."
-)
 
 _NO_CURVATURE = (
     "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
     "forward pass of the model and the backward pass of the loss."
 )
 
-Vector = dict[nn.Parameter, Tensor]
-"""A vector in the space of the parameters that follow the natural gradient."""
-
 _REMEDIES = (
     "Otherwise, train these layers without curvature, by layers=[...], the names of those that get a block, with "
     "others=kl.PlainSGD(lr=0.01), or freeze their parameters with requires_grad_(False)."
 )
-
-
-class _Pass:
-    """A forward pass of the step, and whether its loss has been propagated back."""
-
-    def __init__(self) -> None:
-        self.propagated = False
-
-    def note(self, gradient: Tensor) -> None:
-        """Note that it is being propagated back."""
-        self.propagated = True
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -96,10 +78,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._model_part = model_part
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
-        for group in division.groups:
-            for name in ("lr", "momentum", "weight_decay"):
-                if name in group:
-                    check_setting(name, group[name])
         self._layers: dict[str, Layer] = {}
         super().__init__(division.groups, defaults)
         self._layers = {layer.name: layer for layer in division.layers}
@@ -119,10 +97,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._last_update: int | None = None
         self._last_inversion: int | None = None
-        self._batch: BatchModel | None = None
-        self._passes: list[_Pass] = []
-        self._finite = torch.ones((), dtype=torch.bool)
-        self._awaited: list[tuple[Arriving, str]] = []
+        self._passes = Passes()
+        self._checks = FiniteChecks()
         self._closing = weakref.finalize(self, _close, self._curvature, self._renewal)
 
     def __enter__(self) -> CurvatureOptimizer:
@@ -187,11 +163,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 ) from error
         arguments = self._curvature.arguments
         assert arguments is not None
+        batch = None
         if self._needs_batch() or self._steps == 0:
             fraction = self._model_part.count(len(outputs)) / len(outputs)
-            self._batch = BatchModel(self._model, self.likelihood, arguments, outputs, fraction, targets=targets)
-        self._passes.append(_Pass())
-        outputs.register_hook(self._passes[-1].note)
+            batch = BatchModel(self._model, self.likelihood, arguments, outputs, fraction, targets=targets)
+        self._passes.add(outputs, batch)
         self._curvature.forget()
 
     def _check_pass(self, outputs: Tensor) -> None:
@@ -202,32 +178,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         if not self._closing.alive:
             raise RuntimeError("the optimizer was closed, and its hooks are off the model. Make a new one.")
-        if not outputs.requires_grad:
-            raise RuntimeError(
-                "the outputs carry no graph: call update_curvature(outputs) with the outputs of the forward pass that is "
-                "differentiated, with gradients enabled and before backward()."
-            )
-        mark = self._curvature.mark
-        if self._curvature.arguments is None or mark is None:
-            raise RuntimeError(_NO_PASS)
-        if not mark.made(outputs):
-            raise RuntimeError(
-                "the outputs are not those of the last forward pass of the model, but of an earlier one or of another "
-                "model. Call update_curvature(outputs) right after outputs = model(inputs)."
-            )
-        after = "so the curvature was not updated" if outputs.device.type == "cpu" else "and so are the factors"
-        self._require(
-            finite_norms([outputs.detach()]).all(),
-            f"step {self._steps}: the network's outputs are NaN or infinite, {after}. Either the inputs are, or training "
-            f"has diverged. {self._advice()}",
-        )
-        if self._updates_curvature:
-            for name, finite in self._curvature.input_norms().items():
-                self._require(
-                    finite,
-                    f"step {self._steps}: the inputs of layer {name!r} are NaN, infinite, or so large that their squares "
-                    f"overflow, {after}. Look at the inputs of the network. {self._advice()}",
-                )
+        self._curvature.check_pass(outputs)
+        inputs = self._curvature.input_norms() if self._updates_curvature else {}
+        self._checks.check_pass(self._steps, outputs, inputs, self._advice())
 
     @property
     def _updates_curvature(self) -> bool:
@@ -269,42 +222,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _gradient(self) -> Vector:
         """Return the gradient of the objective, with weight decay, for all layers that have one."""
-        gradient: Vector = {}
-        decays = self._weight_decays()
-        for name, layer in self._layers.items():
-            own = list(layer.parameters.values())
-            if all(p.grad is None for p in own):
-                continue
-            for p in own:
-                g = torch.zeros_like(p) if p.grad is None else p.grad
-                gradient[p] = g.add(p, alpha=decays[name]) if decays[name] else g
-        return gradient
+        return objective_gradient(self._layers.values(), self._weight_decays())
 
     def _solved(self, gradient: Vector, inverse: Inverse | None = None) -> Vector:
         """Return the natural gradient ``F̂⁻¹ ∇h`` in the dtype of each parameter, by default with the current inverse."""
         inverse = self._renewal.inverse if inverse is None else inverse
         assert inverse is not None
-        present = [layer for layer in self._layers.values() if next(iter(layer.parameters.values())) in gradient]
-        solved = inverse.solve({layer.name: assembled(layer, gradient) for layer in present})
-        result: Vector = {}
-        for layer in present:
-            for name, part in layer.split_directions(solved[layer.name]).items():
-                p = layer.parameters[name]
-                result[p] = part.to(p.dtype)
-        return result
-
-    def _propagated_batch(self) -> BatchModel | None:
-        """Return the batch, whose loss has been propagated back, if this step needs it.
-
-        Raises:
-            RuntimeError: If its loss has not been propagated back.
-        """
-        if self._batch is not None and self._batch.gradient is None:
-            raise RuntimeError(
-                "the loss was not propagated back through the outputs that update_curvature got. Call it between the "
-                "forward and the backward pass, with the outputs from which the loss is computed."
-            )
-        return self._batch
+        return solved(inverse, self._layers.values(), gradient)
 
     def _required_batch(self) -> BatchModel:
         """Return the batch, whose loss has been propagated back.
@@ -312,22 +236,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: If there is none, or its loss has not been propagated back.
         """
-        if (batch := self._propagated_batch()) is None:
+        if (batch := self._passes.batch()) is None:
             raise RuntimeError(_NO_CURVATURE)
         return batch
 
-    def _curvature_along(self, direction: Vector) -> float:
-        """Return ``vᵀFv / vᵀv`` with the exact Fisher of part of the batch; waits for the device.
+    def _curvature_along(self, gradient: Vector) -> float:
+        """Return ``gᵀFg / gᵀg`` with the exact Fisher of part of the batch; waits for the device.
 
         Raises:
             RuntimeError: As `_required_batch`.
         """
-        batch = self._required_batch()
-        size = torch.stack([v.square().sum(dtype=torch.float64) for v in direction.values()]).sum()
-        matrix, _ = batch.products(
-            [{self._names[p]: v for p, v in direction.items()}], size.unsqueeze(0), len(self._passes)
-        )
-        return float(matrix[0, 0] / size)
+        named = {self._names[p]: v for p, v in gradient.items()}
+        return float(self._required_batch().curvature_along(named, len(self._passes)))
 
     def _settings(self, key: str) -> dict[nn.Parameter, float]:
         """Return the value of a setting of the groups for every parameter."""
@@ -339,27 +259,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If it is not finite, naming the layer; on an accelerator later, and the parameters stay as they are.
         """
-        norms = torch.stack([torch.linalg.vector_norm(v) for v in step.values()])
-        finite = norms.isfinite().all() & self._finite
-        if finite.device.type == "cpu" and not finite:
-            raise ValueError(self._divergence(step))
-        if finite.device.type != "cpu":
-            self._require(finite, self._divergence({}))
-            self._finite = finite
+        self._checks.check_step(self._steps, step, self._layers, self._advice())
         for p, v in step.items():
-            if finite.device.type != "cpu":
-                v = torch.where(finite, v, 0.0)
-            p.add_(v)
-            self.state[p]["last_step"] = v
-
-    def _divergence(self, step: Vector) -> str:
-        """Return the message for a step that is not finite."""
-        where = ""
-        for name, layer in self._layers.items():
-            if any(p in step and not step[p].isfinite().all() for p in layer.parameters.values()):
-                where = f" That of layer {name!r} is, and its gradient is finite."
-                break
-        return f"step {self._steps} is NaN or infinite, and was not made.{where} {self._advice()}"
+            kept = self._checks.kept(v)
+            p.add_(kept)
+            self.state[p]["last_step"] = kept
 
     def _advice(self) -> str:
         """Return what to change if training diverges."""
@@ -389,7 +293,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._check_gradients()
+            grouped = (p for group in self.param_groups for p in group["params"])
+            gradients = {self._names[p]: p.grad for p in grouped if p.grad is not None}
+            self._checks.check_gradients(self._steps, gradients, self._advice())
             if not self._passes and (self._updates_curvature or self._needs_batch()):
                 raise RuntimeError(_NO_CURVATURE)
             self._make_step()
@@ -402,30 +308,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _make_step(self) -> None:
         raise NotImplementedError
 
-    def _check_gradients(self) -> None:
-        """Check that all gradients are finite, before anything depends on them; elsewhere than on the CPU, do not wait.
-
-        Raises:
-            ValueError: If one is not, naming its parameter.
-        """
-        named = {self._names[p]: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if not named:
-            return
-        finite = finite_norms([*named.values()])
-        self._finite = finite.all()
-        which = ""
-        if self._finite.device.type == "cpu" and not self._finite:
-            which = f" of {list(named)[finite.tolist().index(False)]!r}"
-        self._require(
-            self._finite,
-            f"step {self._steps} was not made, because the gradient{which} is NaN or infinite. Look at the loss of this "
-            f"batch: its targets may be NaN, or infinite, or the loss itself. {self._advice()}",
-        )
-
     def _forget_passes(self) -> None:
         """Begin a new batch."""
-        self._batch = None
-        self._passes = []
+        self._passes.clear()
         self._curvature.end_step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -434,7 +319,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         `torch.amp.GradScaler` does not make steps whose gradients overflowed.
         """
         super().zero_grad(set_to_none)
-        self._passes = [one for one in self._passes if not one.propagated]
+        self._passes.drop_propagated()
         if not self._passes:
             self._forget_passes()
 
@@ -450,22 +335,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "all of them at once, params=[{...}, {...}], or make a new optimizer."
             )
         super().add_param_group(param_group)
-
-    def _require(self, holds: Tensor, message: str) -> None:
-        """Raise an error if a condition fails: on the CPU at once, elsewhere as soon as its value has arrived."""
-        self._settle()
-        if holds.device.type == "cpu":
-            if not holds:
-                raise ValueError(message)
-            return
-        self._awaited.append((Arriving(holds), message))
-
-    def _settle(self) -> None:
-        """Raise the error of a condition whose value has arrived and is false."""
-        while self._awaited and (value := self._awaited[0][0].value()) is not None:
-            _, message = self._awaited.pop(0)
-            if not value:
-                raise ValueError(message)
 
     # -- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -503,7 +372,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         )
         self._renewal.restore(None if own["inverse"] is None else self._inverse_from(own["inverse"]))
         self._load_more_state(own)
-        self._batch = None
+        self._passes.clear()
         self._curvature.observer.enabled = self._curvature_every.is_due(self._steps, self._last_update)
 
     def _inverse_from(self, tensors: Mapping[str, Any]) -> Inverse:

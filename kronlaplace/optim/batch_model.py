@@ -101,6 +101,17 @@ class BatchModel:
         self._residuals = self._residuals / self.factor
         return matrix, raw / (scaler * self.factor)
 
+    def curvature_along(self, gradient: Direction, passes: int) -> Tensor:
+        """Compute ``gᵀFg / gᵀg`` along the gradient of the loss with the exact Fisher of the part, 0-dim, float64.
+
+        Args:
+            gradient: The gradient of the loss with respect to the parameters.
+            passes: As for `products`.
+        """
+        size = torch.stack([v.square().sum(dtype=torch.float64) for v in gradient.values()]).sum()
+        matrix, _ = self.products([gradient], size.unsqueeze(0), passes)
+        return matrix[0, 0] / size
+
     def check(self) -> tuple[Tensor, str]:
         """Check that the loss can be the mean negative log-likelihood, except for a mean over positions; after `products`.
 

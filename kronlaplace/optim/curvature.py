@@ -29,6 +29,11 @@ __all__ = ["TrainingCurvature"]
 
 _WHOLE = Part(1.0)
 
+_NO_PASS = (
+    "no forward pass of the model was observed: call the model itself, with gradients enabled, once before every call of "
+    "update_curvature."
+)
+
 
 class TrainingCurvature:
     """Moving averages of the blocks of a network in training.
@@ -96,6 +101,25 @@ class TrainingCurvature:
         """Forget the last pass."""
         self.arguments = self.mark = None
         self.observer.clear()
+
+    def check_pass(self, outputs: Tensor) -> None:
+        """Check that outputs carry a graph and are those of the last forward pass.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "the outputs carry no graph: call update_curvature(outputs) with the outputs of the forward pass that is "
+                "differentiated, with gradients enabled and before backward()."
+            )
+        if self.arguments is None or self.mark is None:
+            raise RuntimeError(_NO_PASS)
+        if not self.mark.made(outputs):
+            raise RuntimeError(
+                "the outputs are not those of the last forward pass of the model, but of an earlier one or of another "
+                "model. Call update_curvature(outputs) right after outputs = model(inputs)."
+            )
 
     def input_norms(self) -> dict[str, Tensor]:
         """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name."""

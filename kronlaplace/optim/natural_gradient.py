@@ -14,7 +14,7 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
-from kronlaplace.optim.base import CurvatureOptimizer, Vector
+from kronlaplace.optim.base import CurvatureOptimizer
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
@@ -22,8 +22,9 @@ from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.part import Part, part_of
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.quadratic_model import reduction_ratio
-from kronlaplace.optim.step_model import StepModel, dot
+from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure, structure_of
+from kronlaplace.optim.vectors import Vector, dot
 
 __all__ = ["Averaging", "NaturalGradient"]
 
@@ -230,14 +231,14 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _make_step(self) -> None:
         gradient = self._gradient()
-        batch = self._propagated_batch()
+        batch = self._passes.batch()
         if self._lambda is None:
             self._lambda = self._curvature_along(gradient)
         self._adapt()
         self._renew()
         if gradient:
             self._take(self._adaptive_step(gradient) if self._adapts_steps else self._fixed_step(gradient, batch))
-        step_plainly(self.param_groups, self.state, self._finite)
+        step_plainly(self.param_groups, self.state, self._checks.finite)
 
     def _adapt(self) -> None:
         """Change the damping by the last reduction ratio, as soon as it has arrived."""
@@ -316,12 +317,11 @@ class NaturalGradient(CurvatureOptimizer):
         return step
 
     def _model_of(self, gradient: Vector, direction: Vector, last: Vector) -> StepModel:
-        assert self._batch is not None and self._lambda is not None
+        batch = self._required_batch()
+        assert self._lambda is not None
         decays = self._settings("weight_decay")
-        model = StepModel(
-            self._batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes)
-        )
-        self._require(*self._batch.check())
+        model = StepModel(batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes))
+        self._checks.require(*batch.check())
         return model
 
     def _clipping(self, model: StepModel | None, gradient: Vector, direction: Vector) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from kronlaplace._arguments import positive_number
 from kronlaplace.layers import Layer, Unsupported, search_layers
 from kronlaplace.layers.find import REMEDY
+from kronlaplace.optim.checks import check_setting
 
-__all__ = ["Division", "PlainSGD", "assembled", "divide", "step_plainly"]
+__all__ = ["Division", "PlainSGD", "divide", "step_plainly"]
 
 _REMEDY = (
     "To go on, train its parameters without curvature, by others=kl.PlainSGD(lr=0.01), or freeze them with "
@@ -118,7 +119,9 @@ def _groups(params: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, An
     if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
         raise TypeError(f"params must be parameters or parameter groups of the model, got {type(params).__name__}.")
     entries = list(params)
-    groups = [dict(e) for e in entries] if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    groups: list[dict[str, Any]] = (
+        [dict(e) for e in entries] if entries and isinstance(entries[0], Mapping) else [{"params": entries}]
+    )
     for group in groups:
         given = group.get("params")
         if not isinstance(given, Iterable):
@@ -131,15 +134,13 @@ def _groups(params: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, An
                 "of them."
             )
         group["params"] = [p for p in members if p.requires_grad]
+        for name in ("lr", "momentum", "weight_decay"):
+            if name in group:
+                check_setting(name, group[name])
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("there are no trainable parameters: params is empty, or requires_grad is False everywhere.")
     return groups
-
-
-def assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
-    """Return values of a layer's parameters, such as their gradients, as one matrix ``(q, p)`` in the layer's dtype."""
-    return layer.assemble({name: values[p] for name, p in layer.parameters.items()}).to(layer.dtype)
 
 
 def step_plainly(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], finite: Tensor) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kronlaplace.optim.base import Vector
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.quadratic_model import minimize, predicted_change, reduction_ratio
+from kronlaplace.optim.vectors import Vector, dot
 
-__all__ = ["StepModel", "dot"]
+__all__ = ["StepModel"]
 
 
 class StepModel:
@@ -99,18 +99,6 @@ class StepModel:
         device = next(iter(v.values())).device
         none = torch.zeros((), dtype=torch.float64, device=device)
         return sum((weight * dot(u, part) for weight, part in by_weight.items() if weight), start=none)
-
-
-def dot(u: Vector, v: Vector) -> Tensor:
-    """Return the inner product over the parameters of the second vector, 0-dim, float64."""
-    return torch.stack([_inner(u[p], w) for p, w in v.items()]).sum()
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return an inner product, 0-dim, float64; rows are summed without a copy of the products in float64."""
-    products = a * b
-    rows = products.flatten(1) if products.ndim > 1 else products
-    return rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)).sum(dtype=torch.float64)
 
 
 def _parts(vector: Tensor, members: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,63 @@
+"""The forward passes of a step: whether their losses have been propagated back, and the loss as a model of the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kronlaplace.optim.batch_model import BatchModel
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """The forward passes of a step, of which there are several with gradient accumulation."""
+
+    def __init__(self) -> None:
+        self._passes: list[_Pass] = []
+        self._batch: BatchModel | None = None
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def add(self, outputs: Tensor, batch: BatchModel | None) -> None:
+        """Add a pass, before its loss is propagated back.
+
+        Args:
+            outputs: Its outputs, with their graph.
+            batch: The model of its loss, for steps that need it; None keeps that of the pass before.
+        """
+        self._passes.append(_Pass())
+        outputs.register_hook(self._passes[-1].note)
+        self._batch = self._batch if batch is None else batch
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self._passes, self._batch = [], None
+
+    def drop_propagated(self) -> None:
+        """Leave only the passes whose loss has not been propagated back."""
+        self._passes = [one for one in self._passes if not one.propagated]
+
+    def batch(self) -> BatchModel | None:
+        """Return the model of the last pass's loss, if this step needs it.
+
+        Raises:
+            RuntimeError: If the loss has not been propagated back.
+        """
+        if self._batch is not None and self._batch.gradient is None:
+            raise RuntimeError(
+                "the loss was not propagated back through the outputs that update_curvature got. Call it between the "
+                "forward and the backward pass, with the outputs from which the loss is computed."
+            )
+        return self._batch
+
+
+class _Pass:
+    """Whether the loss of a pass has been propagated back."""
+
+    def __init__(self) -> None:
+        self.propagated = False
+
+    def note(self, gradient: Tensor) -> None:
+        """Note that it is being propagated back."""
+        self.propagated = True
