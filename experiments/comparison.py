@@ -85,6 +85,7 @@ def compare(problem, optimizers, measure, args):
     """Tune and train the optimizers, print the table, and write it with logs and plot to the folder `args.out`."""
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
+    torch.optim.SGD([torch.zeros(1)])  # the first optimizer of a process imports much, for which none should pay
     title = f"{problem.title}, batches of {problem.batch_size}, {problem.x.device.type}, {args.threads} threads"
     print(title)
     notes, trainings, names = [f"torch {torch.__version__}, seed {args.seed}"], {}, {}

@@ -180,6 +180,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._model_every = period_of(model_every, "model_every")
         self._last_model: int | None = None
         self._coefficients: Tensor | None = None
+        self._accepted: Arriving | None = None
         fewest = 1
         if model_fraction is None:
             model_fraction, fewest = 1 / 8 if self._adapts_steps else 1 / 4, _FEWEST
@@ -222,7 +223,10 @@ class NaturalGradient(CurvatureOptimizer):
         """Return whether the next step measures how much it really reduces the loss, or ``ν``."""
         if not isinstance(self._rule, LevenbergMarquardt) and self._clip is None:
             return False
-        now = self._rejected > 0 if self._adapts_steps else self._updates_curvature
+        now = self._updates_curvature
+        if self._adapts_steps:
+            accepted = None if self._accepted is None else self._accepted.value()
+            now = accepted is not None and not accepted
         return now or self._model_every.is_due(self._steps, self._last_model)
 
     def _damping(self) -> Damping:
@@ -284,6 +288,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._predicted = torch.where(accepted, model.predicted(best), torch.nan)  # NaN: the damping grows
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
+        self._accepted = Arriving(accepted)
         return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
 
     def _combine(self, step: Vector, last: Vector, coefficients: Tensor) -> None:
@@ -349,15 +354,17 @@ class NaturalGradient(CurvatureOptimizer):
             "last_adapted": self._last_adapted,
             "rejected": self._rejected,
             "clip_ratio": self._clip_ratio,
-            "predicted": self._predicted,
             "last_model": self._last_model,
             "coefficients": self._coefficients,
+            "accepted": None if self._accepted is None else self._accepted.value(),
+            "predicted": self._predicted,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
-        self._predicted = state["predicted"]
         self._last_model, self._coefficients = state["last_model"], state["coefficients"]
+        self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
+        self._predicted = state["predicted"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

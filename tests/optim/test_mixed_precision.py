@@ -13,7 +13,7 @@ def losses_of(optimizer_type, dtype, scaled, passes=1, factor=1.0, steps=8):
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     x = torch.randn(60, 6)
     y = (x @ torch.randn(6, 3)).argmax(1)
-    optimizer = optimizer_type(model, "classification")
+    optimizer = optimizer_type(model, "classification", model_fraction=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     losses = []
     for _ in range(steps):
