@@ -279,7 +279,7 @@ class NaturalGradient(CurvatureOptimizer):
         best = model.minimum()[0][0]
         self._combine(step, last, best)
         accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted(best), 0.0)
+        self._predicted = torch.where(accepted, model.predicted(best), torch.nan)  # NaN: the damping grows
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
         self._accepted = Arriving(accepted)
