@@ -38,6 +38,21 @@ _DEPTH = 4
 _SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, types.ModuleType)
 
 
+def _stays_behind(value: Any) -> bool:
+    """Return whether something on a module belongs to those who observe the original, and means nothing to a copy."""
+    return getattr(type(value), "only_on_original", False)
+
+
+def _others(value: Any) -> Any:
+    """Return a module's hooks without those that stay behind; anything else unchanged."""
+    if not isinstance(value, dict) or not any(_stays_behind(part) for part in value.values()):
+        return value
+    changed = copy.copy(value)
+    for key in [key for key, part in value.items() if _stays_behind(part)]:
+        del changed[key]
+    return changed
+
+
 class Replica:
     """A structural copy of a network.
 
@@ -78,17 +93,15 @@ class Replica:
         if isinstance(module, torch.jit.ScriptModule):
             return cast(nn.Module, self._remember(module, module))
         replica = self._remember(module, object.__new__(type(module)))
-        state = dict(vars(module))
+        state = {name: _others(value) for name, value in vars(module).items() if not _stays_behind(value)}
         for name, value in state.items():
             if name in ("_parameters", "_buffers", "_modules"):
                 parts = copy.copy(value)
                 parts.update({key: self._tensor_or_module(part) for key, part in value.items()})
                 state[name] = parts
                 continue
-            if (
-                not value and name in _STATE_OF_ANY_MODULE and type(value) in _CONTAINERS
-            ):  # hooks that nobody registered
-                state[name] = type(value)()
+            if type(value) in _CONTAINERS and not value and name in _STATE_OF_ANY_MODULE:
+                state[name] = type(value)()  # hooks that nobody registered
                 continue
             state[name] = self._value(value, _DEPTH)
             if name in _STATE_OF_ANY_MODULE and state[name] is value and isinstance(value, (dict, set, list)):

@@ -199,8 +199,16 @@ class Layer(ABC):
         """Return the Frobenius norm of what multiplies the gradients in ``Σ_n X_n``; it bounds the rounding error."""
         return torch.linalg.vector_norm(x.to(self.dtype))
 
+    @property
+    def totals_are_products(self) -> bool:
+        """Whether `total_weight_gradient` is a product of ``g`` and ``a``, which never forms ``X``."""
+        return False
+
     def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return ``Σ_n X_n`` of one call, shape ``(q, p)``."""
+        if self.totals_are_products:
+            g, a = (part.flatten(1, 2) for part in (self.gradients(grad), self.activations(x)))
+            return (g.mT @ a).flatten(0, 1)
         return self.weight_gradients(x, grad).sum(1).flatten(0, 1)
 
     def activations(self, x: Tensor) -> Tensor:
@@ -336,6 +344,10 @@ class LinearLayer(Layer):
         a = x.reshape(len(x), -1, x.shape[-1]).to(self.dtype)
         weight, offset = (basis[0, :-1], basis[0, -1]) if self.bias else (basis[0], None)
         return F.linear(a, weight.T, offset).unsqueeze(0)
+
+    @property
+    def totals_are_products(self) -> bool:
+        return type(self).weight_gradients is LinearLayer.weight_gradients
 
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
         return self.gradients(grad).mT @ self.activations(x)

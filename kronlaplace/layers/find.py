@@ -176,6 +176,14 @@ def _family(module: nn.Module) -> Family:
     return found[1]
 
 
+def _forward_replaced(module: nn.Module) -> bool:
+    """Return whether the module has a forward pass other than its type's, not counting one that observers put there."""
+    forward = vars(module).get("forward")
+    if forward is None or getattr(type(forward), "only_on_original", False):
+        return False
+    return getattr(forward, "__func__", None) is not type(module).forward
+
+
 def _refusal(module: nn.Module) -> str | None:
     """Return why the module cannot have a block, or None."""
     found = family_of(module)
@@ -184,7 +192,7 @@ def _refusal(module: nn.Module) -> str | None:
     if found is None:
         return f"this layer type is not supported; its trainable parameters are {', '.join(sorted(trainable))}"
     kind, family = found
-    if type(module).forward is not kind.forward or "forward" in vars(module):
+    if type(module).forward is not kind.forward or _forward_replaced(module):
         return f"it overrides {kind.__name__}.forward, so the form of its gradient is unknown"
     if family.weight is None:
         if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):

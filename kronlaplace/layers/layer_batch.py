@@ -144,7 +144,7 @@ class LayerGradients:
         """Return ``Σ_n X_n``, shape ``(q, p)``, and a bound on its rounding error, 0-dim."""
         total = torch.zeros(self.layer.shape, dtype=self.layer.dtype, device=self.layer.device)
         bound = total.new_zeros(())
-        for part in self.parts():
+        for part in [self] if self.layer.totals_are_products else self.parts():
             for call, grad in part._pairs():
                 total += self.layer.total_weight_gradient(call.x, grad)
                 bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(total))

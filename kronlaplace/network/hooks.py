@@ -6,7 +6,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,9 @@ __all__ = ["Hook", "WrittenOut"]
 
 class Hook:
     """A hook that does not keep the observer alive and does nothing in copies of its module."""
+
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
 
     def __init__(self, observer: Any | None, method: str, *args: Any) -> None:
         self._observer = None if observer is None else weakref.ref(observer)
@@ -37,6 +40,9 @@ class Hook:
 class WrittenOut:
     """The forward pass of a module that runs written out while it is observed; copies of the module run as usual."""
 
+    only_on_original: ClassVar[bool] = True
+    """That a `Replica` of the network does not have it."""
+
     def __init__(
         self,
         observer: Any,
@@ -50,6 +56,27 @@ class WrittenOut:
         self._names = names
         self._forward = forward
         self._layers = layers
+        self._attached = False
+        self._before: Any = None
+
+    def attach(self) -> Callable[[], None]:
+        """Let the module run it, and return the function that undoes this, also if others are attached meanwhile."""
+        attributes = vars(self._module)
+        self._before = attributes.get("forward")
+        self._attached = True
+        attributes["forward"] = self
+        return self._detach
+
+    def _detach(self) -> None:
+        self._attached = False
+        attributes = vars(self._module)
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+            before = self._before
+            while isinstance(before, WrittenOut) and not before._attached:
+                before = before._before
+            if before is not None:
+                attributes["forward"] = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self._observer()

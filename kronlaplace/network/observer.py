@@ -343,8 +343,7 @@ class NetworkObserver:
                 inside = set(original.modules())
                 names = [layer.name for layer in self.layers if inside.intersection(layer.modules)]
                 if names:
-                    module.forward = WrittenOut(self, module, names, forward, mine)
-                    self._undo.append(partial(vars(module).pop, "forward", None))
+                    self._undo.append(WrittenOut(self, module, names, forward, mine).attach())
             elif mine:
                 handle = module.register_forward_hook(Hook(self, "_observe", mine[0]), with_kwargs=True)
                 self._undo.append(handle.remove)

@@ -17,8 +17,9 @@ from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.base import CurvatureOptimizer, Vector
 from kronlaplace.optim.batch_model import BatchModel
-from kronlaplace.optim.checks import check_setting
+from kronlaplace.optim.checks import check_setting, fraction_of_batch
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
+from kronlaplace.optim.part import Part
 from kronlaplace.optim.preconditioner import InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
@@ -144,8 +145,8 @@ class AdaptiveKFAC(CurvatureOptimizer):
             curvature_every=1,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_fraction=curvature_fraction,
-            model_fraction=model_fraction,
+            curvature_part=Part(fraction_of_batch(curvature_fraction, "curvature_fraction")),
+            model_part=Part(fraction_of_batch(model_fraction, "model_fraction")),
             invert_async=False,
             seed=seed,
         )

@@ -19,9 +19,10 @@ from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.background import Background
 from kronlaplace.optim.batch_model import BatchModel
-from kronlaplace.optim.checks import check_setting, finite_norms, fraction_of_batch
+from kronlaplace.optim.checks import check_setting, finite_norms
 from kronlaplace.optim.curvature import TrainingCurvature
 from kronlaplace.optim.parameters import PlainSGD, assembled, divide
+from kronlaplace.optim.part import Part
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.preconditioner import Inverse, InverseInProgress, Renewal
 from kronlaplace.optim.structure import Structure, structure_of
@@ -77,9 +78,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         curvature_every: int | Period,
         invert_every: int | Period,
         ema_decay: float,
-        curvature_fraction: float,
-        model_fraction: float,
-        fewest: int = 1,
+        curvature_part: Part,
+        model_part: Part,
         invert_async: bool,
         seed: int,
     ) -> None:
@@ -93,8 +93,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._structure = structure_of(structure)
         self._curvature_every = period_of(curvature_every, "curvature_every")
         self._invert_every = period_of(invert_every, "invert_every")
-        self._model_fraction = fraction_of_batch(model_fraction, "model_fraction")
-        self._fewest = fewest
+        self._model_part = model_part
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay!r}.")
         for group in division.groups:
@@ -112,7 +111,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._structure.accumulation(self.estimator, list(self._layers.values())),
             draws,
             decay=ema_decay,
-            fraction=fraction_of_batch(curvature_fraction, "curvature_fraction"),
+            part=curvature_part,
             examine=self._structure.examine,
         )
         self._model = model
@@ -189,9 +188,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         arguments = self._curvature.arguments
         assert arguments is not None
         if self._needs_batch() or self._steps == 0:
-            self._batch = BatchModel(
-                self._model, self.likelihood, arguments, outputs, self._fraction_of(len(outputs)), targets=targets
-            )
+            fraction = self._model_part.count(len(outputs)) / len(outputs)
+            self._batch = BatchModel(self._model, self.likelihood, arguments, outputs, fraction, targets=targets)
         self._passes.append(_Pass())
         outputs.register_hook(self._passes[-1].note)
         self._curvature.forget()
@@ -230,10 +228,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     f"step {self._steps}: the inputs of layer {name!r} are NaN, infinite, or so large that their squares "
                     f"overflow, {after}. Look at the inputs of the network. {self._advice()}",
                 )
-
-    def _fraction_of(self, n_examples: int) -> float:
-        """Return the fraction of a batch for exact products, which is larger for small batches."""
-        return min(1.0, max(self._model_fraction, self._fewest / n_examples))
 
     @property
     def _updates_curvature(self) -> bool:

@@ -107,7 +107,9 @@ class BatchModel:
         Returns:
             As `Likelihood.check_gradient`.
         """
-        right, message = self._likelihood.check_gradient(self.outputs, self._residuals, self._targets)
+        assert self.gradient is not None
+        residuals = self._residuals.to(self.gradient.dtype)  # which tells how closely it can be right
+        right, message = self._likelihood.check_gradient(self.outputs, residuals, self._targets)
         return right & (self.factor < _LARGEST_FACTOR), message
 
     def _slope(self, image: Tensor) -> Tensor:

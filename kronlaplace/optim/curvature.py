@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,8 +23,11 @@ from kronlaplace.network.layer_checks import check_observed
 from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.network.preconditions import couples_examples
 from kronlaplace.optim.checks import PassMark, finite_norms
+from kronlaplace.optim.part import Part
 
 __all__ = ["TrainingCurvature"]
+
+_WHOLE = Part(1.0)
 
 
 class TrainingCurvature:
@@ -42,7 +44,7 @@ class TrainingCurvature:
         accumulation: Accumulation for the layers, empty.
         sampling: How directions are chosen; every update has its own draws.
         decay: The decay ``ξ``, from 0 to 1.
-        fraction: Fraction of each batch whose examples count.
+        part: The examples of each batch that count.
         examine: Function that checks the network in the first pass, given the observer, the accumulation and the number of
             examples.
     """
@@ -55,7 +57,7 @@ class TrainingCurvature:
         sampling: DirectionSampling,
         *,
         decay: float,
-        fraction: float = 1.0,
+        part: Part = _WHOLE,
         examine: Callable[[NetworkObserver, Accumulation, int], None] | None = None,
     ) -> None:
         self.likelihood = likelihood
@@ -68,7 +70,7 @@ class TrainingCurvature:
         """The network."""
         self._sampling = sampling
         self._decay = decay
-        self._fraction = fraction
+        self._part = part
         self._examine = examine
         self._checked = False
         self._of_step = 0  # examples of the step so far, with gradient accumulation
@@ -131,7 +133,7 @@ class TrainingCurvature:
             if self._examine is not None:
                 self._examine(self.observer, self.accumulation, n)
             self._checked = True
-        counted = n if self._fraction == 1 else math.ceil(self._fraction * n)
+        counted = self._part.count(n)
         if not self._of_step and self.accumulation.weight > 0:
             self._make_room(self._of_last_step if self._accumulates else counted)
         accumulate_batch(
@@ -172,7 +174,7 @@ class TrainingCurvature:
         if factor < 1:
             self.accumulation.decay(factor)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of a pass with gradients; before the first one, find out where the examples are."""
         if not torch.is_grad_enabled():
             return
@@ -182,8 +184,10 @@ class TrainingCurvature:
         self._layout_known = True
         value: Any = args
         if kwargs:
-            value = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
-        self.observer.layout = find_layout(model, Inputs(value).value, self.observer.layers)
+            value = (
+                dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments) if args else dict(kwargs)
+            )
+        self.observer.layout = find_layout(self.model, Inputs(value).value, self.observer.layers)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """Note the outputs of a pass with gradients."""

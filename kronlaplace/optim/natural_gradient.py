@@ -19,7 +19,8 @@ from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting
 from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
-from kronlaplace.optim.period import Period
+from kronlaplace.optim.part import Part, part_of
+from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.quadratic_model import reduction_ratio
 from kronlaplace.optim.step_model import StepModel, dot
 from kronlaplace.optim.structure import Structure, structure_of
@@ -34,14 +35,15 @@ class Averaging(Choice):
     DAMPED = "damped"
 
 
-_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
+_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
 _CURVATURE_EVERY = Period(10, growth=0.1)
 _INVERT_EVERY = Period(100, growth=0.1)
+_MODEL_EVERY = Period(5, growth=0.05)
+
+_LARGEST_MOMENTUM = 0.9
+"""Largest momentum that adaptive steps keep until the model is measured again: what is kept must not accelerate for ever."""
 
 _KL_CLIP = 0.3
-
-_FEWEST = 32
-"""Number of examples on which exact products are computed at least by default, if the batch has that many."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -64,15 +66,17 @@ class NaturalGradient(CurvatureOptimizer):
     The loss is the mean over examples of the negative log-likelihood (for `Gaussian`, half the squared error over ``σ²``,
     summed over the outputs). A mean over tokens or pixels is found to be smaller by its factor.
 
-    **By itself.** Without a ``damping``, nothing has to be set. In each step, the length ``α`` and the momentum ``μ`` of
+    **By itself.** Without a ``damping``, nothing has to be set. The length ``α`` and the momentum ``μ`` of
     ``δ = α Δ + μ δ₀`` minimize the quadratic model of the loss along the natural gradient ``Δ`` and the last step ``δ₀``,
     with the exact Fisher of part of the batch (KFC Eq. 36). The damping adapts to how well that model predicts the loss
     (Levenberg-Marquardt, KFC Eq. 37 and 38), and a step that would increase the loss of that part is not made. ``lr`` scales
-    the steps, for schedules. Curvature and inverses are renewed in every step at first, and then less often.
+    the steps, for schedules. In every step at first, and then less often, curvature and inverses are renewed, and so are
+    ``α``, ``μ`` and the damping; in between, the step with the last ``α`` and ``μ`` (at most 0.9) is shortened if the model
+    has its minimum before, which takes a third of the products.
 
     **KFC's Algorithm 1.** With a ``damping`` of your own, steps are ``v = −lr · (F̂ + γI)⁻¹ ∇h``, shortened such that
-    ``ν = vᵀFv + η‖v‖² ≤ kl_clip`` with the exact Fisher of part of the batch, and then ``δ = momentum · δ₀ + v``. If the
-    curvature is not updated in a step, ``ν`` is taken from ``−vᵀ∇h``, in the proportion in which they were when it last was.
+    ``ν = vᵀFv + η‖v‖² ≤ kl_clip`` with the exact Fisher of part of the batch, and then ``δ = momentum · δ₀ + v``. If ``ν``
+    is not measured in a step, it is taken from ``−vᵀ∇h``, in the proportion in which they were when it last was.
     `start_from` gives the averages a start, and `IterateAverage` averages the weights.
 
     **TKFAC's Algorithm 1** is ``estimator="tkfac"`` with ``damping=kl.damping.TraceRestricted(λ)`` (Eq. 5.15) or
@@ -98,6 +102,8 @@ class NaturalGradient(CurvatureOptimizer):
         kl_clip: The bound ``C`` on ``ν``, or None. Steps whose length adapts need none and are not clipped.
         curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
         invert_every: Number of steps between two inversions, exactly, or a `Period`.
+        model_every: Number of steps between two renewals of ``α``, ``μ`` and the adaptive damping, or measurements of ``ν``,
+            exactly, or a `Period`.
         ema_decay: Decay ``ξ`` of the moving averages, from 0 to 1 (excluded); the first batches are averaged evenly.
         averaging: What is averaged over the batches: ``"undamped"`` factors, which are damped when they are inverted (KFC
             Eq. 33), or factors that are ``"damped"`` in each step (TKFAC Eq. 5.18 and 5.19), for which the damping must be
@@ -106,7 +112,8 @@ class NaturalGradient(CurvatureOptimizer):
         mc_samples: Number of label draws per example.
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
-        curvature_fraction: Fraction of each batch that counts in the averages.
+        curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
+            least 64 examples, if the batch has as many.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
@@ -133,13 +140,14 @@ class NaturalGradient(CurvatureOptimizer):
         kl_clip: float | None = _KL_CLIP,
         curvature_every: int | Period = _CURVATURE_EVERY,
         invert_every: int | Period = _INVERT_EVERY,
+        model_every: int | Period = _MODEL_EVERY,
         ema_decay: float = 0.95,
         averaging: Averaging | str = "undamped",
         sampling: Sampling | str = "mc",
         mc_samples: int = 1,
         layers: Sequence[str] | str | None = None,
         others: str | PlainSGD = "diagonal",
-        curvature_fraction: float = 1.0,
+        curvature_fraction: float | None = None,
         model_fraction: float | None = None,
         invert_async: bool = False,
         seed: int = 0,
@@ -168,9 +176,10 @@ class NaturalGradient(CurvatureOptimizer):
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
-        fewest = 1
-        if model_fraction is None:
-            model_fraction, fewest = 1 / 8 if self._adapts_steps else 1 / 4, _FEWEST
+        self._model_every = period_of(model_every, "model_every")
+        self._last_model: int | None = None
+        self._coefficients: Tensor | None = None
+        self._accepted: Arriving | None = None
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
             structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
@@ -189,9 +198,10 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_fraction=curvature_fraction,
-            model_fraction=model_fraction,
-            fewest=fewest,
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=64)),
+            model_part=part_of(
+                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=32)
+            ),
             invert_async=invert_async,
             seed=seed,
         )
@@ -204,9 +214,14 @@ class NaturalGradient(CurvatureOptimizer):
         return None if self._lambda is None else self._rule.damping(self._lambda)
 
     def _needs_batch(self) -> bool:
-        if self._adapts_steps:
-            return True
-        return (isinstance(self._rule, LevenbergMarquardt) or self._clip is not None) and self._updates_curvature
+        return self._adapts_steps or self._needs_model()
+
+    def _needs_model(self) -> bool:
+        """Return whether the next step measures how much it really reduces the loss, or ``ν``."""
+        if not isinstance(self._rule, LevenbergMarquardt) and self._clip is None:
+            return False
+        accepted = None if self._accepted is None else self._accepted.value()
+        return (accepted is not None and not accepted) or self._model_every.is_due(self._steps, self._last_model)
 
     def _damping(self) -> Damping:
         damping = self.damping
@@ -246,18 +261,36 @@ class NaturalGradient(CurvatureOptimizer):
     def _adaptive_step(self, gradient: Vector) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
-        direction = {p: v.neg_() for p, v in self._solved(gradient).items()}
-        last = {p: self.state[p]["last_step"] for p in direction if "last_step" in self.state[p]}
-        model = self._model_of(gradient, direction, last)
-        best = model.minimum()[0][0]
-        step = {p: v * best[0] for p, v in direction.items()}
-        for p, v in last.items():
-            step[p] += best[1] * v
+        step = self._solved(gradient)
+        for v in step.values():
+            v.neg_()
+        last = {p: self.state[p]["last_step"] for p in step if "last_step" in self.state[p]}
+        if self._coefficients is not None and not self._needs_model():
+            self._combine(step, last, self._coefficients)
+            model = self._model_of(gradient, step, {})
+            scale = model.minimum()[0][0].clamp(0, 1)
+            self._predicted = model.predicted(scale)
+            return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
+        self._last_model = self._steps
+        model = self._model_of(gradient, step, last)
         if self._predicted is not None:
-            self._ratio = Arriving(reduction_ratio(-model.change({p: -v for p, v in last.items()}), self._predicted))
+            increase = -model.change({p: -v for p, v in last.items()})
+            self._ratio = Arriving(reduction_ratio(increase, self._predicted))
+        best = model.minimum()[0][0]
+        self._combine(step, last, best)
         accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted()[0], 0.0)
+        self._predicted = torch.where(accepted, model.predicted(best), 0.0)
+        momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
+        self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
+        self._accepted = Arriving(accepted)
         return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
+
+    def _combine(self, step: Vector, last: Vector, coefficients: Tensor) -> None:
+        """Turn ``Δ`` into ``α Δ + μ δ₀``, in place."""
+        for v in step.values():
+            v.mul_(coefficients[0])
+        for p, v in last.items():
+            step[p].add_(coefficients[1] * v)
 
     def _fixed_step(self, gradient: Vector, batch: BatchModel | None) -> Vector:
         """Return ``momentum · δ₀ + v``, with ``v`` clipped."""
@@ -265,7 +298,10 @@ class NaturalGradient(CurvatureOptimizer):
         direction = {p: v.mul_(-rates[p]) for p, v in self._solved(gradient).items()}
         last = {p: self.state[p]["last_step"] for p in direction if "last_step" in self.state[p]}
         last = {p: momenta[p] * v for p, v in last.items() if momenta[p]}
-        model = None if batch is None else self._model_of(gradient, direction, last)
+        adapts = isinstance(self._rule, LevenbergMarquardt)
+        model = None if batch is None else self._model_of(gradient, direction, last if adapts else {})
+        if model is not None:
+            self._last_model = self._steps
         step = direction
         coefficients = [torch.ones((), dtype=torch.float64, device=v.device) for v in list(direction.values())[:1]]
         if self._clip is not None:
@@ -274,7 +310,7 @@ class NaturalGradient(CurvatureOptimizer):
             step = {p: v * scale for p, v in direction.items()}
         for p, v in last.items():
             step[p] = step[p] + v
-        if model is not None and isinstance(self._rule, LevenbergMarquardt):
+        if model is not None and adapts:
             both = torch.stack([*coefficients, *[torch.ones_like(coefficients[0]) for _ in range(bool(last))]])
             self._ratio = Arriving(model.ratio(step, both, torch.zeros(1, dtype=torch.long, device=both.device)))
         return step
@@ -312,6 +348,9 @@ class NaturalGradient(CurvatureOptimizer):
             "last_adapted": self._last_adapted,
             "rejected": self._rejected,
             "clip_ratio": self._clip_ratio,
+            "last_model": self._last_model,
+            "coefficients": self._coefficients,
+            "accepted": None if self._accepted is None else self._accepted.value(),
             "predicted": self._predicted,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
@@ -319,5 +358,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
+        self._last_model, self._coefficients = state["last_model"], state["coefficients"]
+        self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
         self._predicted = state["predicted"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

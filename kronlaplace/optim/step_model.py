@@ -51,7 +51,7 @@ class StepModel:
         products: dict[tuple[int, int], Tensor] = {}
         for i, u in enumerate(vectors):
             for j, v in enumerate(vectors[: i + 1]):
-                products[i, j] = products[j, i] = damping * dot(u, v) + self._decayed(u, v)
+                products[i, j] = products[j, i] = self._weighted(u, v, damping)
         added = torch.stack([torch.stack([products[i, j] for j in range(len(vectors))]) for i in range(len(vectors))])
         members = [[i, len(candidates)] if last else [i] for i in range(len(candidates))]
         self.curvature = _submatrices(fisher + added, members)
@@ -67,14 +67,14 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
-    def predicted(self) -> Tensor:
-        """Return ``M(δ) − M(0)`` at the minimum of each model, with the gradient of the whole batch, shape ``(m,)``."""
-        return predicted_change(self.curvature, self.slopes, minimize(self.curvature, self.slopes))
+    def predicted(self, coefficients: Tensor) -> Tensor:
+        """Return ``M(δ) − M(0)`` of the first model, with the gradient of the whole batch, 0-dim; coefficients ``(k,)``."""
+        return predicted_change(self.curvature[0], self.slopes[0], coefficients)
 
     def change(self, step: Vector) -> Tensor:
         """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
         weights = {p: p.detach() for p in step}
-        return self._batch.change(self._by_name(step)) + self._decayed(weights, step) + self._decayed(step, step) / 2
+        return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
 
     def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
         """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.
@@ -85,25 +85,32 @@ class StepModel:
             candidate: The number of its candidate, shape ``(1,)``.
         """
         curvature, slopes = (t.index_select(0, candidate).squeeze(0) for t in (self.curvature, self._part_slopes))
-        shift = self._decayed({p: p.detach() for p in step}, step)  # of weight decay, to first order
-        predicted = predicted_change(curvature, slopes, coefficients) + shift
-        change = self._batch.change(self._by_name(step)) + shift + self._decayed(step, step) / 2
-        return reduction_ratio(change, predicted)
+        shift = self._weighted({p: p.detach() for p in step}, step)  # of weight decay, to first order
+        return reduction_ratio(self.change(step), predicted_change(curvature, slopes, coefficients) + shift)
 
     def _by_name(self, vector: Vector) -> dict[str, Tensor]:
         return {self._names[p]: v for p, v in vector.items()}
 
-    def _decayed(self, u: Vector, v: Vector) -> Tensor:
-        """Return ``Σ η uᵀv`` over the parameters."""
-        rates = sorted({self._decays[p] for p in v})
-        return torch.stack(
-            [eta * dot(u, {p: w for p, w in v.items() if self._decays[p] == eta}) for eta in rates]
-        ).sum()
+    def _weighted(self, u: Vector, v: Vector, damping: float = 0.0) -> Tensor:
+        """Return ``Σ (λ + η) uᵀv`` over the parameters, 0-dim, float64."""
+        by_weight: dict[float, Vector] = {}
+        for p, w in v.items():
+            by_weight.setdefault(damping + self._decays[p], {})[p] = w
+        device = next(iter(v.values())).device
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        return sum((weight * dot(u, part) for weight, part in by_weight.items() if weight), start=none)
 
 
 def dot(u: Vector, v: Vector) -> Tensor:
     """Return the inner product over the parameters of the second vector, 0-dim, float64."""
-    return torch.stack([torch.sum(u[p] * w, dtype=torch.float64) for p, w in v.items()]).sum()
+    return torch.stack([_inner(u[p], w) for p, w in v.items()]).sum()
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return an inner product, 0-dim, float64; rows are summed without a copy of the products in float64."""
+    products = a * b
+    rows = products.flatten(1) if products.ndim > 1 else products
+    return rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)).sum(dtype=torch.float64)
 
 
 def _parts(vector: Tensor, members: Sequence[Sequence[int]]) -> Tensor:

@@ -344,7 +344,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer.update_curvature(outputs)
     F.cross_entropy(outputs, y).backward()
     model[0].weight.grad[0, 0] = math.nan
-    with pytest.raises(ValueError, match="gradient of layer '0'"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is NaN"):
         optimizer.step()
     assert torch.equal(flat(model.parameters()), before)
 

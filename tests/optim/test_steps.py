@@ -375,10 +375,29 @@ def test_the_clip_uses_part_of_the_batch():
     assert_close(flat(copies(model)) - before, v * (1e-3 / nu).sqrt(), 1e-10)
 
 
-def test_between_updates_the_clip_keeps_its_proportion():
-    """``ν`` is then ``−vᵀ∇h`` times the ratio of both when the curvature was last updated."""
+def test_between_measurements_adaptive_steps_end_at_most_at_the_minimum_of_the_model():
     model, x, y = made("linear")
-    options = {"kl_clip": 1e-3, "model_fraction": 1.0, "curvature_every": 10, "invert_every": 10}
+    rule = kl.damping.LevenbergMarquardt(initial=0.05)
+    shortened = []
+    with kl.NaturalGradient(
+        model, "classification", damping=rule, model_fraction=1.0, model_every=10, curvature_every=10, invert_every=10
+    ) as optimizer:
+        for _ in range(6):
+            before = copy.deepcopy(model)
+            step(optimizer, model, x, y)
+            delta = flat(copies(model)) - flat(copies(before))
+            slope = flat(gradients_of(model)) @ delta
+            bent = delta @ exact_fisher(before, x) @ delta + 0.05 * delta @ delta
+            assert 0 < bent <= -slope * (1 + 1e-9)
+            shortened.append(bool(bent >= -slope * (1 - 1e-9)))
+    assert shortened[0]  # the length of the first one is measured
+    assert any(shortened[1:])
+
+
+def test_between_measurements_the_clip_keeps_its_proportion():
+    """``ν`` is then ``−vᵀ∇h`` times the ratio of both when it was last measured."""
+    model, x, y = made("linear")
+    options = {"kl_clip": 1e-3, "model_fraction": 1.0, "model_every": 10, "invert_every": 10, "curvature_every": 10}
     reference = copy.deepcopy(model)
     data = oracles.gradients(model, x, "classification")
     fisher = exact_fisher(reference, x)
