@@ -200,7 +200,7 @@ class NaturalGradient(CurvatureOptimizer):
             ema_decay=ema_decay,
             curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=50)),
             model_part=part_of(
-                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=32)
+                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
             invert_async=invert_async,
             seed=seed,
@@ -261,6 +261,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _adaptive_step(self, gradient: Vector) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
+        rate = max(rates[p] for p in gradient)
         step = self._solved(gradient)
         for v in step.values():
             v.neg_()
@@ -269,7 +270,7 @@ class NaturalGradient(CurvatureOptimizer):
             self._combine(step, last, self._coefficients)
             model = self._model_of(gradient, step, {})
             scale = model.minimum()[0][0].clamp(0, 1)
-            self._predicted = model.predicted(scale)
+            self._predicted = model.predicted(scale * rate)
             return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
@@ -279,7 +280,7 @@ class NaturalGradient(CurvatureOptimizer):
         best = model.minimum()[0][0]
         self._combine(step, last, best)
         accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted(best), torch.nan)  # NaN: the damping grows
+        self._predicted = torch.where(accepted, model.predicted(best * rate), torch.nan)  # NaN: the damping grows
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
         self._accepted = Arriving(accepted)
