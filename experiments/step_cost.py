@@ -88,15 +88,13 @@ def held_bytes(device):
 
 
 class Steps:
-    """Steps of an optimizer on a network of its own."""
+    """Steps of an optimizer on a network of its own, of which one is made at once."""
 
     def __init__(self, problem, optimizer):
-        before = held_bytes(problem.x.device)
         self.batches = problem.batches(seed=0)
         self.model = problem.initial(seed=0)
         self.update = optimizer.prepare(self.model, problem)
         self()
-        self.held = held_bytes(problem.x.device) - before
 
     def __call__(self):
         self.update(*next(self.batches))
@@ -104,7 +102,11 @@ class Steps:
 
 def measure(problem, optimizers, n_steps, n_warm):
     device = problem.x.device
-    steps = {name: Steps(problem, optimizer) for name, optimizer in optimizers.items()}
+    steps, held = {}, {}
+    for name, optimizer in optimizers.items():
+        before = held_bytes(device)
+        steps[name] = Steps(problem, optimizer)
+        held[name] = held_bytes(device) - before
     for _ in range(n_warm):
         for step in steps.values():
             step()
@@ -120,7 +122,7 @@ def measure(problem, optimizers, n_steps, n_warm):
                     ratio(times[name], times[PLAIN]),
                     1e3 * mean,
                     mean / reference,
-                    (step.held - steps[PLAIN].held) / 2**20,
+                    (held[name] - held[PLAIN]) / 2**20,
                     peak / 2**20,
                 ]
             ]

@@ -114,9 +114,9 @@ class NaturalGradient(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
-            least 64 examples, if the batch has as many.
+            least 50 examples, if the batch has as many.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
-            adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 32 examples, if the batch has as many.
+            adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 24 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
             replace the old ones when they are ready. When that is depends on the machine, so runs do not repeat exactly.
         seed: Seed of the label draws.
@@ -199,9 +199,9 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=64)),
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=50)),
             model_part=part_of(
-                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=32)
+                model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
             invert_async=invert_async,
             seed=seed,
@@ -262,6 +262,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _adaptive_step(self, gradient: Vector) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
+        rate = max(rates[p] for p in gradient)
         step = self._solved(gradient)
         for v in step.values():
             v.neg_()
@@ -270,7 +271,7 @@ class NaturalGradient(CurvatureOptimizer):
             self._combine(step, last, self._coefficients)
             model = self._model_of(gradient, step, {})
             scale = model.minimum()[0][0].clamp(0, 1)
-            self._predicted = model.predicted(scale)
+            self._predicted = model.predicted(scale * rate)
             return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
@@ -280,7 +281,7 @@ class NaturalGradient(CurvatureOptimizer):
         best = model.minimum()[0][0]
         self._combine(step, last, best)
         accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted(best), 0.0)
+        self._predicted = torch.where(accepted, model.predicted(best * rate), torch.nan)  # NaN: the damping grows
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
         self._accepted = Arriving(accepted)
