@@ -97,9 +97,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._last_update: int | None = None
         self._last_inversion: int | None = None
-        self._passes = Passes()
+        self._passes = Passes(min((p for x in division.layers for p in x.parameters.values()), key=nn.Parameter.numel))
         self._checks = FiniteChecks()
-        self._closing = weakref.finalize(self, _close, self._curvature, self._renewal)
+        self._closing = weakref.finalize(self, _close, self._curvature, self._renewal, self._passes)
 
     def __enter__(self) -> CurvatureOptimizer:
         return self
@@ -166,7 +166,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         batch = None
         if self._needs_batch() or self._steps == 0:
             fraction = self._model_part.count(len(outputs)) / len(outputs)
-            batch = BatchModel(self._model, self.likelihood, arguments, outputs, fraction, targets=targets)
+            scale = self._passes.scale
+            batch = BatchModel(self._model, self.likelihood, arguments, outputs, fraction, scale, targets=targets)
         self._passes.add(outputs, batch)
         self._curvature.forget()
 
@@ -391,6 +392,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Restore what `_more_state` returned."""
 
 
-def _close(curvature: TrainingCurvature, renewal: Renewal) -> None:
+def _close(curvature: TrainingCurvature, renewal: Renewal, passes: Passes) -> None:
+    passes.clear()
     curvature.close()
     renewal.close()

@@ -18,11 +18,9 @@ from kronlaplace._precision import in_full_precision, wide
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.likelihoods.loss_factor import loss_factor
 from kronlaplace.optim.fisher_products import fisher_inner_products, jacobian_products, outputs_at, part_of_batch
+from kronlaplace.optim.gradient_scale import GradientScale
 
 __all__ = ["BatchModel"]
-
-_SCALED = 16.0
-"""Ratio of gradients above which a gradient scaler must be at work; scalers multiply by far larger powers of two."""
 
 _LARGEST_FACTOR = 2.1
 """Loss over mean negative log-likelihood above which the loss cannot be a mean: a squared error without the half has 2."""
@@ -40,6 +38,7 @@ class BatchModel:
         arguments: Positional and keyword arguments of the pass.
         outputs: Outputs of the pass; the gradient of the loss with respect to them is taken when it is propagated back.
         fraction: Fraction of the examples that are used.
+        scale: The gradient scaler's scale, which is taken out of the gradient.
         targets: The targets, if they are known; they only show by which factor the loss differs from the mean negative
             log-likelihood, as `loss_factor`.
     """
@@ -51,10 +50,12 @@ class BatchModel:
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         outputs: Tensor,
         fraction: float,
+        scale: GradientScale,
         *,
         targets: Tensor | None = None,
     ) -> None:
         self._targets = targets
+        self._scale = scale
         self.n_examples = len(outputs)
         """The number ``N`` of examples in the whole batch."""
         self.outputs = outputs.detach()
@@ -82,8 +83,8 @@ class BatchModel:
 
         Args:
             directions: The directions ``v_i``.
-            slopes: ``∇hᵀv_i`` with the gradient of the loss with respect to the parameters, ``(k,)``. They show by which
-                power of two a gradient scaler multiplies the gradients at the outputs.
+            slopes: ``∇hᵀv_i`` with the gradient of the loss with respect to the parameters, ``(k,)``. With those of the part
+                they tell a gradient scaler's scale approximately.
             passes: Number of passes that were propagated back for this step, each with its part of the loss.
 
         Returns:
@@ -94,8 +95,7 @@ class BatchModel:
         assert self.gradient is not None
         self._residuals = wide(self.gradient) * (self.n_examples * passes)
         raw = torch.stack([self._slope(image) for image in images])
-        ratio = (raw[0] / slopes[0]).abs()
-        scaler = torch.where((ratio > _SCALED) & ratio.isfinite(), torch.exp2(ratio.log2().round()), 1.0)
+        scaler = self._scale.power_of_two(raw[0] / slopes[0])
         self._residuals = self._residuals / scaler.to(self._residuals.dtype)
         self.factor = loss_factor(self._likelihood, self.outputs, self._residuals, self._targets)
         self._residuals = self._residuals / self.factor

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.gradient_scale import GradientScale
 
 __all__ = ["Passes"]
 
 
 class Passes:
-    """The forward passes of a step, of which there are several with gradient accumulation."""
+    """The forward passes of a step, of which there are several with gradient accumulation.
 
-    def __init__(self) -> None:
+    Args:
+        parameter: The parameter whose gradient shows a gradient scaler's scale.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.scale = GradientScale(parameter)
+        """A gradient scaler's scale in this step."""
         self._passes: list[_Pass] = []
         self._batch: BatchModel | None = None
 
@@ -28,14 +35,18 @@ class Passes:
         """
         self._passes.append(_Pass())
         outputs.register_hook(self._passes[-1].note)
-        self._batch = self._batch if batch is None else batch
+        if batch is not None:
+            self._batch = batch
+            self.scale.watch()
 
     def clear(self) -> None:
         """Begin a new step."""
         self._passes, self._batch = [], None
+        self.scale.stop()
 
     def drop_propagated(self) -> None:
-        """Leave only the passes whose loss has not been propagated back."""
+        """Leave only the passes whose loss has not been propagated back, when the gradients are cleared."""
+        self.scale.forget()
         self._passes = [one for one in self._passes if not one.propagated]
 
     def batch(self) -> BatchModel | None:
