@@ -74,14 +74,14 @@ def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
 
 SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
 KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)))
-PERIODS = grid(curvature_every=(1, 5), invert_every=(5, 20))
+EVERY_STEP = grid(curvature_every=(1,), invert_every=(2,), model_fraction=(1 / 16,))
 OPTIMIZERS = {
     "SGD with momentum": SGD,
     "SGD, averaged": Optimizer(averaged(SGD.prepare), SGD.grid),
     "Adam": Optimizer(plain(torch.optim.Adam), grid(lr=(3e-4, 1e-3, 2e-3, 3e-3))),
     "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), grid(lr=(1e-3,))),
     "NaturalGradient": Optimizer(natural(kl.NaturalGradient)),
-    "NaturalGradient, periods": Optimizer(natural(kl.NaturalGradient), PERIODS),
+    "NaturalGradient, every step": Optimizer(natural(kl.NaturalGradient), EVERY_STEP),
     "NaturalGradient, KFC": KFC,
     "NaturalGradient, KFC, averaged": Optimizer(averaged(KFC.prepare), KFC.grid),
     "AdaptiveKFAC": Optimizer(natural(kl.AdaptiveKFAC)),

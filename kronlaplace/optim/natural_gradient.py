@@ -37,8 +37,8 @@ class Averaging(Choice):
 
 
 _ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
-_CURVATURE_EVERY = Period(10, growth=0.1)
-_INVERT_EVERY = Period(100, growth=0.1)
+_CURVATURE_EVERY = Period(10, growth=0.02)
+_INVERT_EVERY = Period(100, growth=0.05)
 _MODEL_EVERY = Period(5, growth=0.05)
 
 _LARGEST_MOMENTUM = 0.9
