@@ -15,7 +15,11 @@ from kronlaplace.damping.cholesky import damped_inverses
 from kronlaplace.damping.factor_rules import DampedFactors, grouped_factors
 from kronlaplace.damping.solvers import KroneckerSolver, Solver
 
-__all__ = ["SolversInProgress"]
+__all__ = ["SingularBlockError", "SolversInProgress"]
+
+
+class SingularBlockError(ValueError):
+    """A damped block is singular up to rounding, so that only a larger damping makes it invertible."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +141,11 @@ class SolversInProgress:
                 "the network's outputs on this data."
             )
         if (side.shift > 0).all():
-            raise ValueError(
+            raise SingularBlockError(
                 f"the block of layer {side.name!r}, damped by {self._damping!r}, is singular up to rounding; use a larger "
                 "damping."
             )
-        raise ValueError(f"the block of layer {side.name!r} is singular; use a damping larger than 0.")
+        raise SingularBlockError(f"the block of layer {side.name!r} is singular; use a damping larger than 0.")
 
     def _made(self) -> dict[str, Solver]:
         solvers: dict[str, Solver] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kronlaplace._arguments import Choice, choice, positive_number, warn
 from kronlaplace.damping import Damping, LevenbergMarquardt
+from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.arriving import Arriving
@@ -239,6 +240,17 @@ class NaturalGradient(CurvatureOptimizer):
         if gradient:
             self._take(self._adaptive_step(gradient) if self._adapts_steps else self._fixed_step(gradient, batch))
         step_plainly(self.param_groups, self.state, self._checks.finite)
+
+    def _renew(self) -> None:
+        """Compute a new inverse if it is due; a damping that adapts grows until the blocks are not singular."""
+        rule = self._rule
+        while True:
+            try:
+                return super()._renew()
+            except SingularBlockError:
+                if not isinstance(rule, LevenbergMarquardt) or self._lambda is None or self._lambda >= rule.maximum:
+                    raise
+                self._lambda = min(10 * self._lambda, rule.maximum)
 
     def _adapt(self) -> None:
         """Change the damping by the last reduction ratio, as soon as it has arrived."""

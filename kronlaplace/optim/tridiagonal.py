@@ -36,6 +36,7 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.blocks.eigendecomposition import Eigen, eigendecompose_symmetric
 from kronlaplace.damping import Damping, Tikhonov
+from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.optim.chain_accumulation import CrossMoments
 
 __all__ = ["TridiagonalInverse"]
@@ -260,7 +261,7 @@ def _damped(blocks: Sequence[KroneckerBlock], dampings: Sequence[Damping]) -> tu
             name, scale, shift, _, _ = factors[i]
             factors[i], info = _factorized(name, scale, shift, (vectors * values.clamp_min(0)) @ vectors.T)
             if info:
-                raise ValueError(
+                raise SingularBlockError(
                     f"{name} is singular up to rounding, damped by {dampings[i // 2]!r}; use a larger damping."
                 )
     return factors[::2], factors[1::2]
@@ -281,7 +282,7 @@ def _refuse_determined(block: KroneckerBlock, after: KroneckerBlock, remainder: 
         ValueError: If an entry of ``1 − s_G s_Aᵀ`` may be rounding.
     """
     if not (remainder > max(remainder.shape) * torch.finfo(block.dtype).eps).all():
-        raise ValueError(
+        raise SingularBlockError(
             f"the inputs and gradients of layer {after.name!r} determine those of layer {block.name!r} in some directions, "
             "so that the block-tridiagonal inverse does not exist; use a damping larger than 0."
         )
