@@ -41,6 +41,11 @@ class Estimator(ABC):
     not_combinable: ClassVar[str] = "it does not define how finished blocks add up (Estimator.combine)"
     """Reason given in the error that `combine` raises."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "finish" in vars(cls) and "peek" not in vars(cls):  # an inherited one would not know of the new `finish`
+            cls.peek = Estimator.peek  # type: ignore[method-assign]
+
     @property
     def passes(self) -> int:
         """Number of passes over the data that are needed."""

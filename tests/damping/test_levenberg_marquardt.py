@@ -72,7 +72,7 @@ def test_the_strategy_takes_the_number():
         ({"decay": 1.0}, ValueError, "decay must be below 1, got 1.0"),
         ({"decay": 0.0}, ValueError, "decay must be a positive finite number"),
         ({"initial": 1e9}, ValueError, "initial must be from minimum to maximum"),
-        ({"minimum": 2.0}, ValueError, "initial must be from minimum to maximum"),
+        ({"initial": 1.0, "minimum": 2.0}, ValueError, "initial must be from minimum to maximum"),
         ({"lower": 0.8}, ValueError, "lower must be from 0 to upper, got 0.8 and 0.75"),
     ],
 )
