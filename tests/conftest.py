@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.support")
-settings.register_profile("grid", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("grid", deadline=None, max_examples=15, derandomize=True)
 settings.register_profile("quick", settings.get_profile("grid"), max_examples=5)
 
 

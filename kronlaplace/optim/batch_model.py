@@ -137,6 +137,14 @@ class BatchModel:
         assert self._base is not None
         parameters = dict(self._model.named_parameters())
         moved = {name: parameters[name].detach() + v.to(parameters[name].dtype) for name, v in step.items()}
-        outputs = outputs_at(self._model, *self._arguments, moved)
-        divergence = self._likelihood.divergence(wide(self._base), wide(outputs)).to(torch.float64) / self._count
-        return self._slope(wide(outputs) - wide(self._base)) + divergence
+        return self._loss(outputs_at(self._model, *self._arguments, moved)) - self._loss(self._base)
+
+    def _loss(self, outputs: Tensor) -> Tensor:
+        """Return the mean loss of the part above that in the observed pass.
+
+        With dropout, or with batch norm on part of a batch, the outputs differ from those of that pass, to which the
+        observed gradient belongs, even where the parameters are the same.
+        """
+        observed, outputs = wide(self.outputs[: self._count]), wide(outputs)
+        divergence = self._likelihood.divergence(observed, outputs).to(torch.float64) / self._count
+        return self._slope(outputs - observed) + divergence

@@ -37,7 +37,7 @@ class Averaging(Choice):
     DAMPED = "damped"
 
 
-_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
+_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
 _CURVATURE_EVERY = Period(10, growth=0.02)
 _INVERT_EVERY = Period(100, growth=0.05)
 _MODEL_EVERY = Period(5, growth=0.05)
@@ -46,6 +46,9 @@ _LARGEST_MOMENTUM = 0.9
 """Largest momentum that adaptive steps keep until the model is measured again: what is kept must not accelerate for ever."""
 
 _KL_CLIP = 0.3
+
+_MEMORY = 0.7
+"""Factor by which the changes of the loss count less with every measurement, since those of a small batch are noisy."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -71,8 +74,8 @@ class NaturalGradient(CurvatureOptimizer):
     **By itself.** Without a ``damping``, nothing has to be set. The length ``α`` and the momentum ``μ`` of
     ``δ = α Δ + μ δ₀`` minimize the quadratic model of the loss along the natural gradient ``Δ`` and the last step ``δ₀``,
     with the exact Fisher of part of the batch (KFC Eq. 36). The damping adapts to how well that model predicts the loss
-    (Levenberg-Marquardt, KFC Eq. 37 and 38), and a step that would increase the loss of that part is not made. ``lr`` scales
-    the steps, for schedules. In every step at first, and then less often, curvature and inverses are renewed, and so are
+    (Levenberg-Marquardt, KFC Eq. 37 and 38) and grows if the next batch does not confirm the steps; a step that would increase
+    the loss of its own part is not made. ``lr`` scales the steps, for schedules. In every step at first, and then less often, curvature and inverses are renewed, and so are
     ``α``, ``μ`` and the damping; in between, the step with the last ``α`` and ``μ`` (at most 0.9) is shortened if the model
     has its minimum before, which takes a third of the products.
 
@@ -174,7 +177,8 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
-        self._predicted: Tensor | None = None
+        self._last_ratio: Tensor | None = None
+        self._confirmed: Tensor | None = None
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
@@ -274,7 +278,6 @@ class NaturalGradient(CurvatureOptimizer):
     def _adaptive_step(self, gradient: Vector) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
-        rate = max(rates[p] for p in gradient)
         step = self._solved(gradient)
         for v in step.values():
             v.neg_()
@@ -283,17 +286,19 @@ class NaturalGradient(CurvatureOptimizer):
             self._combine(step, last, self._coefficients)
             model = self._model_of(gradient, step, {})
             scale = model.minimum()[0][0].clamp(0, 1)
-            self._predicted = model.predicted(scale * rate)
             return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
-        if self._predicted is not None:
-            increase = -model.change({p: -v for p, v in last.items()})
-            self._ratio = Arriving(reduction_ratio(increase, self._predicted))
+        if last and self._last_ratio is not None:
+            change = model.slopes[0, -1] - model.curvature[0, -1, -1] / 2
+            confirmed = change if self._confirmed is None else change + _MEMORY * self._confirmed
+            self._confirmed = torch.where(confirmed.isfinite(), confirmed, 0.0)
+            self._ratio = Arriving(torch.where(confirmed < 0, self._last_ratio, torch.clamp(self._last_ratio, max=0.0)))
         best = model.minimum()[0][0]
         self._combine(step, last, best)
-        accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted(best * rate), torch.nan)  # NaN: the damping grows
+        change = model.change(step)
+        accepted = change < 0
+        self._last_ratio = torch.where(accepted, reduction_ratio(change, model.predicted(best)), torch.nan)
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
         self._accepted = Arriving(accepted)
@@ -364,7 +369,8 @@ class NaturalGradient(CurvatureOptimizer):
             "last_model": self._last_model,
             "coefficients": self._coefficients,
             "accepted": None if self._accepted is None else self._accepted.value(),
-            "predicted": self._predicted,
+            "last_ratio": self._last_ratio,
+            "confirmed": self._confirmed,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
@@ -373,5 +379,5 @@ class NaturalGradient(CurvatureOptimizer):
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
         self._last_model, self._coefficients = state["last_model"], state["coefficients"]
         self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
-        self._predicted = state["predicted"]
+        self._last_ratio, self._confirmed = state["last_ratio"], state["confirmed"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])
