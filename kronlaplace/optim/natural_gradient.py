@@ -74,10 +74,11 @@ class NaturalGradient(CurvatureOptimizer):
     **By itself.** Without a ``damping``, nothing has to be set. The length ``α`` and the momentum ``μ`` of
     ``δ = α Δ + μ δ₀`` minimize the quadratic model of the loss along the natural gradient ``Δ`` and the last step ``δ₀``,
     with the exact Fisher of part of the batch (KFC Eq. 36). The damping adapts to how well that model predicts the loss
-    (Levenberg-Marquardt, KFC Eq. 37 and 38) and grows if the next batch does not confirm the steps; a step that would increase
-    the loss of its own part is not made. ``lr`` scales the steps, for schedules. In every step at first, and then less often, curvature and inverses are renewed, and so are
-    ``α``, ``μ`` and the damping; in between, the step with the last ``α`` and ``μ`` (at most 0.9) is shortened if the model
-    has its minimum before, which takes a third of the products.
+    (Levenberg-Marquardt, KFC Eq. 37 and 38), and grows if the next batch does not confirm the steps. A step that would
+    increase the loss of its own part is not made. ``lr`` scales the steps, for schedules. In every step at first, and then
+    less often, curvature and inverses are renewed, and so are ``α``, ``μ`` and the damping; in between, the step with the
+    last ``α`` and ``μ`` (at most 0.9) is shortened if the model has its minimum before, which takes a third of the
+    products.
 
     **KFC's Algorithm 1.** With a ``damping`` of your own, steps are ``v = −lr · (F̂ + γI)⁻¹ ∇h``, shortened such that
     ``ν = vᵀFv + η‖v‖² ≤ kl_clip`` with the exact Fisher of part of the batch, and then ``δ = momentum · δ₀ + v``. If ``ν``
