@@ -33,7 +33,7 @@ from kronlaplace.demo.files import read_idx
 WIDTHS = (1000, 500, 250, 30, 250, 500, 1000)
 CONNECTIONS = 15
 TARGET = 140.7
-MEASURE = Measure("smoothed loss", "Adam, 1e-3", limits=(80, 300))
+MEASURE = Measure("smoothed loss", "Adam, 1e-3", limits=(60, 300))
 SOURCE = "the original MNIST files (yann.lecun.com/exdb/mnist, mirror ossci-datasets.s3.amazonaws.com/mnist)"
 
 
