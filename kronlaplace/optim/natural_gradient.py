@@ -37,7 +37,7 @@ class Averaging(Choice):
     DAMPED = "damped"
 
 
-_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7)
+_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
 _CURVATURE_EVERY = Period(10, growth=0.02)
 _INVERT_EVERY = Period(100, growth=0.05)
 _MODEL_EVERY = Period(5, growth=0.05)
@@ -178,8 +178,8 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
-        self._last_ratio: Tensor | None = None
-        self._confirmed: Tensor | None = None
+        self._predicted: Tensor | None = None
+        self._changes: Tensor | None = None  # of the loss, confirmed and predicted
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
@@ -279,6 +279,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _adaptive_step(self, gradient: Vector) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
+        rate = max(rates[p] for p in gradient)
         step = self._solved(gradient)
         for v in step.values():
             v.neg_()
@@ -287,19 +288,21 @@ class NaturalGradient(CurvatureOptimizer):
             self._combine(step, last, self._coefficients)
             model = self._model_of(gradient, step, {})
             scale = model.minimum()[0][0].clamp(0, 1)
+            self._predicted = model.predicted(scale * rate)
             return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
-        if last and self._last_ratio is not None:
-            change = model.slopes[0, -1] - model.curvature[0, -1, -1] / 2
-            confirmed = change if self._confirmed is None else change + _MEMORY * self._confirmed
-            self._confirmed = torch.where(confirmed.isfinite(), confirmed, 0.0)
-            self._ratio = Arriving(torch.where(confirmed < 0, self._last_ratio, torch.clamp(self._last_ratio, max=0.0)))
+        if last and self._predicted is not None:
+            confirmed = model.slopes[0, -1] - model.curvature[0, -1, -1] / 2
+            pair = torch.stack([confirmed, self._predicted])
+            total = pair if self._changes is None else pair + _MEMORY * self._changes
+            finite = pair.isfinite().all()
+            self._changes = torch.where(finite, total, 0.0)
+            self._ratio = Arriving(reduction_ratio(*torch.where(finite, total, torch.nan)))
         best = model.minimum()[0][0]
         self._combine(step, last, best)
-        change = model.change(step)
-        accepted = change < 0
-        self._last_ratio = torch.where(accepted, reduction_ratio(change, model.predicted(best)), torch.nan)
+        accepted = model.change(step) < 0
+        self._predicted = torch.where(accepted, model.predicted(best * rate), torch.nan)  # NaN: the damping grows
         momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
         self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
         self._accepted = Arriving(accepted)
@@ -370,8 +373,8 @@ class NaturalGradient(CurvatureOptimizer):
             "last_model": self._last_model,
             "coefficients": self._coefficients,
             "accepted": None if self._accepted is None else self._accepted.value(),
-            "last_ratio": self._last_ratio,
-            "confirmed": self._confirmed,
+            "predicted": self._predicted,
+            "changes": self._changes,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
@@ -380,5 +383,5 @@ class NaturalGradient(CurvatureOptimizer):
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
         self._last_model, self._coefficients = state["last_model"], state["coefficients"]
         self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
-        self._last_ratio, self._confirmed = state["last_ratio"], state["confirmed"]
+        self._predicted, self._changes = state["predicted"], state["changes"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])
