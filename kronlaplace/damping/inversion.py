@@ -14,6 +14,7 @@ from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.damping.cholesky import damped_inverses
 from kronlaplace.damping.factor_rules import DampedFactors, grouped_factors
 from kronlaplace.damping.solvers import KroneckerSolver, Solver
+from kronlaplace.data.arriving import Arriving
 
 __all__ = ["SingularBlockError", "SolversInProgress"]
 
@@ -99,11 +100,11 @@ class SolversInProgress:
                 self._members.extend((index, group) for group in range(len(inverses)))
             checks.append(whole.right)
         self._results = [results[index] for index in range(len(self._sides))]
-        self._checks = [_HostCopy(right) for right in checks]
+        self._checks = [Arriving(right) for right in checks]
 
     def ready(self) -> bool:
         """Return whether `settle` would not wait for a device; this never waits itself."""
-        return all(check.arrived() for check in self._checks)
+        return all(check.value() is not None for check in self._checks)
 
     def settle(self) -> dict[str, Solver]:
         """Read the checks, invert the matrices that failed again in float64, and return the solvers by layer.
@@ -113,7 +114,7 @@ class SolversInProgress:
         Raises:
             ValueError: If a damped block is singular or has NaN or infinite entries, naming its layer.
         """
-        right = [flag for check in self._checks for flag in check.read().tolist()]
+        right = [flag for check in self._checks for flag in check.wait().tolist()]
         failed = [member for member, flag in zip(self._members, right, strict=True) if not flag]
         self._invert_again(failed)
         self._checks, self._members = [], []
@@ -164,26 +165,3 @@ def _sides(name: str, block: KroneckerBlock, numbers: DampedFactors) -> tuple[_F
     gradient, activation = (factors.detach() for factors in grouped_factors(block))
     c_G, s_G, c_A, s_A = (number.detach() for number in numbers)
     return _Factors(name, gradient, c_G, s_G), _Factors(name, activation, c_A, s_A)
-
-
-class _HostCopy:
-    """Values on their way to the host; on a CUDA device nothing waits for them until they are read."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._values = values
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
-
-    def arrived(self) -> bool:
-        """Return whether reading the values would not wait."""
-        return self._event is None or self._event.query()
-
-    def read(self) -> Tensor:
-        """Return the values on the host, and wait for them if need be."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values.cpu()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from kronlaplace._arguments import positive_integer
 from kronlaplace.blocks import Block
 from kronlaplace.damping import Damping, LevenbergMarquardt
+from kronlaplace.data.arriving import Arriving
 from kronlaplace.estimators import Estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
-from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.base import CurvatureOptimizer
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting, fraction_of_batch

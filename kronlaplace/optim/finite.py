@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kronlaplace.data.arriving import Arriving
 from kronlaplace.layers import Layer
-from kronlaplace.optim.arriving import Arriving
 from kronlaplace.optim.checks import finite_norms
 from kronlaplace.optim.vectors import Vector
 

@@ -1,4 +1,4 @@
-"""Numbers on their way from a device to the host, which nobody waits for."""
+"""Numbers on their way from a device to the host, which nobody has to wait for."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ class Arriving:
     def value(self) -> Tensor | None:
         """Return the tensor on the host, or None if it has not arrived yet."""
         return self._host if self._event is None or self._event.query() else None
+
+    def wait(self) -> Tensor:
+        """Return the tensor on the host, after waiting for it if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
