@@ -15,6 +15,7 @@ from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.data.arriving import Arriving
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
+from kronlaplace.optim.adaptive_steps import AdaptiveSteps
 from kronlaplace.optim.base import CurvatureOptimizer
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting
@@ -22,7 +23,6 @@ from kronlaplace.optim.damped_average import DampedBlockDiagonal, Decays
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.part import Part, part_of
 from kronlaplace.optim.period import Period, period_of
-from kronlaplace.optim.quadratic_model import reduction_ratio
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure, structure_of
 from kronlaplace.optim.vectors import Vector, dot
@@ -39,16 +39,10 @@ class Averaging(Choice):
 
 _ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
 _CURVATURE_EVERY = Period(10, growth=0.02)
-_INVERT_EVERY = Period(100, growth=0.05)
+_INVERT_EVERY = Period(100, growth=0.05, fewest=2)
 _MODEL_EVERY = Period(5, growth=0.05)
 
-_LARGEST_MOMENTUM = 0.9
-"""Largest momentum that adaptive steps keep until the model is measured again: what is kept must not accelerate for ever."""
-
 _KL_CLIP = 0.3
-
-_MEMORY = 0.7
-"""Factor by which the changes of the loss count less with every measurement, since those of a small batch are noisy."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -178,14 +172,12 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
-        self._predicted: Tensor | None = None
-        self._changes: Tensor | None = None  # of the loss, confirmed and predicted
         self._last_adapted = 0
         self._rejected = 0
         self._clip_ratio: Tensor | None = None
         self._model_every = period_of(model_every, "model_every")
         self._last_model: int | None = None
-        self._coefficients: Tensor | None = None
+        self._adaptive = AdaptiveSteps()
         self._accepted: Arriving | None = None
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
@@ -221,10 +213,7 @@ class NaturalGradient(CurvatureOptimizer):
         return None if self._lambda is None else self._rule.damping(self._lambda)
 
     def _needs_batch(self) -> bool:
-        return self._adapts_steps or self._needs_model()
-
-    def _needs_model(self) -> bool:
-        """Return whether the next step measures how much it really reduces the loss, or ``ν``."""
+        """Return whether the next step measures its quadratic model, or ``ν``."""
         if not isinstance(self._rule, LevenbergMarquardt) and self._clip is None:
             return False
         accepted = None if self._accepted is None else self._accepted.value()
@@ -243,7 +232,9 @@ class NaturalGradient(CurvatureOptimizer):
         self._adapt()
         self._renew()
         if gradient:
-            self._take(self._adaptive_step(gradient) if self._adapts_steps else self._fixed_step(gradient, batch))
+            self._take(
+                self._adaptive_step(gradient, batch) if self._adapts_steps else self._fixed_step(gradient, batch)
+            )
         step_plainly(self.param_groups, self.state, self._checks.finite)
 
     def _renew(self) -> None:
@@ -276,7 +267,7 @@ class NaturalGradient(CurvatureOptimizer):
                 "model_fraction."
             )
 
-    def _adaptive_step(self, gradient: Vector) -> Vector:
+    def _adaptive_step(self, gradient: Vector, batch: BatchModel | None) -> Vector:
         """Return ``α Δ + μ δ₀``, or zero if it would increase the loss."""
         rates = self._settings("lr")
         rate = max(rates[p] for p in gradient)
@@ -284,27 +275,24 @@ class NaturalGradient(CurvatureOptimizer):
         for v in step.values():
             v.neg_()
         last = {p: self.state[p]["last_step"] for p in step if "last_step" in self.state[p]}
-        if self._coefficients is not None and not self._needs_model():
-            self._combine(step, last, self._coefficients)
-            model = self._model_of(gradient, step, {})
-            scale = model.minimum()[0][0].clamp(0, 1)
-            self._predicted = model.predicted(scale * rate)
-            return {p: v.mul_(scale * rates[p]) for p, v in step.items()}
+        steps = self._adaptive
+        if batch is None and steps.can_carry_on and last:
+            coefficients = steps.carry_on(torch.stack([dot(gradient, v) for v in (step, last)]), rate)
+            self._combine(step, last, coefficients)
+            return {p: v.mul_(rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
-        if last and self._predicted is not None:
-            confirmed = model.slopes[0, -1] - model.curvature[0, -1, -1] / 2
-            pair = torch.stack([confirmed, self._predicted])
-            total = pair if self._changes is None else pair + _MEMORY * self._changes
-            finite = pair.isfinite().all()
-            self._changes = torch.where(finite, total, 0.0)
-            self._ratio = Arriving(reduction_ratio(*torch.where(finite, total, torch.nan)))
-        best = model.minimum()[0][0]
-        self._combine(step, last, best)
-        accepted = model.change(step) < 0
-        self._predicted = torch.where(accepted, model.predicted(best * rate), torch.nan)  # NaN: the damping grows
-        momentum = best[1:].clamp(0, _LARGEST_MOMENTUM) if last else best.new_zeros(1)
-        self._coefficients = torch.where(accepted, torch.cat([best[:1], momentum]), 0.0)
+        assert self._lambda is not None
+        added = self._lambda * dot(last, last) if last else torch.zeros_like(model.slopes[0, 0])
+        confirmed = steps.confirm(model, added)
+        coefficients = steps.choose(model)
+        self._combine(step, last, coefficients)
+        accepted = model.change_of_objective(step, coefficients) < 0
+        steps.keep(model, coefficients, accepted, rate)
+        unchanged = torch.full_like(confirmed, cast(LevenbergMarquardt, self._rule).upper)
+        ratio = torch.where(confirmed.isnan(), unchanged, confirmed)
+        ratio = torch.where(steps.needs_damping, -1.0, ratio)
+        self._ratio = Arriving(torch.where(accepted, ratio, torch.nan))
         self._accepted = Arriving(accepted)
         return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
 
@@ -371,17 +359,15 @@ class NaturalGradient(CurvatureOptimizer):
             "rejected": self._rejected,
             "clip_ratio": self._clip_ratio,
             "last_model": self._last_model,
-            "coefficients": self._coefficients,
+            "adaptive": self._adaptive.state_dict(),
             "accepted": None if self._accepted is None else self._accepted.value(),
-            "predicted": self._predicted,
-            "changes": self._changes,
             "ratio": None if self._ratio is None else self._ratio.value(),
         }
 
     def _load_more_state(self, state: Mapping[str, Any]) -> None:
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
-        self._last_model, self._coefficients = state["last_model"], state["coefficients"]
+        self._last_model = state["last_model"]
+        self._adaptive.load_state_dict(state["adaptive"])
         self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
-        self._predicted, self._changes = state["predicted"], state["changes"]
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

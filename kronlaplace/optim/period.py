@@ -17,16 +17,19 @@ class Period:
         steps: Number of steps between two renewals; steps 0, ``steps``, ``2 · steps``, … renew.
         growth: Fraction of the steps made so far after which the next renewal is due even if ``steps`` have not passed, so
             that the first renewals follow one another closely. None means exactly every ``steps`` steps.
+        fewest: Smallest number of steps between two renewals that follow by ``growth``.
 
     Raises:
-        TypeError, ValueError: If ``steps`` is not a positive integer or ``growth`` not a positive number.
+        TypeError, ValueError: If ``steps`` or ``fewest`` is not a positive integer or ``growth`` not a positive number.
     """
 
     steps: int
     growth: float | None = None
+    fewest: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_integer(self.steps, "steps"))
+        object.__setattr__(self, "fewest", positive_integer(self.fewest, "fewest"))
         if self.growth is not None:
             object.__setattr__(self, "growth", positive_number(self.growth, "growth"))
 
@@ -34,7 +37,7 @@ class Period:
         """Return whether step number ``step``, counted from 0, renews, if step ``last`` was the last to do so."""
         if last is None or step % self.steps == 0:
             return True
-        return self.growth is not None and step - last >= max(1.0, self.growth * step)
+        return self.growth is not None and step - last >= max(self.fewest, self.growth * step)
 
 
 def period_of(value: int | Period, name: str) -> Period:

@@ -33,15 +33,15 @@ def minimize(curvature: Tensor, slopes: Tensor) -> Tensor:
         Shape ``(..., k)``.
     """
     first, slope = curvature[..., 0, 0], slopes[..., 0]
-    alone = -_quotient(slope, first)
+    alone = -quotient(slope, first)
     if slopes.shape[-1] == 1:
         return alone.unsqueeze(-1)
     # δ₀ without its part along Δ, in the metric C: its curvature is a Schur complement, its slope what Δ leaves of it.
     mixed, second = curvature[..., 0, 1], curvature[..., 1, 1]
-    part = _quotient(mixed, first)
+    part = quotient(mixed, first)
     remaining = second - part * mixed
     independent = (remaining > _ROUNDING * second) & (first > 0)
-    momentum = torch.where(independent, -_quotient(slopes[..., 1] - part * slope, remaining), 0.0)
+    momentum = torch.where(independent, -quotient(slopes[..., 1] - part * slope, remaining), 0.0)
     return torch.stack([alone - part * momentum, momentum], dim=-1)
 
 
@@ -72,6 +72,6 @@ def reduction_ratio(change: Tensor, predicted: Tensor) -> Tensor:
     return torch.where((predicted == 0) & (change == 0), 1.0, ratio)
 
 
-def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divide; the quotient by something that is not positive is zero."""
     return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0)

@@ -59,6 +59,8 @@ class StepModel:
         self.slopes = _parts(whole / batch.factor, members)
         """``d_i = ∇hᵀv_i`` of each model with the gradient of the whole batch, shape ``(m, k)``."""
         self._part_slopes = _parts(slopes, members)
+        self.factor = batch.factor
+        """By which factor the loss is larger than the mean negative log-likelihood, 0-dim."""
 
     def minimum(self) -> tuple[Tensor, Tensor]:
         """Return the coefficients at the minimum of each model, ``(m, k)``, and the number of the lowest one, ``(1,)``."""
@@ -75,6 +77,19 @@ class StepModel:
         """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
         weights = {p: p.detach() for p in step}
         return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
+
+    def change_of_objective(self, step: Vector, coefficients: Tensor) -> Tensor:
+        """Compute by how much a step changes the objective: its slope from the whole batch, the rest from the part.
+
+        Args:
+            step: The step ``δ``, as for `change`.
+            coefficients: Its coefficients in the first model, shape ``(k,)``.
+        """
+        return self.change(step) + (self.slopes[0] - self._part_slopes[0]) @ coefficients
+
+    def raise_curvature(self, least: Tensor) -> None:
+        """Raise the first model's curvature along ``Δ`` to a least value, 0-dim."""
+        self.curvature[0, 0, 0].clamp_(min=least)
 
     def ratio(self, step: Vector, coefficients: Tensor, candidate: Tensor) -> Tensor:
         """Measure the reduction ratio ``ρ`` of a step on the part of the batch whose Fisher the model has, 0-dim.

@@ -1,0 +1,179 @@
+"""Length and momentum of natural-gradient steps, from measurements of the quadratic model that are made now and then.
+
+A measurement is the model over the preconditioned gradient ``Δ = −F̂⁻¹∇h`` and the last step ``δ₀``, with the exact Fisher of
+part of the batch. It has its minimum at ``(α, μ)`` (KFC Eq. 36). Three things are added to that, all for gradients and
+curvatures of single batches, which are noisy:
+
+**Confirmation.** The minimum is that of one batch. The next batch tells how far the step ``δ`` should have gone for it: with
+its gradient ``g'`` after the step and its curvature ``δᵀFδ``, the loss along the step had its minimum at
+``x = 1 − g'ᵀδ / δᵀFδ``. Steps are multiplied by this ``x``, taken from the sums over the recent measurements, at most 1. It
+is near 1 where batches agree, and near 0 where gradients are mostly noise.
+
+**The ratio κ** of the exact curvature along ``Δ`` to ``ΔᵀF̂Δ = −∇hᵀΔ``, which is 1 for an exact ``F̂``. A gradient finds the
+directions in which ``F̂`` is too small, and ``κ`` tells by how much. A part of a batch may miss them, so ``κ`` is taken to be
+at least its mean over the recent measurements. Where that is large, ``F̂`` needs more damping.
+
+**Between measurements** the model is carried on with scalars: the curvature along ``Δ`` is ``−κ ∇hᵀΔ``, that between ``Δ``
+and ``δ₀`` is ``−κ ∇hᵀδ₀``, and that along ``δ₀`` is known from the step before. The step with the last ``(α, μ)`` goes no
+farther than to the minimum along it, and no farther in the metric of the model than the last measured step. A measured step
+may be longer than the one before by a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kronlaplace.optim.quadratic_model import quotient
+from kronlaplace.optim.step_model import StepModel
+
+__all__ = ["AdaptiveSteps"]
+
+_MEMORY = 0.7
+"""Factor by which measurements count less with every new one."""
+
+_LEAST_SCALE = 0.02
+"""Least ``x``, with which steps are still long enough to measure."""
+
+_LARGEST_RATIO = 600.0
+"""Mean ``κ`` above which the damping grows."""
+
+_GROWTH = 10.0
+"""Largest factor by which ``δᵀFδ`` grows from one measured step to the next."""
+
+_LARGEST_MOMENTUM = 0.9
+"""Largest ``μ`` that is kept between measurements: what is kept must not accelerate for ever."""
+
+_NAMES = ("sums", "scale", "size", "ratio", "kept", "last_curvature", "longest", "factor")
+
+
+class AdaptiveSteps:
+    """Lengths of steps; all state is tensors, and nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        """Sums over measurements of ``−∇hᵀδ`` before the step and ``δᵀFδ``, damped and undamped, shape ``(2, 2)``."""
+        self.scale: Tensor | None = None
+        """``x``, 0-dim."""
+        self.size: Tensor | None = None
+        """By which number the last step was multiplied: ``x`` and the learning rate, 0-dim."""
+        self.ratio: Tensor | None = None
+        """The mean ``κ``, 0-dim."""
+        self.kept: Tensor | None = None
+        """``(α, μ)`` until the next measurement, shape ``(2,)``."""
+        self.last_curvature: Tensor | None = None
+        """``δ₀ᵀ(F + (λ + η)I)δ₀``, 0-dim."""
+        self.longest: Tensor | None = None
+        """The same of the last measured step that was made, for the learning rate 1, 0-dim."""
+        self.factor: Tensor | None = None
+        """By which factor the loss is larger than the mean negative log-likelihood, 0-dim."""
+
+    def confirm(self, model: StepModel, damped: Tensor) -> Tensor:
+        """Take in what the batch of a measured model tells about the last step, before this step is chosen.
+
+        Args:
+            model: The model, whose last direction is ``δ₀``.
+            damped: ``λ ‖δ₀‖²``, which the model's curvature contains, 0-dim.
+
+        Returns:
+            The damped ratio, 0-dim, by which the damping adapts: as ``x``, but of the damped model; NaN if it is not known.
+        """
+        slope, curvature = model.slopes[0, -1], model.curvature[0, -1, -1]
+        if self.size is None or self.scale is None:
+            self.scale = torch.ones_like(slope)
+            return torch.full_like(slope, torch.nan)
+        both = torch.stack([curvature, curvature - damped])
+        new = torch.stack([(both - slope) / self.size, both / self.size.square()])
+        total = new if self.sums is None else new + _MEMORY * self.sums
+        before = torch.zeros_like(total) if self.sums is None else self.sums
+        known = total.isfinite().all() & (curvature > 0)
+        self.sums = torch.where(known, total, before)
+        self.scale = torch.where(
+            self.sums[1, 1] > 0, quotient(self.sums[0, 1], self.sums[1, 1]).clamp(_LEAST_SCALE, 1), self.scale
+        )
+        return torch.where(known, quotient(self.sums[0, 0], self.sums[1, 0]), torch.nan)
+
+    def choose(self, model: StepModel) -> Tensor:
+        """Return the coefficients of this step by a measured model, ``(k,)``, without the learning rate."""
+        assert self.scale is not None
+        decrease = -model.slopes[0, 0]
+        ratio = quotient(model.curvature[0, 0, 0], decrease)
+        self.ratio = ratio if self.ratio is None else _MEMORY * self.ratio + (1 - _MEMORY) * ratio
+        model.raise_curvature(self.ratio * decrease)
+        coefficients = model.minimum()[0][0] * self.scale
+        if self.longest is not None:
+            longest = torch.where(self.longest > 0, _GROWTH * self.longest, torch.inf)
+            coefficients = coefficients * _within(longest, _form(model.curvature[0], coefficients))
+        return coefficients
+
+    @property
+    def needs_damping(self) -> Tensor:
+        """Whether ``F̂`` needs more damping, 0-dim, boolean."""
+        assert self.ratio is not None
+        return self.ratio > _LARGEST_RATIO
+
+    def keep(self, model: StepModel, coefficients: Tensor, accepted: Tensor, rate: float) -> None:
+        """Keep what the steps until the next measurement need.
+
+        Args:
+            model: The measured model.
+            coefficients: Those of the step, shape ``(k,)``.
+            accepted: Whether the step is made, 0-dim, boolean.
+            rate: The learning rate.
+        """
+        assert self.scale is not None
+        momentum = (coefficients[1:] / self.scale).clamp(0, _LARGEST_MOMENTUM)
+        pair = torch.cat([coefficients[:1] / self.scale, momentum, coefficients.new_zeros(2 - len(coefficients))])
+        self.kept = torch.where(accepted, pair, 0.0)
+        size = torch.where(accepted, _form(model.curvature[0], coefficients), 0.0)
+        self.last_curvature = size * rate**2
+        self.longest = size if self.longest is None else torch.where(accepted, size, self.longest)
+        self.factor = model.factor.to(coefficients)
+        self.size = self.scale * rate
+
+    @property
+    def can_carry_on(self) -> bool:
+        """Whether there has been a measurement."""
+        return self.kept is not None
+
+    def carry_on(self, slopes: Tensor, rate: float) -> Tensor:
+        """Return the coefficients of a step without a measurement, shape ``(2,)``, without the learning rate.
+
+        Args:
+            slopes: ``∇hᵀΔ`` and ``∇hᵀδ₀`` with the gradient of the loss, shape ``(2,)``.
+            rate: The learning rate.
+        """
+        assert self.kept is not None and self.scale is not None and self.factor is not None
+        assert self.ratio is not None and self.last_curvature is not None and self.longest is not None
+        slopes = slopes / self.factor
+        first = (-self.ratio * slopes[0]).clamp_min(0)
+        bound = (first * self.last_curvature).sqrt()  # |ΔᵀFδ₀| cannot be larger
+        mixed = (-self.ratio * slopes[1]).clamp(-bound, bound)
+        curvature = torch.stack([torch.stack([first, mixed]), torch.stack([mixed, self.last_curvature])])
+        along = _form(curvature, self.kept)
+        to_minimum = quotient(-slopes @ self.kept, along).clamp(0, 1)
+        self.size = self.scale * rate
+        share = torch.minimum(to_minimum, _within(self.longest, along * self.scale.square()))
+        coefficients = self.kept * share * self.scale
+        self.last_curvature = _form(curvature, coefficients * rate)
+        return coefficients
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return the state, for checkpoints."""
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _NAMES:
+            setattr(self, name, state[name])
+
+
+def _within(largest: Tensor, size: Tensor) -> Tensor:
+    """Return the factor, at most 1, of a vector whose squared length is to be at most ``largest`` instead of ``size``."""
+    return torch.where(size > largest, quotient(largest, size).sqrt(), 1.0)
+
+
+def _form(matrix: Tensor, vector: Tensor) -> Tensor:
+    return vector @ matrix @ vector
