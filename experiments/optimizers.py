@@ -74,8 +74,7 @@ def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
 
 SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
 KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)))
-FAST = kl.damping.LevenbergMarquardt(every=1, decay=0.5, lower=0.1, upper=0.5)
-EVERY_STEP = grid(curvature_every=(1,), invert_every=(2,), damping=(FAST,))
+EVERY_STEP = grid(curvature_every=(1,), invert_every=(2,))
 OPTIMIZERS = {
     "SGD with momentum": SGD,
     "SGD, averaged": Optimizer(averaged(SGD.prepare), SGD.grid),

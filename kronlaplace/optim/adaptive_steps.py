@@ -6,8 +6,10 @@ curvatures of single batches, which are noisy:
 
 **Confirmation.** The minimum is that of one batch. The next batch tells how far the step ``δ`` should have gone for it: with
 its gradient ``g'`` after the step and its curvature ``δᵀFδ``, the loss along the step had its minimum at
-``x = 1 − g'ᵀδ / δᵀFδ``. Steps are multiplied by this ``x``, taken from the sums over the recent measurements, at most 1. It
-is near 1 where batches agree, and near 0 where gradients are mostly noise.
+``x = 1 − g'ᵀδ / δᵀFδ``, taken from the sums over the recent measurements. It is near 1 where batches agree, and near 0 where
+gradients are mostly noise. Steps are multiplied by ``√x``, at least 0.6: ``x`` itself would be best for the loss right after
+the step, which noise along strongly curved directions dominates, but too short for the weakly curved ones, along which
+progress adds up over many steps (short-horizon bias, Wu et al. 2018).
 
 **The ratio κ** of the exact curvature along ``Δ`` to ``ΔᵀF̂Δ = −∇hᵀΔ``, which is 1 for an exact ``F̂``. A gradient finds the
 directions in which ``F̂`` is too small, and ``κ`` tells by how much. A part of a batch may miss them, so ``κ`` is taken to be
@@ -34,10 +36,10 @@ __all__ = ["AdaptiveSteps"]
 _MEMORY = 0.7
 """Factor by which measurements count less with every new one."""
 
-_LEAST_SCALE = 0.02
-"""Least ``x``, with which steps are still long enough to measure."""
+_LEAST_SCALE = 0.6
+"""Least number by which steps are multiplied."""
 
-_LARGEST_RATIO = 600.0
+_LARGEST_RATIO = 2000.0
 """Mean ``κ`` above which the damping grows."""
 
 _GROWTH = 10.0
@@ -56,9 +58,9 @@ class AdaptiveSteps:
         self.sums: Tensor | None = None
         """Sums over measurements of ``−∇hᵀδ`` before the step and ``δᵀFδ``, damped and undamped, shape ``(2, 2)``."""
         self.scale: Tensor | None = None
-        """``x``, 0-dim."""
+        """``√x``, by which steps are multiplied, at least 0.6, 0-dim."""
         self.size: Tensor | None = None
-        """By which number the last step was multiplied: ``x`` and the learning rate, 0-dim."""
+        """By which number the last step was multiplied, the scale times the learning rate, 0-dim."""
         self.ratio: Tensor | None = None
         """The mean ``κ``, 0-dim."""
         self.kept: Tensor | None = None
@@ -78,7 +80,7 @@ class AdaptiveSteps:
             damped: ``λ ‖δ₀‖²``, which the model's curvature contains, 0-dim.
 
         Returns:
-            The damped ratio, 0-dim, by which the damping adapts: as ``x``, but of the damped model; NaN if it is not known.
+            As ``x``, but of the damped model, at least 0, by which the damping adapts, 0-dim; NaN if it is not known.
         """
         slope, curvature = model.slopes[0, -1], model.curvature[0, -1, -1]
         if self.size is None or self.scale is None:
@@ -90,10 +92,9 @@ class AdaptiveSteps:
         before = torch.zeros_like(total) if self.sums is None else self.sums
         known = total.isfinite().all() & (curvature > 0)
         self.sums = torch.where(known, total, before)
-        self.scale = torch.where(
-            self.sums[1, 1] > 0, quotient(self.sums[0, 1], self.sums[1, 1]).clamp(_LEAST_SCALE, 1), self.scale
-        )
-        return torch.where(known, quotient(self.sums[0, 0], self.sums[1, 0]), torch.nan)
+        x = quotient(self.sums[0], self.sums[1]).clamp_min(0)  # damped, undamped
+        self.scale = torch.where(self.sums[1, 1] > 0, x[1].sqrt().clamp(_LEAST_SCALE, 1), self.scale)
+        return torch.where(known, x[0], torch.nan)
 
     def choose(self, model: StepModel) -> Tensor:
         """Return the coefficients of this step by a measured model, ``(k,)``, without the learning rate."""

@@ -37,7 +37,7 @@ class Averaging(Choice):
     DAMPED = "damped"
 
 
-_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.1, upper=0.5)
+_ADAPTIVE = LevenbergMarquardt(every=1, decay=0.7, lower=0.0, upper=0.5)
 _CURVATURE_EVERY = Period(10, growth=0.02)
 _INVERT_EVERY = Period(100, growth=0.05, fewest=2)
 _MODEL_EVERY = Period(5, growth=0.05)
