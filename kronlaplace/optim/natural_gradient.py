@@ -113,7 +113,7 @@ class NaturalGradient(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
-            least 64 examples, if the batch has as many.
+            least 32 examples, if the batch has as many.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 24 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
@@ -197,7 +197,7 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=64)),
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32)),
             model_part=part_of(
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
