@@ -72,8 +72,9 @@ def kfc(model, likelihood, lr, damping, estimator="kfac", invert_every=20):
     )
 
 
-SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
+SGD = Optimizer(plain(partial(torch.optim.SGD, momentum=0.9)), grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 5e-2, 1e-1)))
 KFC = Optimizer(natural(kfc), grid(lr=(0.1, 0.3, 1.0), damping=(1e-3, 1e-2, 1e-1)))
+TKFAC = grid(estimator=("tkfac",), damping=(kl.damping.LevenbergMarquardt(every=1, decay=0.5, lower=0.0, upper=0.3),))
 EVERY_STEP = grid(curvature_every=(1,), invert_every=(2,))
 OPTIMIZERS = {
     "SGD with momentum": SGD,
@@ -82,6 +83,7 @@ OPTIMIZERS = {
     "Adam, 1e-3": Optimizer(plain(torch.optim.Adam), grid(lr=(1e-3,))),
     "NaturalGradient": Optimizer(natural(kl.NaturalGradient)),
     "NaturalGradient, every step": Optimizer(natural(kl.NaturalGradient), EVERY_STEP),
+    "NaturalGradient, TKFAC": Optimizer(natural(kl.NaturalGradient), TKFAC),
     "NaturalGradient, KFC": KFC,
     "NaturalGradient, KFC, averaged": Optimizer(averaged(KFC.prepare), KFC.grid),
     "AdaptiveKFAC": Optimizer(natural(kl.AdaptiveKFAC)),
