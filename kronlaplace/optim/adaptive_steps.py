@@ -83,8 +83,9 @@ class AdaptiveSteps:
             As ``x``, but of the damped model, at least 0, by which the damping adapts, 0-dim; NaN if it is not known.
         """
         slope, curvature = model.slopes[0, -1], model.curvature[0, -1, -1]
-        if self.size is None or self.scale is None:
+        if self.scale is None:
             self.scale = torch.ones_like(slope)
+        if self.size is None or model.slopes.shape[-1] == 1:  # there is no last step
             return torch.full_like(slope, torch.nan)
         both = torch.stack([curvature, curvature - damped])
         new = torch.stack([(both - slope) / self.size, both / self.size.square()])
@@ -101,7 +102,9 @@ class AdaptiveSteps:
         assert self.scale is not None
         decrease = -model.slopes[0, 0]
         ratio = quotient(model.curvature[0, 0, 0], decrease)
-        self.ratio = ratio if self.ratio is None else _MEMORY * self.ratio + (1 - _MEMORY) * ratio
+        before = torch.ones_like(ratio) if self.ratio is None else self.ratio
+        mean = ratio if self.ratio is None else _MEMORY * self.ratio + (1 - _MEMORY) * ratio
+        self.ratio = torch.where(ratio.isfinite(), mean, before)  # one step that overflows does not stay
         model.raise_curvature(self.ratio * decrease)
         coefficients = model.minimum()[0][0] * self.scale
         if self.longest is not None:
@@ -158,17 +161,19 @@ class AdaptiveSteps:
         self.size = self.scale * rate
         share = torch.minimum(to_minimum, _within(self.longest, along * self.scale.square()))
         coefficients = self.kept * share * self.scale
-        self.last_curvature = _form(curvature, coefficients * rate)
+        size = _form(curvature, coefficients * rate)
+        self.last_curvature = torch.where(size.isfinite(), size, 0.0)  # a step that is not finite is not made
         return coefficients
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """Return the state, for checkpoints."""
         return {name: getattr(self, name) for name in _NAMES}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: Mapping[str, Tensor | None], device: torch.device) -> None:
+        """Restore what `state_dict` returned, on a device."""
         for name in _NAMES:
-            setattr(self, name, state[name])
+            value = state[name]
+            setattr(self, name, None if value is None else value.to(device))
 
 
 def _within(largest: Tensor, size: Tensor) -> Tensor:

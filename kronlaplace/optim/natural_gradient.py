@@ -13,6 +13,7 @@ from kronlaplace._arguments import Choice, choice, positive_number, warn
 from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.data.arriving import Arriving
+from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.adaptive_steps import AdaptiveSteps
@@ -276,8 +277,10 @@ class NaturalGradient(CurvatureOptimizer):
             v.neg_()
         last = {p: self.state[p]["last_step"] for p in step if "last_step" in self.state[p]}
         steps = self._adaptive
-        if batch is None and steps.can_carry_on and last:
-            coefficients = steps.carry_on(torch.stack([dot(gradient, v) for v in (step, last)]), rate)
+        if batch is None and steps.can_carry_on:
+            slope = dot(gradient, step)
+            along_last = dot(gradient, last) if last else torch.zeros_like(slope)
+            coefficients = steps.carry_on(torch.stack([slope, along_last]), rate)
             self._combine(step, last, coefficients)
             return {p: v.mul_(rates[p]) for p, v in step.items()}
         self._last_model = self._steps
@@ -368,6 +371,6 @@ class NaturalGradient(CurvatureOptimizer):
         self._lambda, self._last_adapted = state["damping"], state["last_adapted"]
         self._rejected, self._clip_ratio = state["rejected"], state["clip_ratio"]
         self._last_model = state["last_model"]
-        self._adaptive.load_state_dict(state["adaptive"])
+        self._adaptive.load_state_dict(state["adaptive"], device_of(self._model))
         self._accepted = None if state["accepted"] is None else Arriving(state["accepted"])
         self._ratio = None if state["ratio"] is None else Arriving(state["ratio"])

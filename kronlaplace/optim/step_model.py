@@ -69,23 +69,23 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
-    def predicted(self, coefficients: Tensor) -> Tensor:
-        """Return ``M(δ) − M(0)`` of the first model, with the gradient of the whole batch, 0-dim; coefficients ``(k,)``."""
-        return predicted_change(self.curvature[0], self.slopes[0], coefficients)
-
     def change(self, step: Vector) -> Tensor:
         """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
         weights = {p: p.detach() for p in step}
         return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
 
     def change_of_objective(self, step: Vector, coefficients: Tensor) -> Tensor:
-        """Compute by how much a step changes the objective: its slope from the whole batch, the rest from the part.
+        """Compute by how much a step changes the objective, 0-dim: its slope is that of the whole batch.
+
+        What the loss changes beyond its slope is that of the part of the batch. With ``∇h`` for the objective of the whole
+        batch and ``ℓ`` for the loss of the part, this is ``∇hᵀδ + (ℓ(θ + δ) − ℓ(θ) − ∇ℓᵀδ) + ½ η ‖δ‖²``.
 
         Args:
-            step: The step ``δ``, as for `change`.
+            step: The step ``δ``; the network still has the parameters ``θ`` from before.
             coefficients: Its coefficients in the first model, shape ``(k,)``.
         """
-        return self.change(step) + (self.slopes[0] - self._part_slopes[0]) @ coefficients
+        beyond = self._batch.change(self._by_name(step)) - self._part_slopes[0] @ coefficients
+        return self.slopes[0] @ coefficients + beyond + self._weighted(step, step) / 2
 
     def raise_curvature(self, least: Tensor) -> None:
         """Raise the first model's curvature along ``Δ`` to a least value, 0-dim."""
