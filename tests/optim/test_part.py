@@ -31,7 +31,7 @@ def test_the_users_fraction_has_no_fewest():
             part_of(value, "model_fraction", Part(1.0))
 
 
-@pytest.mark.parametrize(("n", "fraction"), [(40, 1.0), (128, 1 / 2), (320, 1 / 4)])
+@pytest.mark.parametrize(("n", "fraction"), [(30, 1.0), (64, 1 / 2), (320, 1 / 4)])
 def test_the_averages_have_a_quarter_of_a_large_batch_unless_told_otherwise(n, fraction):
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(n, 3)
     blocks = []

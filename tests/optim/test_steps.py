@@ -7,13 +7,22 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 import kronlaplace as kl
-from kronlaplace.blocks import DiagonalBlock, KroneckerBlock
 from tests.support import oracles
 from tests.support.assertions import assert_close
 from tests.support.dampings import damped
+from tests.support.natural_gradients import (
+    block_of,
+    copies,
+    exact_fisher,
+    flat,
+    gradients_of,
+    matrix,
+    move,
+    natural_direction,
+    step,
+)
 from tests.support.networks import Pooled, cnn, mlp
 
 LR = 0.7
@@ -69,12 +78,6 @@ def made(network, likelihood="classification"):
     return model.train(), x, targets
 
 
-def mean_loss(likelihood, outputs, targets):
-    """The mean over examples of the negative log-likelihood."""
-    losses = [oracles.negative_log_likelihood(likelihood, f, y) for f, y in zip(outputs, targets, strict=True)]
-    return torch.stack(losses).mean()
-
-
 def optimizer_of(model, likelihood="classification", **options):
     defaults = {
         "lr": LR,
@@ -88,39 +91,9 @@ def optimizer_of(model, likelihood="classification", **options):
     return kl.NaturalGradient(model, likelihood, **{**defaults, **options})
 
 
-def step(optimizer, model, x, y, likelihood="classification"):
-    optimizer.zero_grad()
-    outputs = model(x)
-    optimizer.update_curvature(outputs)
-    mean_loss(likelihood, outputs, y).backward()
-    optimizer.step()
-
-
-def matrix(block, values):
-    """A block's ``(q, p)`` matrix of values by parameter name."""
-    return torch.cat([values[name].detach().reshape(block.q, -1) for name in block.parameters], 1)
-
-
 def change_of(model, before, block):
     after = dict(model.named_parameters())
     return matrix(block, after) - matrix(block, before)
-
-
-def copies(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def gradients_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def block_of(data, rule):
-    """The block of a layer as the estimator's rule makes it: a container of the oracle's tensors."""
-    if rule is None or data.block.diagonal:
-        return DiagonalBlock(oracles.diagonal(data.X).diagonal().view(data.X.shape[2:]).clone(), data.block.name)
-    scales, G, A = zip(*(rule(group) for group in data.groups), strict=True)
-    scale = torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in scales])
-    return KroneckerBlock(torch.stack(G), torch.stack(A), scale, data.block.name)
 
 
 def assert_natural(model, before, gradient, matrices, rtol=1e-9, where=""):
@@ -216,9 +189,9 @@ def test_a_linear_gaussian_model_is_solved_by_one_step():
 
 
 def test_by_itself_a_linear_gaussian_model_is_solved_in_a_few_steps():
-    """Without any setting: the damping shrinks, and the momentum corrects for what is left of it."""
+    """Where its factors are of the whole batch: the damping shrinks, and the momentum corrects for what is left of it."""
     model, x, y = nn.Linear(4, 3).double(), torch.randn(64, 4).double(), torch.randn(64, 3).double()
-    optimizer = kl.NaturalGradient(model, "regression", model_fraction=1.0)
+    optimizer = kl.NaturalGradient(model, "regression", model_fraction=1.0, curvature_fraction=1.0)
     for _ in range(8):
         optimizer.zero_grad()
         outputs = model(x)
@@ -230,33 +203,6 @@ def test_by_itself_a_linear_gaussian_model_is_solved_in_a_few_steps():
 
 
 # -- Momentum, weight decay, groups ------------------------------------------------------------------------------
-
-
-def natural_direction(model, x, y, damping, decay=0.0, likelihood="classification"):
-    """``−(F̂ + (γ + η) I)⁻¹ (∇h + η θ)`` with K-FAC's blocks at the present weights, as a dict by parameter name."""
-    data = oracles.gradients(model, x, likelihood)
-    parameters = dict(model.named_parameters())
-    loss = mean_loss(likelihood, model(x), y)
-    gradient = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
-    gradient = {name: g + decay * parameters[name].detach() for name, g in gradient.items()}
-    direction = {}
-    for d in data.values():
-        full = damped(kl.damping.Tikhonov, block_of(d, oracles.kfac_expand), damping + decay)
-        solved = torch.linalg.solve(full, matrix(d.block, gradient).flatten()).view(d.X.shape[2:])
-        sizes = [parameters[p].numel() // d.block.q for p in d.block.parameters]
-        for p, part in zip(d.block.parameters, solved.split(sizes, 1), strict=True):
-            direction[p] = -part.reshape(parameters[p].shape)
-    return direction, gradient
-
-
-def flat(values):
-    return torch.cat([v.detach().flatten() for v in values.values()])
-
-
-def move(model, step):
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p += step[name]
 
 
 def test_momentum_over_three_steps():
@@ -315,21 +261,6 @@ def test_parameters_without_a_block_follow_gradient_descent():
 # -- The clip ----------------------------------------------------------------------------------------------------
 
 
-def exact_fisher(model, x, likelihood="classification"):
-    """The Fisher of all parameters of the batch, dense: per-example Jacobians by autograd, with the Hessian of the loss."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    total = 0
-    for example in x:
-
-        def outputs(values, example=example):
-            return functional_call(model, values, (example[None],))[0]
-
-        rows = torch.func.jacrev(outputs)(parameters)
-        J = torch.cat([rows[name].flatten(1) for name in parameters], 1)
-        total = total + J.T @ oracles.output_metric(likelihood, outputs(parameters)) @ J
-    return total / len(x)
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_the_clip_is_exact_and_before_momentum(decay):
     """``ν = vᵀFv + η ‖v‖²`` with the exact Fisher of the batch is at most C (KFC Algorithm 1)."""
@@ -375,25 +306,6 @@ def test_the_clip_uses_part_of_the_batch():
     assert_close(flat(copies(model)) - before, v * (1e-3 / nu).sqrt(), 1e-10)
 
 
-def test_between_measurements_adaptive_steps_end_at_most_at_the_minimum_of_the_model():
-    model, x, y = made("linear")
-    rule = kl.damping.LevenbergMarquardt(initial=0.05)
-    shortened = []
-    with kl.NaturalGradient(
-        model, "classification", damping=rule, model_fraction=1.0, model_every=10, curvature_every=10, invert_every=10
-    ) as optimizer:
-        for _ in range(6):
-            before = copy.deepcopy(model)
-            step(optimizer, model, x, y)
-            delta = flat(copies(model)) - flat(copies(before))
-            slope = flat(gradients_of(model)) @ delta
-            bent = delta @ exact_fisher(before, x) @ delta + 0.05 * delta @ delta
-            assert 0 < bent <= -slope * (1 + 1e-9)
-            shortened.append(bool(bent >= -slope * (1 - 1e-9)))
-    assert shortened[0]  # the length of the first one is measured
-    assert any(shortened[1:])
-
-
 def test_between_measurements_the_clip_keeps_its_proportion():
     """``ν`` is then ``−vᵀ∇h`` times the ratio of both when it was last measured."""
     model, x, y = made("linear")
@@ -430,93 +342,6 @@ def test_between_measurements_the_clip_keeps_its_proportion():
             nu = ratio * -(g @ v)
             expected = v * min(1.0, math.sqrt(1e-3 / nu))
             assert_close(stacked(copies(model)) - stacked(before), expected, 1e-9)
-
-
-# -- Adaptive steps ----------------------------------------------------------------------------------------------
-
-
-def coefficients(fisher, added, slopes_gradient, directions):
-    """``−C⁻¹ d`` with ``C_ij = v_iᵀ (F + added I) v_j`` and ``d_i = ∇hᵀ v_i``, and the model's change."""
-    V = torch.stack(directions, 1)
-    C = V.T @ fisher @ V + added * V.T @ V
-    d = V.T @ slopes_gradient
-    c = -torch.linalg.solve(C, d)
-    return c, d @ c + 0.5 * c @ C @ c
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.02])
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_adaptive_steps(decay, rate):
-    """Step size and momentum minimize the quadratic model, and the damping follows from the reduction ratio."""
-    torch.manual_seed(2)
-    model, x, y = made("linear")
-    reference = copy.deepcopy(model)
-    rule = kl.damping.LevenbergMarquardt(kl.damping.Tikhonov, initial=0.5, every=2, decay=0.6)
-    options = {"lr": rate, "momentum": None, "damping": rule, "weight_decay": decay, "model_fraction": 1.0}
-    gamma, last, ratio = 0.5, None, None
-    with optimizer_of(model, **options, ema_decay=0.0) as optimizer:
-        for i in range(6):
-            step(optimizer, model, x, y)
-            if i and i % 2 == 0:  # a ratio acts on the damping of the next step
-                if ratio > 0.75:
-                    gamma *= 0.6**2
-                elif ratio < 0.25:
-                    gamma /= 0.6**2
-            assert math.isclose(optimizer.damping.damping, gamma, rel_tol=1e-9)
-            direction, gradient = natural_direction(reference, x, y, gamma, decay)
-            Delta, g, fisher = flat(direction), flat(gradient), exact_fisher(reference, x)
-            candidates = [Delta] if last is None else [Delta, last]
-            c, predicted = coefficients(fisher, gamma + decay, g, candidates)
-            best = torch.stack(candidates, 1) @ c
-
-            def objective(delta):
-                theta = flat(dict(reference.named_parameters())) + delta
-                parts = theta.split([p.numel() for p in reference.parameters()])
-                names = dict(reference.named_parameters())
-                values = {name: part.view(p.shape) for (name, p), part in zip(names.items(), parts, strict=True)}
-                loss = mean_loss("classification", functional_call(reference, values, (x,)), y)
-                return loss + decay * theta @ theta / 2
-
-            ratio = float((objective(best) - objective(torch.zeros_like(best))) / predicted)
-            last = best * rate if ratio > 0 else torch.zeros_like(best)
-            parts = iter(last.split([p.numel() for p in reference.parameters()]))
-            move(reference, {name: next(parts).view(p.shape) for name, p in reference.named_parameters()})
-            assert_close(
-                flat(dict(model.named_parameters())), flat(dict(reference.named_parameters())), 1e-8, f"step {i}"
-            )
-
-
-def test_the_first_damping_is_the_curvature_along_the_gradient():
-    model, x, y = made("linear")
-    fisher = exact_fisher(model, x)
-    with optimizer_of(model, damping=None, momentum=None, model_fraction=1.0) as optimizer:
-        assert optimizer.damping is None
-        step(optimizer, model, x, y)
-    g = flat(gradients_of(model))
-    assert math.isclose(optimizer.damping.damping, float(g @ fisher @ g / (g @ g)), rel_tol=1e-9)
-
-
-def test_a_step_that_would_increase_the_loss_is_not_made():
-    """A model that is wrong about the loss: its damping grows, and the parameters stay."""
-    model, x, y = made("linear", "regression")
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 3
-    rule = kl.damping.LevenbergMarquardt(kl.damping.Tikhonov, initial=1e-8, every=1)
-    stays = 0
-    with optimizer_of(model, "regression", damping=rule, momentum=None, model_fraction=1.0) as optimizer:
-        for _ in range(6):
-            before, gamma = copies(model), optimizer.damping.damping
-            old = float(mean_loss("regression", model(x), y).detach())
-            step(optimizer, model, x, y, "regression")
-            new = float(mean_loss("regression", model(x), y).detach())
-            assert new <= old
-            if all(torch.equal(p, before[name]) for name, p in model.named_parameters()):
-                stays += 1
-                for _ in range(2):  # one measures the ratio, and the next one adapts the damping to it
-                    step(optimizer, model, x, y, "regression")
-                assert optimizer.damping.damping > gamma
-    assert stays
 
 
 # -- Moving averages ---------------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ VARIANTS = {
     "often": {**FIXED, "curvature_every": 1, "invert_every": 1},
     "seldom": {**FIXED, "curvature_every": 3, "invert_every": 4},
     "adaptive seldom": {"curvature_every": 3, "invert_every": 4},
+    "adaptive between measurements": {"model_every": 3},  # which are in steps 0, 3, and 6
 }
 
 
