@@ -19,7 +19,8 @@ __all__ = ["LevenbergMarquardt"]
 class LevenbergMarquardt:
     """Rule that adapts a damping ``γ`` to how well a quadratic model predicts the loss (K-FAC section 6.5, KFC Eq. 37–38).
 
-    The ratio ``ρ`` is the true reduction of the loss over the reduction that the model predicted. Every ``every`` steps,
+    The ratio ``ρ`` is the true reduction of the loss over the reduction that the model predicted; where the steps of
+    `NaturalGradient` adapt, it is how far the next batches confirm the step of the damped model. Every ``every`` steps,
     ``γ`` is multiplied by ``decay ** every`` if ``ρ > upper``, and divided by it if ``ρ < lower``. The rule has no other
     state than ``γ``, which the optimizer keeps.
 

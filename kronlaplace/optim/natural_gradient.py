@@ -68,12 +68,15 @@ class NaturalGradient(CurvatureOptimizer):
 
     **By itself.** Without a ``damping``, nothing has to be set. The length ``α`` and the momentum ``μ`` of
     ``δ = α Δ + μ δ₀`` minimize the quadratic model of the loss along the natural gradient ``Δ`` and the last step ``δ₀``,
-    with the exact Fisher of part of the batch (KFC Eq. 36). The damping adapts to how well that model predicts the loss
-    (Levenberg-Marquardt, KFC Eq. 37 and 38), and grows if the next batch does not confirm the steps. A step that would
-    increase the loss of its own part is not made. ``lr`` scales the steps, for schedules. In every step at first, and then
-    less often, curvature and inverses are renewed, and so are ``α``, ``μ`` and the damping; in between, the step with the
-    last ``α`` and ``μ`` (at most 0.9) is shortened if the model has its minimum before, which takes a third of the
-    products.
+    with the exact Fisher of part of the batch (KFC Eq. 36). The batch that a step was computed from flatters it, so steps
+    are multiplied by ``√x``, from 0.6 to 1, where ``x`` is the length that the next batches confirm, and by ``lr``, for
+    schedules. The damping shrinks by a factor of 0.7 with each measurement of the model while the damped ratio, which is
+    ``x`` with the damping in the curvature, is above 1/2. It grows by this factor when a step is rejected, because it would
+    increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), and when the
+    mean ratio ``κ`` of the exact to the approximate curvature along ``Δ`` is above 2,000. Noise alone does not drive it up.
+    In every step at first, and then less often, the curvature, the inverses and the model are renewed. Between
+    measurements, scalars carry the model on: the step with the last ``α`` and ``μ`` (at most 0.9) is shortened to the
+    minimum along it, and to the length of the last measured step.
 
     **KFC's Algorithm 1.** With a ``damping`` of your own, steps are ``v = −lr · (F̂ + γI)⁻¹ ∇h``, shortened such that
     ``ν = vᵀFv + η‖v‖² ≤ kl_clip`` with the exact Fisher of part of the batch, and then ``δ = momentum · δ₀ + v``. If ``ν``
@@ -99,12 +102,14 @@ class NaturalGradient(CurvatureOptimizer):
             that is renewed with every inverse.
         structure: ``"block-diagonal"``, or ``"block-tridiagonal"`` for chains of linear layers (K-FAC section 3.3).
         damping: A damping, or a rule that adapts one, `kronlaplace.damping.LevenbergMarquardt`. None is that rule with
-            `FactoredTikhonov`, started at the curvature along the first gradient.
+            `FactoredTikhonov`, started at the curvature along the first gradient, with a decay of 0.7 with each
+            measurement of the model, and the limits 0 and 1/2. The ratio is the damped ratio, or KFC's ``ρ`` if there is a
+            ``momentum``; a rule with a larger ``lower`` also lets the damping grow where the ratio is smaller.
         kl_clip: The bound ``C`` on ``ν``, or None. Steps whose length adapts need none and are not clipped.
         curvature_every: Number of steps between two updates of the curvature, exactly, or a `Period`.
         invert_every: Number of steps between two inversions, exactly, or a `Period`.
-        model_every: Number of steps between two renewals of ``α``, ``μ`` and the adaptive damping, or measurements of ``ν``,
-            exactly, or a `Period`.
+        model_every: Number of steps between two measurements of the quadratic model, which renew ``α``, ``μ`` and the
+            adaptive damping, or of ``ν``, exactly, or a `Period`. After a rejected step the model is measured again.
         ema_decay: Decay ``ξ`` of the moving averages, from 0 to 1 (excluded); the first batches are averaged evenly.
         averaging: What is averaged over the batches: ``"undamped"`` factors, which are damped when they are inverted (KFC
             Eq. 33), or factors that are ``"damped"`` in each step (TKFAC Eq. 5.18 and 5.19), for which the damping must be
