@@ -20,18 +20,13 @@ from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import (
     Comparison,
-    DiagonalPrior,
     Draws,
     EvidenceTraining,
     Hyperparameters,
-    IsotropicPrior,
     JointPrediction,
-    KroneckerPrior,
     KronLaplace,
-    LayerwisePrior,
     LowerBound,
     Predictive,
-    Prior,
     Report,
     Uncertainty,
     VariationalFit,
@@ -59,6 +54,7 @@ from kronlaplace.optim.iterate_average import IterateAverage
 from kronlaplace.optim.natural_gradient import NaturalGradient
 from kronlaplace.optim.parameters import PlainSGD
 from kronlaplace.optim.period import Period
+from kronlaplace.priors import DiagonalPrior, IsotropicPrior, KroneckerPrior, LayerwisePrior, Prior
 
 __all__ = [
     "estimate_fisher",

@@ -22,7 +22,7 @@ def test_public_names_are_there():
 def test_only_public_names_are_listed():
     """What completion shows: no imports, no modules of the inside."""
     assert dir(kl) == sorted([*kl.__all__, "__version__"])
-    for module in (kl.damping, kl.metrics, kl.laplace, kl.likelihoods, kl.estimators):
+    for module in (kl.damping, kl.metrics, kl.laplace, kl.priors, kl.likelihoods, kl.estimators):
         assert dir(module) == sorted(module.__all__)
 
 
@@ -84,6 +84,7 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "estimators",
         "network",
         "fisher",
+        "priors",
         "testing",
         "extensions",
         "optim",

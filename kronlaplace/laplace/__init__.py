@@ -3,11 +3,9 @@
 from kronlaplace.laplace.comparison import Comparison
 from kronlaplace.laplace.draws import Draws
 from kronlaplace.laplace.hyperparameters import Hyperparameters
-from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.posterior import KronLaplace
 from kronlaplace.laplace.posterior_tuning import TuningMethod
 from kronlaplace.laplace.predictive import JointPrediction, Predictive, PredictiveMethod
-from kronlaplace.laplace.prior import DiagonalPrior, IsotropicPrior, LayerwisePrior, Prior, PriorStructure
 from kronlaplace.laplace.report import Report
 from kronlaplace.laplace.training import EvidenceRecord, EvidenceTraining, train_by_evidence
 from kronlaplace.laplace.tuning import NoiseTuning
@@ -16,22 +14,16 @@ from kronlaplace.laplace.variational import LowerBound, VariationalFit
 
 __all__ = [
     "Comparison",
-    "DiagonalPrior",
     "Draws",
     "EvidenceRecord",
     "EvidenceTraining",
     "Hyperparameters",
-    "IsotropicPrior",
     "JointPrediction",
     "KronLaplace",
-    "KroneckerPrior",
-    "LayerwisePrior",
     "LowerBound",
     "NoiseTuning",
     "Predictive",
     "PredictiveMethod",
-    "Prior",
-    "PriorStructure",
     "Report",
     "TuningMethod",
     "Uncertainty",

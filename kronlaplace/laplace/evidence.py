@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.laplace.prior import Prior
-from kronlaplace.laplace.prior_precision import multiples_by_layer
 from kronlaplace.likelihoods import Likelihood
+from kronlaplace.priors.precision import multiples_by_layer
+from kronlaplace.priors.prior import Prior
 
 __all__ = ["Evidence", "check_has_evidence", "noise_exponent", "noise_rescaling"]
 

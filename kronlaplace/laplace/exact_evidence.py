@@ -22,7 +22,6 @@ from dataclasses import replace
 from kronlaplace.blocks import DenseBlock
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.output_kernel import LARGEST, OutputKernel
-from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import (
     NoiseTuning,
@@ -31,6 +30,7 @@ from kronlaplace.laplace.tuning import (
     known_noise,
     maximize_evidence,
 )
+from kronlaplace.priors.prior import PriorStructure
 
 __all__ = ["by_exact_evidence", "has_exact_evidence"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,12 +12,11 @@ from kronlaplace._storage import load_tensors, save_tensors
 from kronlaplace.data.device import device_of
 from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.laplace.given_prior import GivenPrior
-from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.output_kernel import OutputKernel
-from kronlaplace.laplace.prior import DIAGONAL_KINDS, Prior
-from kronlaplace.layers import Layer, Unsupported, find_layers, search_layers
+from kronlaplace.layers import Unsupported, find_layers, search_layers
 from kronlaplace.likelihoods import Likelihood
+from kronlaplace.priors.files import prior_from_tensors
+from kronlaplace.priors.prior import Prior
 
 __all__ = ["Stored", "read", "write"]
 
@@ -106,21 +104,6 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         values.get("logit_scale", 1.0),
         OutputKernel(tensors["output_kernel"].cpu()) if "output_kernel" in tensors else None,
     )
-
-
-def prior_from_tensors(tensors: Mapping[str, Tensor], values: dict[str, Any], layers: Sequence[Layer]) -> Prior:
-    """Inverse of `Prior.to_tensors` and `Prior.to_json`.
-
-    Raises:
-        ValueError: If the prior is of a kind that this version does not know.
-    """
-    kind = values.get("kind", "")
-    means = _with_prefix(tensors, "prior_mean/")
-    if kind == KroneckerPrior.kind:
-        return KroneckerPrior.from_tensors(_with_prefix(tensors, "prior/"), values, means).over(layers)
-    if kind not in ("", *DIAGONAL_KINDS):
-        raise ValueError(f"the file has a prior of the kind {kind!r}, which this version does not know; update it.")
-    return GivenPrior(tensors["prior_precision"], means or 0.0).over(layers)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

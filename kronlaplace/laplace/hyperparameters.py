@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kronlaplace.laplace.prior import Prior
+from kronlaplace.priors.prior import Prior
 
 __all__ = ["Hyperparameters"]
 

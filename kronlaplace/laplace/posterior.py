@@ -21,16 +21,11 @@ from kronlaplace.fisher.estimation import with_metadata
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace import files
 from kronlaplace.laplace.calibration import has_logit_scale, keeping
-from kronlaplace.laplace.given_prior import GivenPrior
-from kronlaplace.laplace.kronecker_prior import KroneckerPrior
 from kronlaplace.laplace.layer_choice import LayerChoice
 from kronlaplace.laplace.migration import told_of
 from kronlaplace.laplace.output_kernel import OutputKernel, output_kernel
 from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
 from kronlaplace.laplace.posterior_tuning import PosteriorTuning, TuningMethod
-from kronlaplace.laplace.prior import Prior, PriorStructure
-from kronlaplace.laplace.prior_mean import PriorMean
-from kronlaplace.laplace.prior_precision import Precision
 from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import Fit, State
 from kronlaplace.laplace.variational import (
@@ -46,6 +41,11 @@ from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
 from kronlaplace.network.preconditions import check_model
+from kronlaplace.priors.given import GivenPrior
+from kronlaplace.priors.kronecker import KroneckerPrior
+from kronlaplace.priors.mean import PriorMean
+from kronlaplace.priors.precision import Precision
+from kronlaplace.priors.prior import Prior, PriorStructure
 
 __all__ = ["KronLaplace", "TuningMethod"]
 

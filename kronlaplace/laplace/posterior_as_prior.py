@@ -11,9 +11,9 @@ from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
 from kronlaplace.estimators.kfoc.truncation import nearest_product
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.laplace.kronecker_prior import KroneckerPrior
-from kronlaplace.laplace.prior import IsotropicPrior, LayerwisePrior
 from kronlaplace.laplace.state import State
+from kronlaplace.priors.kronecker import KroneckerPrior
+from kronlaplace.priors.prior import IsotropicPrior, LayerwisePrior
 
 __all__ = ["posterior_as_prior"]
 

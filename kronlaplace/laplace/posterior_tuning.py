@@ -17,12 +17,12 @@ from kronlaplace.laplace.migration import VALUES, told_of
 from kronlaplace.laplace.predictions import PosteriorPredictions
 from kronlaplace.laplace.predictive import Predictive
 from kronlaplace.laplace.predictor import Predictor
-from kronlaplace.laplace.prior import Prior, PriorStructure, prior_from_multiples
-from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.settings import ONE_CHANGE
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, ScaleTuning, by_evidence
 from kronlaplace.laplace.validation import by_validation
+from kronlaplace.priors.precision import Precision, precision_tensor
+from kronlaplace.priors.prior import Prior, PriorStructure, prior_from_multiples
 
 __all__ = ["PosteriorTuning", "TuningMethod"]
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from kronlaplace._arguments import positive_number
 from kronlaplace.estimators import Estimator
-from kronlaplace.laplace.given_prior import GivenPrior, owned
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.migration import LaplaceTorchNames
-from kronlaplace.laplace.prior import Prior, prior_from_multiples
-from kronlaplace.laplace.prior_mean import PriorMean
-from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.laplace.state import State
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.last_layer import LAST
+from kronlaplace.priors.given import GivenPrior, owned
+from kronlaplace.priors.mean import PriorMean
+from kronlaplace.priors.precision import Precision, precision_tensor
+from kronlaplace.priors.prior import Prior, prior_from_multiples
 
 __all__ = ["ONE_CHANGE", "PosteriorSettings"]
 

@@ -20,14 +20,14 @@ from kronlaplace.damping import DampedInverse
 from kronlaplace.data.kept_examples import KeptExamples
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.evidence import Evidence, noise_rescaling
-from kronlaplace.laplace.given_prior import GivenPrior
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.linearized import ShapeCache
 from kronlaplace.laplace.output_kernel import OutputKernel
-from kronlaplace.laplace.prior import Prior
 from kronlaplace.layers import Layer
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.fingerprint import WeightsGuard
+from kronlaplace.priors.given import GivenPrior
+from kronlaplace.priors.prior import Prior
 
 __all__ = ["Fit", "State"]
 

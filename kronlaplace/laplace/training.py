@@ -29,13 +29,13 @@ from kronlaplace.laplace.calibration import has_logit_scale
 from kronlaplace.laplace.evidence import check_has_evidence
 from kronlaplace.laplace.posterior import KronLaplace
 from kronlaplace.laplace.posterior_tuning import TuningMethod
-from kronlaplace.laplace.prior import Prior, PriorStructure
-from kronlaplace.laplace.prior_precision import Precision
 from kronlaplace.laplace.tuning import NEGLIGIBLE, NoiseTuning, ScaleTuning, known_noise
 from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.network.alignment import Alignment
 from kronlaplace.network.forward_errors import explained_errors
+from kronlaplace.priors.precision import Precision
+from kronlaplace.priors.prior import Prior, PriorStructure
 
 __all__ = ["EvidenceRecord", "EvidenceTraining", "train_by_evidence"]
 

@@ -1,6 +1,6 @@
 """Tuning the hyperparameters by the evidence: prior precision(s) and, in regression, the noise with them.
 
-Precisions are multiples of the prior's unit (see `kronlaplace.laplace.prior`), which is the identity for all but Kronecker
+Precisions are multiples of the prior's unit (see `kronlaplace.priors.prior`), which is the identity for all but Kronecker
 priors.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from kronlaplace._arguments import Choice, choice, warn
 from kronlaplace.laplace.evidence import Evidence
 from kronlaplace.laplace.hyperparameters import Hyperparameters
-from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.likelihoods import Likelihood
+from kronlaplace.priors.prior import PriorStructure
 
 __all__ = [
     "DIAGONAL_RANGE",

@@ -21,11 +21,11 @@ from kronlaplace.laplace.evidence import noise_exponent
 from kronlaplace.laplace.hyperparameters import Hyperparameters
 from kronlaplace.laplace.predictive import Predictive, checked_predictive
 from kronlaplace.laplace.predictor import Predictor
-from kronlaplace.laplace.prior import PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, check_noise, known_noise, maximize_evidence
 from kronlaplace.likelihoods import Prediction
 from kronlaplace.network.alignment import Alignment
+from kronlaplace.priors.prior import PriorStructure
 
 __all__ = ["Candidate", "Validator", "best_of_grid", "by_validation", "default_grid"]
 

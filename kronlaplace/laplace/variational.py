@@ -39,12 +39,12 @@ from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.mixing import mix_fishers
 from kronlaplace.laplace.averaged_sampling import AveragedSampling
 from kronlaplace.laplace.predictor import Predictor
-from kronlaplace.laplace.prior import Prior, PriorStructure
 from kronlaplace.laplace.state import State
 from kronlaplace.laplace.tuning import NoiseTuning, by_evidence, maximize_evidence
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.alignment import Alignment
+from kronlaplace.priors.prior import Prior, PriorStructure
 
 __all__ = ["LowerBound", "VariationalFit", "VariationalOptions", "check_curved", "find_fixed_point", "lower_bound"]
 

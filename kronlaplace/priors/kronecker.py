@@ -15,9 +15,9 @@ from kronlaplace.damping import DampedInverse
 from kronlaplace.damping.kronecker_sum import JointBasis, joint_basis
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.laplace.prior import Prior
-from kronlaplace.laplace.prior_mean import PriorMean, mean_by_layer
 from kronlaplace.layers import Layer
+from kronlaplace.priors.mean import PriorMean, mean_by_layer
+from kronlaplace.priors.prior import Prior
 
 __all__ = ["KroneckerPrior"]
 
@@ -121,7 +121,7 @@ class KroneckerPrior(Prior):
         """Return the eigenvalues of the unit ``s F₁ + δ I``, in the block's own eigenbasis."""
         return self._part("scale", name) * self.fisher[name].eigenvalues() + self._part("plus", name)
 
-    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+    def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
         return self._factor(name) * self.unit_penalty(deviation, name)
 
     def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:

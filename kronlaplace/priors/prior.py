@@ -24,9 +24,9 @@ from kronlaplace._arguments import Choice
 from kronlaplace.blocks import Block, DiagonalBlock
 from kronlaplace.damping import DampedInverse, Tikhonov
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE, PlusDiagonal
-from kronlaplace.laplace.prior_mean import PriorMean, by_layer, joined, mean_by_layer
-from kronlaplace.laplace.prior_precision import multiples_by_layer, precision_tensor
 from kronlaplace.layers import Layer
+from kronlaplace.priors.mean import PriorMean, by_layer, joined, mean_by_layer
+from kronlaplace.priors.precision import multiples_by_layer, precision_tensor
 
 __all__ = [
     "DIAGONAL_KINDS",
@@ -103,10 +103,11 @@ class Prior(ABC):
         Args:
             weights: Every layer's matrix ``W̄``, ``{layer: (q, p)}``.
         """
-        return torch.stack([self._penalty(name, self.deviation(name, w)) for name, w in weights.items()]).sum()
+        return torch.stack([self.quadratic_form(name, self.deviation(name, w)) for name, w in weights.items()]).sum()
 
     @abstractmethod
-    def _penalty(self, name: str, deviation: Tensor) -> Tensor: ...
+    def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
+        """``Δᵀ D Δ`` of a layer, for a deviation ``Δ`` of shape ``(q, p)`` from any center, 0-dim, differentiable."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
@@ -213,7 +214,7 @@ class IsotropicPrior(Prior):
             )
         return IsotropicPrior(precision, mean_by_layer(self.mean, layers))
 
-    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+    def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
         return (self.multiples.to(deviation.device) * deviation.square()).sum()
 
     def logdet(self) -> Tensor:
@@ -269,7 +270,7 @@ class LayerwisePrior(Prior):
         assert isinstance(self.precision, Mapping)
         return self.precision  # type: ignore[return-value]  # tensors once it is tied to layers
 
-    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+    def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
         return (self._by_name[name] * deviation.square()).sum()
 
     def logdet(self) -> Tensor:
@@ -323,7 +324,7 @@ class DiagonalPrior(Prior):
         assert isinstance(self.precision, Mapping)
         return self.precision
 
-    def _penalty(self, name: str, deviation: Tensor) -> Tensor:
+    def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
         return (self._by_name[name] * deviation.square()).sum()
 
     def logdet(self) -> Tensor:

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kronlaplace.laplace.prior_mean import by_layer, from_parameters, joined, shown
 from kronlaplace.layers import Layer
+from kronlaplace.priors.mean import by_layer, from_parameters, joined, shown
 
 __all__ = ["Precision", "multiples_by_layer", "precision_tensor"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronlaplace.laplace.prior import IsotropicPrior, Prior, prior_from_multiples
-from kronlaplace.laplace.prior_mean import PriorMean, mean_by_layer
-from kronlaplace.laplace.prior_precision import Precision, precision_tensor
 from kronlaplace.layers import Layer
+from kronlaplace.priors.mean import PriorMean, mean_by_layer
+from kronlaplace.priors.precision import Precision, precision_tensor
+from kronlaplace.priors.prior import IsotropicPrior, Prior, prior_from_multiples
 
 __all__ = ["GivenPrior", "owned"]
 
