@@ -114,6 +114,15 @@ class Block(ABC):
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors specific to this kind of block."""
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Block:
+        """Return a copy on another device, optionally in another dtype; decompositions are not copied."""
+        dtype = self.dtype if dtype is None else dtype
+        tensors = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in self._tensors().items()}
+        block = type(self)._from_tensors(tensors, self.name)
+        block.shares_weights_over_space = self.shares_weights_over_space
+        block.least_trace = None if self.least_trace is None else self.least_trace.to(device, dtype)
+        return block
+
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> Block:
         """Make a block from its tensors, as the inverse of `_tensors`."""

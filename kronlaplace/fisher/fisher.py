@@ -166,13 +166,7 @@ class KroneckerFisher(Mapping[str, Block]):
 
     def to(self, device: torch.device | str, dtypes: Mapping[str, torch.dtype] | None = None) -> KroneckerFisher:
         """Return a copy on another device, optionally with other dtypes by layer; decompositions are not copied."""
-        blocks = {}
-        for name, block in self.items():
-            dtype = block.dtype if dtypes is None else dtypes[name]
-            tensors = block.to_tensors().items()
-            moved = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in tensors}
-            blocks[name] = block_from_tensors(block.kind, moved, name)
-            blocks[name].shares_weights_over_space = block.shares_weights_over_space
+        blocks = {n: block.to(device, None if dtypes is None else dtypes[n]) for n, block in self.items()}
         statistics = None if self.statistics is None else self.statistics.to(device)
         return KroneckerFisher(blocks, self.n_examples, self._metadata, statistics)
 

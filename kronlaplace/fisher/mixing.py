@@ -7,7 +7,7 @@ import torch
 from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
 from kronlaplace.blocks.base import two_sided
 from kronlaplace.estimators import Estimator
-from kronlaplace.estimators.kfoc.truncation import nearest_product
+from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.merging import estimators_of
 
@@ -46,7 +46,7 @@ def _mixed(estimator: Estimator, first: Block, second: Block, share: float) -> B
     if type(estimator).combine is not Estimator.combine:
         return estimator.combine(first, second, (1 - share, share))
     if isinstance(first, KroneckerBlock) and isinstance(second, KroneckerBlock):
-        return nearest_product(first.scaled(1 - share), second.scaled(share))
+        return nearest_kronecker([first.scaled(1 - share), second.scaled(share)])
     if isinstance(first, EigenBlock) and isinstance(second, EigenBlock):
         turns = (b.mT @ a for a, b in zip(first.bases(), second.bases(), strict=True))
         gradient, activation = (turn.square() for turn in turns)

@@ -9,7 +9,7 @@ import torch
 from kronlaplace._arguments import warn
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
-from kronlaplace.estimators.kfoc.truncation import nearest_product
+from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.state import State
 from kronlaplace.priors.kronecker import KroneckerPrior
@@ -64,4 +64,4 @@ def _sum(block: Block, earlier: Block) -> tuple[Block, bool]:
             f"{math.prod(block.shape):,} weights, which no single block equals; sums are kept exactly for up to "
             f"{LARGEST_DENSE:,} weights. Use Kronecker products for both tasks (kl.KFAC), or kl.Diagonal for both."
         )
-    return nearest_product(block, earlier), False
+    return nearest_kronecker([block, earlier]), False

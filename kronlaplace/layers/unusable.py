@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["UnusableLayersError"]
+__all__ = ["NOT_CALLED", "NO_EFFECT", "UnusableLayersError"]
+
+NOT_CALLED = "its module is not called: a function uses its parameters, or nothing does"
+NO_EFFECT = "the network's outputs do not depend on it"
+"""Reasons of layers that some data do not use."""
 
 
 class UnusableLayersError(NotImplementedError, ValueError):

@@ -27,6 +27,7 @@ from kronlaplace._memory_layout import with_contiguous_gradient
 from kronlaplace._precision import autocast_dtype
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.layers import Layer, LayerBatch, LayerCall, LayerGradients, Report, UnusableLayersError, written_out
+from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.network.hooks import Hook, WrittenOut
 from kronlaplace.network.last_layer import LOG_SOFTMAX, can_be_last, maker_of
@@ -226,7 +227,7 @@ class NetworkObserver:
             raise UnusableLayersError(
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
                 "Their parameters are used by a function, or not at all.",
-                dict.fromkeys(missing, "its module is not called: a function uses its parameters, or nothing does"),
+                dict.fromkeys(missing, NOT_CALLED),
             )
 
     def output_layer(self, outputs: Tensor) -> Layer | None:
@@ -296,7 +297,7 @@ class NetworkObserver:
             raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
                 "them off.",
-                dict.fromkeys(silent, "the network's outputs do not depend on it"),
+                dict.fromkeys(silent, NO_EFFECT),
             )
 
     def _batch(self, layer: Layer, indices: Sequence[int] | None = None) -> LayerBatch:

@@ -27,7 +27,6 @@ __all__ = [
     "concatenated",
     "factors_of",
     "leading_eigenvector",
-    "nearest_product",
     "terms_of",
     "truncated",
     "unit",
@@ -88,16 +87,6 @@ def terms_of(block: KroneckerBlock) -> Terms:
 def concatenated(parts: Sequence[Terms]) -> Terms:
     """Return the terms of all parts as one sum."""
     return Terms(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
-
-
-def nearest_product(first: KroneckerBlock, second: KroneckerBlock) -> KroneckerBlock:
-    """Return the Kronecker product nearest to the sum of two, for each group of rows, in Frobenius norm."""
-    terms = concatenated([terms_of(first), terms_of(second)])
-    sizes, gradients, activations = truncated(terms, [], 1, f"layer {first.name!r}")
-    gradient, activation, size = gradients[:, 0], activations[:, 0], sizes[:, 0].to(first.dtype)
-    if first.gradient_factor.ndim == 2:
-        gradient, activation, size = gradient[0], activation[0], size[0]
-    return KroneckerBlock(gradient, activation, size, first.name)
 
 
 def truncated(terms: Terms | None, examples: Sequence[Examples], rank: int, name: str) -> Terms:
