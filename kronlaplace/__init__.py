@@ -11,7 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.continual.memory import ContinualLaplace
+from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
+from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.approximation_error import RelativeError, relative_error
 from kronlaplace.fisher.coverage import Coverage, CoverageRow
@@ -113,6 +116,10 @@ __all__ = [
     "Report",
     "Comparison",
     "Link",
+    "ContinualLaplace",
+    "Merge",
+    "PenaltyMode",
+    "nearest_kronecker",
     "GrowingBatches",
     "IterateAverage",
     "NaturalGradient",
