@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -159,8 +159,8 @@ class ContinualLaplace:
 
     @property
     def n_bytes(self) -> int:
-        """Size of what is kept, without the prior, in bytes."""
-        tensors = self._state.to_tensors().values()
+        """Size of the weights and the curvature that are kept, in bytes."""
+        tensors = replace(self._state, statistics=None).to_tensors().values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def __repr__(self) -> str:
@@ -313,7 +313,7 @@ class ContinualLaplace:
             )
         network = self._seen()
         used = [layer for layer in network.layers if layer.name in network.memories]
-        state = MemoryState(self.tasks, network.memories, self._state.weights, self._state.statistics)
+        state = replace(self._state, layers=network.memories)
         with torch.inference_mode(False):
             return posterior_of(state, self.model, self.likelihood, self.estimator, network.prior.over(used))
 
