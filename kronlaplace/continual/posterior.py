@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["posterior_of"]
 
 
-@torch.no_grad()
 def posterior_of(
     state: MemoryState, model: nn.Module, likelihood: Likelihood, estimator: Estimator, prior: Prior
 ) -> KronLaplace:
@@ -54,7 +53,8 @@ def posterior_of(
     parts: dict[str, list[Block]] = {}
     approximate = []
     for name in prior.means:
-        parts[name], exact = _as_few([term.block for term in state.layers[name].terms], pairs)
+        with torch.no_grad():
+            parts[name], exact = _as_few([term.block for term in state.layers[name].terms], pairs)
         if not exact:
             approximate.append(name)
     if approximate:
