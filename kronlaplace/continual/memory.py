@@ -17,6 +17,7 @@ from kronlaplace.continual.files import check_tasks, numbers_of, read, write
 from kronlaplace.continual.layers import LayerWish, check_still_there
 from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.continual.posterior import posterior_of
+from kronlaplace.continual.quadratic_form import quadratic_form
 from kronlaplace.continual.state import LayerMemory, MemoryState, Task
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
@@ -176,9 +177,9 @@ class ContinualLaplace:
         """Return the penalty of the network's weights, 0-dim, differentiable in its trainable parameters.
 
         With the precision ``Λ`` of all tasks and the prior it is ``λ/2 (θ − θ*)ᵀ Λ (θ − θ*)``, in nats of the sum of the
-        negative log-likelihood over the data. Costs two products of a layer's matrix with each Kronecker product that is
-        kept, and as many in the backward pass. Before the first task it is the prior's, ``1/2 (θ − m)ᵀ D (θ − m)``, and so
-        it is for layers that no task has used yet.
+        negative log-likelihood over the data. Costs one product ``G Δ A`` of a layer's matrix with each Kronecker product
+        that is kept; the backward pass costs none. Before the first task it is the prior's, ``1/2 (θ − m)ᵀ D (θ − m)``,
+        and so it is for layers that no task has used yet.
 
         Raises:
             ValueError: If the network has lost a layer of the memory, or has changed its shape.
@@ -193,13 +194,15 @@ class ContinualLaplace:
                 parts.append(network.prior.quadratic_form(layer.name, deviation).to(layer.dtype))
             if memory is None:
                 continue
-            deviation = weights - memory.center
             if self.mode is PenaltyMode.LATEST:
-                of_prior = network.prior.quadratic_form(layer.name, deviation)
-                parts.append(self.strength * of_prior.to(layer.dtype))
+                deviation = weights - memory.center
+                of_prior = network.prior.quadratic_form(layer.name, deviation).to(layer.dtype)
+                of_tasks = quadratic_form([term.block for term in memory.terms], deviation)
+                parts.append(self.strength * (of_prior + of_tasks))
+                continue
             for term in memory.terms:
-                moved = deviation if term.center is None else weights - term.center
-                parts.append(self.strength * (moved * term.block.matmul(moved)).sum())
+                assert term.center is not None
+                parts.append(self.strength * quadratic_form([term.block], weights - term.center))
         return 0.5 * torch.stack(parts).sum()
 
     @in_full_precision
