@@ -15,7 +15,6 @@ from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.layers import NOT_WANTED, Layer, Unsupported, UnusableLayersError
 from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.likelihoods import Likelihood
-from kronlaplace.network.preconditions import check_model
 
 __all__ = ["TaskCurvature"]
 
@@ -81,7 +80,6 @@ class TaskCurvature:
         """
         if not isinstance(fisher, KroneckerFisher):
             raise TypeError(f"fisher must be what estimate_fisher returns, got a {type(fisher).__name__}.")
-        check_model(self.model)
         if not fisher.has_metadata:
             fisher = with_metadata(fisher, self.model, self.likelihood, self.estimator)
         metadata = fisher.metadata
