@@ -99,6 +99,19 @@ def test_the_pair_that_loses_least_is_merged(seed):
     close(dense(found), best)
 
 
+@pytest.mark.parametrize("side", ["gradient_factor", "activation_factor"])
+def test_products_that_share_a_factor_are_merged_without_loss(side):
+    """However much their other factors differ, and however alike those of others are."""
+    generator = torch.Generator().manual_seed(0)
+    shared, other, one, two = (psd(4, 2, generator) for _ in range(4))
+    nearly = one + 1e-2 * torch.eye(4).double()
+    pairs = [(shared, one), (shared, two), (other, nearly)]
+    if side == "activation_factor":
+        pairs = [(second, first) for first, second in pairs]
+    blocks = [kl.KroneckerBlock(g, a) for g, a in pairs]
+    close(dense(merged_to(blocks, 2)), dense(blocks))
+
+
 def test_single_precision_keeps_small_numbers():
     blocks = [b.scaled(1e-30).to("cpu", torch.float32) for b in products(0)]
     expected = best_rank(dense(products(0)), 3, 5, 1)
