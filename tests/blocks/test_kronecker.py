@@ -190,3 +190,15 @@ def test_failed_save_leaves_the_old_file(fisher, tmp_path, monkeypatch):
         fisher.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_moving_keeps_what_is_known_of_the_layer():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 2)).eval()
+    fisher = kl.estimate_fisher(model, [torch.randn(4, 2, 3, 3)], "classification")
+    for block in fisher.values():
+        moved = block.to("cpu", torch.float64)
+        assert moved.dtype == torch.float64
+        assert moved.name == block.name
+        assert moved.shares_weights_over_space is block.shares_weights_over_space
+        assert (moved.least_trace is None) == (block.least_trace is None)
+        torch.testing.assert_close(moved.to_dense(), block.to_dense().double(), rtol=1e-6, atol=1e-9)
