@@ -90,7 +90,7 @@ def test_predict_cost(tmp_path, capsys):
     assert (tmp_path / "predict_cost.png").exists()
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the evidence is largest at the edge")  # the digits are noise
 def test_variational(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(variational, "ESTIMATORS", {"K-FAC": kl.KFAC(), "exact blocks": kl.ExactBlock()})
