@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -53,7 +54,7 @@ METHODS = {
     JOINT: None,
 }
 BY_DEFAULT = (NONE, "EWC", "online diagonal", *(f"K-FAC, {m}" for m in MERGES), "TKFAC, kfoc", "K-FOC, kfoc", JOINT)
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (3.0, 10.0, 30.0, 100.0)
 COLUMNS = (
     Column("strength", "best strength", 2),
     Column("accuracy", "average accuracy"),
@@ -317,10 +318,11 @@ def draw(best, path, title):
         "bytes": "memory, bytes",
         "consolidation_seconds": "seconds of a consolidation",
     }
+    colors = dict(zip(METHODS, colormaps["tab20"].colors, strict=False))
     for axes, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
-        for i, (method, (_, run)) in enumerate(best.items()):
+        for method, (_, run) in best.items():
             values = run.series()[name]
-            style = {NONE: ("0.6", "-"), JOINT: ("black", "--")}.get(method, (f"C{i % 10}", "-"))
+            style = {NONE: ("0.6", "-"), JOINT: ("black", "--")}.get(method, (colors[method], "-"))
             axes.plot(range(1, len(values) + 1), values, color=style[0], linestyle=style[1], marker=".", label=method)
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("tasks learned")
