@@ -18,6 +18,7 @@ import argparse
 import gc
 import statistics
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -83,8 +84,13 @@ def held_bytes(device):
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    storages = [a.untyped_storage() for a in gc.get_objects() if issubclass(type(a), torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    sizes = {}
+    for tensor in gc.get_objects():
+        if issubclass(type(tensor), torch.Tensor):
+            with suppress(NotImplementedError):  # wrappers of torch.func have no storage of their own
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 class Steps:

@@ -210,6 +210,14 @@ def test_step_cost(tmp_path, monkeypatch, is_profile):
         assert float(rows["default"]["held_mib"]) > 0
 
 
+def test_held_bytes_passes_over_what_has_no_storage():
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(torch.ones(2))
+    before = step_cost.held_bytes(torch.device("cpu"))
+    more = torch.ones(1000)
+    assert step_cost.held_bytes(torch.device("cpu")) >= before + more.nbytes and kept
+
+
 OURS = {name: o for name, o in (optimizers.OPTIMIZERS | optimizers.CHAIN_OPTIMIZERS).items() if name not in PEERS}
 
 

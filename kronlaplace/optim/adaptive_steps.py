@@ -39,6 +39,12 @@ _MEMORY = 0.7
 _LEAST_SCALE = 0.6
 """Least number by which steps are multiplied."""
 
+_OVERSHOT = -1.0
+"""Damped ratio below which the objective curves more than twice as much as the model knows, such as by a regularizer.
+
+Where gradients are noise alone, ``x`` is 0 in the mean.
+"""
+
 _LARGEST_RATIO = 2000.0
 """Mean ``κ`` above which the damping grows."""
 
@@ -80,7 +86,8 @@ class AdaptiveSteps:
             damped: ``λ ‖δ₀‖²``, which the model's curvature contains, 0-dim.
 
         Returns:
-            As ``x``, but of the damped model, at least 0, by which the damping adapts, 0-dim; NaN if it is not known.
+            As ``x``, but of the damped model, by which the damping adapts, 0-dim; NaN if it is not known. What noise can
+            make of it, from -1 to 0, is 0.
         """
         slope, curvature = model.slopes[0, -1], model.curvature[0, -1, -1]
         if self.scale is None:
@@ -93,9 +100,10 @@ class AdaptiveSteps:
         before = torch.zeros_like(total) if self.sums is None else self.sums
         known = total.isfinite().all() & (curvature > 0)
         self.sums = torch.where(known, total, before)
-        x = quotient(self.sums[0], self.sums[1]).clamp_min(0)  # damped, undamped
-        self.scale = torch.where(self.sums[1, 1] > 0, x[1].sqrt().clamp(_LEAST_SCALE, 1), self.scale)
-        return torch.where(known, x[0], torch.nan)
+        damped, plain = quotient(self.sums[0], self.sums[1])
+        self.scale = torch.where(self.sums[1, 1] > 0, plain.clamp_min(0).sqrt().clamp(_LEAST_SCALE, 1), self.scale)
+        ratio = torch.where(damped < _OVERSHOT, damped, damped.clamp_min(0))
+        return torch.where(known, ratio, torch.nan)
 
     def choose(self, model: StepModel) -> Tensor:
         """Return the coefficients of this step by a measured model, ``(k,)``, without the learning rate."""

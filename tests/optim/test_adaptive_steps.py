@@ -79,8 +79,9 @@ class Dense:
             self.measured.append([[float(v) for v in pair] for pair in pairs])
             ages = 0.7 ** torch.arange(len(self.measured) - 1, -1, -1, dtype=torch.float64)
             down, bent = torch.einsum("t,tmv->vm", ages, torch.tensor(self.measured, dtype=torch.float64))
-            damped, confirmed = (down / bent).clamp(min=0).tolist()
-            self.scale = min(max(math.sqrt(confirmed), 0.6), 1.0)
+            damped, confirmed = (down / bent).tolist()
+            damped = damped if damped < -1 else max(damped, 0.0)
+            self.scale = min(max(math.sqrt(max(confirmed, 0.0)), 0.6), 1.0)
         elif not self.measured:
             self.scale = 1.0
         self.seen |= {"scale < 1"} if self.scale < 1 else set()
@@ -192,7 +193,7 @@ def test_adaptive_steps_follow_the_rule(every, likelihood, rate, decay, initial)
 
 def test_the_rule_is_followed_in_all_of_its_cases():
     seen = set()
-    for likelihood, seed in (("classification", 2), ("regression", 4)):
+    for likelihood, seed in (("classification", 2), ("classification", 4), ("regression", 4)):
         torch.manual_seed(seed)
         seen |= assert_rule(likelihood, 1.0, 0.0, INITIAL["tiny"])
     damping, steps = {"shrinks", "stays", "grows"}, {"accepted", "rejected", "capped", "scale < 1"}
@@ -265,6 +266,24 @@ def test_noise_shortens_the_steps_and_leaves_the_damping():
             dampings.append(optimizer.damping.damping)
     assert scales[0] == 1 and max(scales[20:]) < math.sqrt(0.5)
     assert dampings == sorted(dampings, reverse=True)
+
+
+def test_the_damping_grows_until_a_regularizer_that_the_model_does_not_know_is_stable():
+    (model, x), y = linear(), torch.randn(24, 3).double()
+    curvature = 1e4
+    dampings, sizes = [], []
+    with linear_optimizer(model, None) as optimizer:
+        for _ in range(120):
+            optimizer.zero_grad()
+            outputs = model(x)
+            optimizer.update_curvature(outputs, y)
+            penalty = curvature / 2 * model.weight.square().sum()
+            ((outputs - y).square().sum() / 48 + penalty).backward()
+            optimizer.step()
+            dampings.append(optimizer.damping.damping)
+            sizes.append(float(model.weight.detach().norm()))
+    assert dampings[-1] > 10 * dampings[0]
+    assert sizes[-1] < 1e-2 * sizes[0]
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
