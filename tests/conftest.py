@@ -35,3 +35,11 @@ def pytest_collection_modifyitems(items):
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the suite runs in several processes
+
+
+@pytest.fixture
+def same_threads():
+    """Leave the number of threads as it is, which programs set."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

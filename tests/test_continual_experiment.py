@@ -1,6 +1,5 @@
 """The experiment with tasks one after another runs, at sizes at which it measures nothing, and its scores are right."""
 
-import csv
 import math
 from types import SimpleNamespace
 
@@ -9,28 +8,19 @@ import pytest
 import torch
 
 from experiments import continual
+from tests.support.tables import lines
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 NAN = math.nan
 # Test accuracies of tasks 1 to 3, one row after each task; the second is best only after the third.
 ACCURACIES = np.array([[0.9, NAN, NAN], [0.5, 0.6, NAN], [0.6, 0.8, 1.0]])
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def digits():
     x = torch.arange(12.0).reshape(4, 3)
     return continual.Digits(x, torch.tensor([0, 1, 2, 3]), torch.tensor([[2, 0, 1], [1, 2, 0]]))
-
-
-def lines(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def run_with(accuracies):

@@ -1,6 +1,5 @@
 """The experiments with optimizers run, at sizes at which they measure nothing."""
 
-import csv
 import math
 
 import numpy as np
@@ -11,20 +10,11 @@ from torch import nn
 from experiments import autoencoder, cifar, damping_comparison, default_settings, optimizers, step_cost
 from experiments.second_order_peers import PEERS, grid
 from experiments.training import Limits, Log, Optimizer, Problem, Training, train, train_in_turn, tuned
+from tests.support.tables import lines
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 SMALL = ["--threads", "1", "--device", "cpu"]
-
-
-def lines(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(autouse=True)
-def _same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

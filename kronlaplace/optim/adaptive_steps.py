@@ -100,9 +100,9 @@ class AdaptiveSteps:
         before = torch.zeros_like(total) if self.sums is None else self.sums
         known = total.isfinite().all() & (curvature > 0)
         self.sums = torch.where(known, total, before)
-        damped, plain = quotient(self.sums[0], self.sums[1])
-        self.scale = torch.where(self.sums[1, 1] > 0, plain.clamp_min(0).sqrt().clamp(_LEAST_SCALE, 1), self.scale)
-        ratio = torch.where(damped < _OVERSHOT, damped, damped.clamp_min(0))
+        ratio, x = quotient(self.sums[0], self.sums[1])
+        self.scale = torch.where(self.sums[1, 1] > 0, x.clamp_min(0).sqrt().clamp(_LEAST_SCALE, 1), self.scale)
+        ratio = torch.where(ratio < _OVERSHOT, ratio, ratio.clamp_min(0))
         return torch.where(known, ratio, torch.nan)
 
     def choose(self, model: StepModel) -> Tensor:

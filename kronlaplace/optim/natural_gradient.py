@@ -72,8 +72,9 @@ class NaturalGradient(CurvatureOptimizer):
     are multiplied by ``√x``, from 0.6 to 1, where ``x`` is the length that the next batches confirm, and by ``lr``, for
     schedules. The damping shrinks by a factor of 0.7 with each measurement of the model while the damped ratio, which is
     ``x`` with the damping in the curvature, is above 1/2. It grows by this factor when a step is rejected, because it would
-    increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), and when the
-    mean ratio ``κ`` of the exact to the approximate curvature along ``Δ`` is above 2,000. Noise alone does not drive it up.
+    increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), when the mean
+    ratio ``κ`` of the exact to the approximate curvature along ``Δ`` is above 2,000, and when the damped ratio is below -1,
+    as with a regularizer that the model does not know. Noise alone does not drive it up.
     In every step at first, and then less often, the curvature, the inverses and the model are renewed. Between
     measurements, scalars carry the model on: the step with the last ``α`` and ``μ`` (at most 0.9) is shortened to the
     minimum along it, and to the length of the last measured step.

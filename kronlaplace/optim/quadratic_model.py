@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["minimize", "predicted_change", "reduction_ratio"]
+__all__ = ["minimize", "predicted_change", "quotient", "reduction_ratio"]
 
 _ROUNDING = 1e-6
 """Squared sine of the angle between two directions, in the metric ``C``, below which the second one is rounding error."""
