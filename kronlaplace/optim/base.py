@@ -180,7 +180,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self._closing.alive:
             raise RuntimeError("the optimizer was closed, and its hooks are off the model. Make a new one.")
         self._curvature.check_pass(outputs)
-        inputs = self._curvature.input_norms() if self._updates_curvature else {}
+        inputs = self._curvature.input_norms(len(outputs)) if self._updates_curvature else {}
         self._checks.check_pass(self._steps, outputs, inputs, self._advice())
 
     @property

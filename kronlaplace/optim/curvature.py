@@ -121,11 +121,16 @@ class TrainingCurvature:
                 "model. Call update_curvature(outputs) right after outputs = model(inputs)."
             )
 
-    def input_norms(self) -> dict[str, Tensor]:
-        """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name."""
-        found = {}
+    def input_norms(self, n_examples: int) -> dict[str, Tensor]:
+        """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name.
+
+        Args:
+            n_examples: Number of examples in the pass; of inputs that have them first, only those that count are looked at.
+        """
+        found, counted = {}, self._part.count(n_examples)
         for name, calls in self.observer.inputs.items():
-            if values := [call.x for call in calls if call.x.is_floating_point()]:
+            inputs = [call.x for call in calls if call.x.is_floating_point()]
+            if values := [x[:counted] if x.ndim and len(x) == n_examples else x for x in inputs]:
                 found[name] = finite_norms(values).all()
         return found
 
@@ -169,6 +174,7 @@ class TrainingCurvature:
             index=self.updates,
             retain_graph=True,
             n_examples=counted,
+            moment_examples=self._part.moment_count,
         )
         self.updates += 1
         self._passes += 1

@@ -204,7 +204,7 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32)),
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32, fewer_inputs=True)),
             model_part=part_of(
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
