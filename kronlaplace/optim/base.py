@@ -145,10 +145,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If the outputs are not those of the last forward pass of the model, or carry no graph.
-            ValueError: If the outputs do not fit the likelihood, or outputs or the layers' inputs are NaN or infinite.
+            ValueError: If outputs or targets do not fit the likelihood, or outputs or the layers' inputs are not finite.
             UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
         """
         self._check_pass(outputs)
+        if targets is not None:
+            self._checks.require(*self.likelihood.check_targets(outputs.detach(), targets))
         if self._updates_curvature:
             try:
                 self._curvature.update(outputs)
