@@ -19,7 +19,7 @@ from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import Layer, LayerGradients, Unsupported, UnusableLayersError
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients, Unsupported, UnusableLayersError
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.alignment import Alignment
@@ -48,6 +48,7 @@ def accumulate_batch(
     index: int = 0,
     retain_graph: bool = False,
     n_examples: int | None = None,
+    moment_examples: Callable[[LayerBatch], int] | None = None,
 ) -> None:
     """Add one batch to an accumulation, from a forward pass that the observer has seen.
 
@@ -64,6 +65,8 @@ def accumulate_batch(
         index: Number of the batch or of the training step; label draws depend only on it and on the seed.
         retain_graph: Whether the graph of the outputs is needed afterwards.
         n_examples: Number of examples, the first ones of the batch, that count; None means all.
+        moment_examples: Function that returns from how many of these the moment of a layer's inputs is taken; None means
+            all.
 
     Raises:
         RuntimeError: If no forward pass was observed.
@@ -81,6 +84,8 @@ def accumulate_batch(
         def receive(gradients: LayerGradients) -> None:
             accumulation.add_gradients(gradients.first(n_examples))
 
+    if moment_examples is not None:
+        batches = {name: batch.with_moment_of(moment_examples(batch)) for name, batch in batches.items()}
     accumulation.begin_batch(batches)
     n_directions = sampling.count(likelihood, detached, targets)
     unused: UnusableLayersError | None = None

@@ -15,6 +15,7 @@ in this sense, only ``X``; they get a diagonal block.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -180,6 +181,10 @@ class Layer(ABC):
     def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
         """Return ``T`` of one call, of shape ``(K, 1, 1)`` if it differs between groups."""
 
+    def input_positions(self, x: Tensor) -> int:
+        """Return ``T`` of one call as far as its input alone tells it, and otherwise 1."""
+        return 1
+
     @abstractmethod
     def weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return ``X`` of one call, shape ``(K, N, q/K, p)``, in `dtype`.
@@ -332,6 +337,9 @@ class LinearLayer(Layer):
 
     def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
         return grad[0, ..., 0].numel()
+
+    def input_positions(self, x: Tensor) -> int:
+        return math.prod(x.shape[1:-1])
 
     def activations(self, x: Tensor) -> Tensor:
         a = x.reshape(1, len(x), -1, x.shape[-1]).to(self.dtype)

@@ -17,6 +17,9 @@ __all__ = ["ConvolutionLayer"]
 _SMALL = 2**16
 """Size, in numbers, that a temporary may always have, however small the layer."""
 
+_CHUNK = 2**18
+"""Size, in numbers, that a chunk of image columns may always have: smaller ones make too many small products."""
+
 _COPY = 60
 """Cost of copying one number into a matrix of patches, in multiplications."""
 
@@ -77,6 +80,9 @@ class ConvolutionLayer(Layer):
 
     def positions(self, x: Tensor, grad: Tensor) -> int | Tensor:
         return grad[0, 0].numel()
+
+    def input_positions(self, x: Tensor) -> int:
+        return math.prod(self._output_size(self.padded_size(x.shape[2:])))
 
     def activations(self, x: Tensor) -> Tensor:
         view = self.windows(self.padded(x))  # (N, C, *kernel, *out)
@@ -279,7 +285,7 @@ class ConvolutionLayer(Layer):
         padded = self.padded(x)
         out_h, out_w = self._output_size(padded.shape[2:])
         copies = rows * padded.shape[3] * out_h
-        for part in padded.split(max(1, max(x.numel(), _SMALL) // copies)):
+        for part in padded.split(max(1, max(x.numel(), _CHUNK) // copies)):
             windows = part.unfold(2, self.module.dilation[0] * (height - 1) + 1, self.module.stride[0])
             windows = windows[..., :: self.module.dilation[0]]  # (n, C, out_h, W, k_h)
             columns = torch.empty(rows, part.shape[3], len(part) * out_h, dtype=self.dtype, device=x.device)

@@ -37,11 +37,14 @@ class LayerBatch:
     Args:
         layer: The layer.
         calls: The calls of the layer.
+        moment_examples: Number of examples, the first ones, from which `add_activation_moment` takes the sum over all; None
+            means all.
     """
 
-    def __init__(self, layer: Layer, calls: Sequence[LayerCall]) -> None:
+    def __init__(self, layer: Layer, calls: Sequence[LayerCall], moment_examples: int | None = None) -> None:
         self.layer = layer
         self.calls = list(calls)
+        self._moment_examples = moment_examples
 
     @property
     def n_examples(self) -> int:
@@ -51,6 +54,15 @@ class LayerBatch:
     def along(self, gradients: Sequence[Tensor]) -> LayerGradients:
         """Combine the inputs with the gradients at the calls' outputs, one tensor per call with examples first."""
         return LayerGradients(self, gradients)
+
+    @property
+    def input_positions(self) -> int:
+        """The number ``T`` as far as the inputs alone tell it."""
+        return sum(call.fold * self.layer.input_positions(call.x) for call in self.calls)
+
+    def with_moment_of(self, n_examples: int) -> LayerBatch:
+        """Return the batch with the moment of its inputs from only its first examples."""
+        return LayerBatch(self.layer, self.calls, n_examples)
 
     def first(self, n_examples: int) -> LayerBatch:
         """Return the batch with only its first examples, as views."""
@@ -65,9 +77,20 @@ class LayerBatch:
         return self._joined([self.layer.project(call.x, basis) for call in self.calls])
 
     def add_activation_moment(self, sums: Sums) -> None:
-        """Add ``Σ_n Σ_t a aᵀ`` to ``sums``, in the form that `Layer.activation_moment` reads."""
+        """Add ``Σ_n Σ_t a aᵀ`` to ``sums``, in the form that `Layer.activation_moment` reads.
+
+        If only some of the examples are used, this is the sum over them, times ``N`` over their number.
+        """
+        n, some = self.n_examples, self._moment_examples
+        if some is None or some >= n:
+            for call in self.calls:
+                self.layer.add_activation_moment(call.x, sums)
+            return
+        own: Sums = {}
         for call in self.calls:
-            self.layer.add_activation_moment(call.x, sums)
+            self.layer.add_activation_moment(call.x[: some * call.fold], own)
+        for key, value in own.items():
+            sums[key] = sums[key].add_(value, alpha=n / some) if key in sums else value.mul_(n / some)
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate the calls along the axis of the positions."""

@@ -12,7 +12,7 @@ from kronlaplace.data.inputs import Inputs
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.last_layer import LOG_SOFTMAX, maker_of, module_of_outputs, operation
 
-__all__ = ["check_outputs_are_logits"]
+__all__ = ["check_outputs_are_logits", "unwanted_activation"]
 
 _ACTIVATIONS: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
     "SoftmaxBackward": ("softmax", (nn.Softmax, nn.Softmax2d)),
@@ -21,6 +21,21 @@ _ACTIVATIONS: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
     LOG_SOFTMAX: ("log-softmax", (nn.LogSoftmax,)),
 }
 """The name of each activation and the modules that compute it, by autograd node."""
+
+
+def unwanted_activation(outputs: Tensor, likelihood: Likelihood) -> str | None:
+    """Return the name of the softmax or sigmoid that the outputs come from, if the likelihood takes logits, or None."""
+    kind = _unwanted(outputs, likelihood)
+    return None if kind is None else _ACTIVATIONS[kind][0]
+
+
+def _unwanted(outputs: Tensor, likelihood: Likelihood) -> str | None:
+    """Return the autograd node of such an activation by its name in `_ACTIVATIONS`, or None."""
+    maker = maker_of(outputs) if likelihood.accepts_logits else None
+    kind = None if maker is None else operation(maker)
+    if kind not in _ACTIVATIONS or (kind == LOG_SOFTMAX and likelihood.accepts_log_softmax):
+        return None
+    return kind
 
 
 def check_outputs_are_logits(model: nn.Module, inputs: Inputs, outputs: Tensor, likelihood: Likelihood) -> None:
@@ -39,11 +54,8 @@ def check_outputs_are_logits(model: nn.Module, inputs: Inputs, outputs: Tensor, 
     Raises:
         ValueError: If the outputs come from such an activation, naming the module and what to do.
     """
-    if not likelihood.accepts_logits:
-        return
-    maker = maker_of(outputs)
-    kind = None if maker is None else operation(maker)
-    if kind not in _ACTIVATIONS or (kind == LOG_SOFTMAX and likelihood.accepts_log_softmax):
+    kind = _unwanted(outputs, likelihood)
+    if kind is None:
         return
     name, types = _ACTIVATIONS[kind]
     modules = {n: module for n, module in model.named_modules() if isinstance(module, types)}

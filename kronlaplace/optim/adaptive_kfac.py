@@ -23,7 +23,7 @@ from kronlaplace.optim.part import Part
 from kronlaplace.optim.preconditioner import InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
-from kronlaplace.optim.vectors import Vector
+from kronlaplace.optim.vectors import Vector, combine
 
 __all__ = ["AdaptiveKFAC"]
 
@@ -230,9 +230,8 @@ class AdaptiveKFAC(CurvatureOptimizer):
         if tries and self._choice is None:
             self._choice = Arriving(lowest)
         best = coefficients.index_select(0, lowest).squeeze(0)
-        step = {p: _chosen([d[p] for d in directions], lowest) * best[0] for p in directions[0]}
-        for p, v in last.items():
-            step[p] += best[1] * v
+        step = {p: _chosen([d[p] for d in directions], lowest) for p in directions[0]}
+        combine(step, last, best)
         self._choose()
         if (self._steps + 1) % self._rule.every == 0:
             self._ratio = Arriving(model.ratio(step, best, lowest))

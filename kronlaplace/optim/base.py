@@ -145,10 +145,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If the outputs are not those of the last forward pass of the model, or carry no graph.
-            ValueError: If the outputs do not fit the likelihood, or outputs or the layers' inputs are NaN or infinite.
+            ValueError: If outputs or targets do not fit the likelihood, or outputs or the layers' inputs are not finite.
             UnusableLayersError: If a layer cannot have a block in the network as it runs; the message names it.
         """
         self._check_pass(outputs)
+        if targets is not None:
+            self._checks.require(*self.likelihood.check_targets(outputs.detach(), targets))
         if self._updates_curvature:
             try:
                 self._curvature.update(outputs)
@@ -180,7 +182,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self._closing.alive:
             raise RuntimeError("the optimizer was closed, and its hooks are off the model. Make a new one.")
         self._curvature.check_pass(outputs)
-        inputs = self._curvature.input_norms() if self._updates_curvature else {}
+        inputs = self._curvature.input_norms(len(outputs)) if self._updates_curvature else {}
         self._checks.check_pass(self._steps, outputs, inputs, self._advice())
 
     @property

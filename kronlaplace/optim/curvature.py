@@ -21,6 +21,7 @@ from kronlaplace.network.forward import find_layout
 from kronlaplace.network.hooks import Hook
 from kronlaplace.network.layer_checks import check_observed
 from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.network.output_activation import unwanted_activation
 from kronlaplace.network.preconditions import couples_examples
 from kronlaplace.optim.checks import PassMark, finite_norms
 from kronlaplace.optim.part import Part
@@ -121,11 +122,16 @@ class TrainingCurvature:
                 "model. Call update_curvature(outputs) right after outputs = model(inputs)."
             )
 
-    def input_norms(self) -> dict[str, Tensor]:
-        """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name."""
-        found = {}
+    def input_norms(self, n_examples: int) -> dict[str, Tensor]:
+        """Return whether the inputs of each layer in the last observed pass can be squared and summed, by layer name.
+
+        Args:
+            n_examples: Number of examples in the pass; of inputs that have them first, only those that count are looked at.
+        """
+        found, counted = {}, self._part.count(n_examples)
         for name, calls in self.observer.inputs.items():
-            if values := [call.x for call in calls if call.x.is_floating_point()]:
+            inputs = [call.x for call in calls if call.x.is_floating_point()]
+            if values := [x[:counted] if x.ndim and len(x) == n_examples else x for x in inputs]:
                 found[name] = finite_norms(values).all()
         return found
 
@@ -145,13 +151,18 @@ class TrainingCurvature:
 
         Raises:
             RuntimeError: If no pass was observed, or the outputs carry no graph.
-            ValueError: If the outputs do not fit the likelihood.
+            ValueError: If the outputs do not fit the likelihood, such as probabilities in place of logits.
             UnusableLayersError: If a layer cannot have a block in the network as it runs.
         """
         n = len(outputs)
         if not self._checked:
             self.observer.layer_batches(n)
             self.likelihood.check_outputs(outputs.detach())
+            if (activation := unwanted_activation(outputs, self.likelihood)) is not None:
+                raise ValueError(
+                    f"update_curvature got the outputs of a {activation}, and {self.likelihood} takes logits: it computes "
+                    f"the probabilities itself. Give it the input of the {activation}, and compute the loss from that, too."
+                )
             generator = self._sampling.generator(0, outputs.device)
             check_observed(self.observer, outputs, generator, examples_independent=not couples_examples(self.model))
             if self._examine is not None:
@@ -169,6 +180,7 @@ class TrainingCurvature:
             index=self.updates,
             retain_graph=True,
             n_examples=counted,
+            moment_examples=self._part.moment_count,
         )
         self.updates += 1
         self._passes += 1

@@ -26,7 +26,7 @@ from kronlaplace.optim.part import Part, part_of
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure, structure_of
-from kronlaplace.optim.vectors import Vector, dot
+from kronlaplace.optim.vectors import Vector, combine, dot
 
 __all__ = ["Averaging", "NaturalGradient"]
 
@@ -44,6 +44,9 @@ _INVERT_EVERY = Period(100, growth=0.05, fewest=2)
 _MODEL_EVERY = Period(5, growth=0.05)
 
 _KL_CLIP = 0.3
+
+_FASTEST_GROWTH = 10.0
+"""Largest factor by which the damping grows at once while steps are rejected in a row, unless a rule has a larger one."""
 
 _PATIENCE = 20
 """Number of rejected steps in a row after which a warning tells that training is stuck."""
@@ -72,7 +75,8 @@ class NaturalGradient(CurvatureOptimizer):
     are multiplied by ``√x``, from 0.6 to 1, where ``x`` is the length that the next batches confirm, and by ``lr``, for
     schedules. The damping shrinks by a factor of 0.7 with each measurement of the model while the damped ratio, which is
     ``x`` with the damping in the curvature, is above 1/2. It grows by this factor when a step is rejected, because it would
-    increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), when the mean
+    increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), and by twice the
+    factor before with each further rejection in a row (Nielsen 1999), up to 10. It also grows by 1/0.7 when the mean
     ratio ``κ`` of the exact to the approximate curvature along ``Δ`` is above 2,000, and when the damped ratio is below -1,
     as with a regularizer that the model does not know. Noise alone does not drive it up.
     In every step at first, and then less often, the curvature, the inverses and the model are renewed. Between
@@ -120,7 +124,8 @@ class NaturalGradient(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
-            least 32 examples, if the batch has as many.
+            least 32 examples, if the batch has as many; and for the moment of the inputs of a layer that each example uses
+            at several positions a quarter of these, at least eight examples and ``p`` positions.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 24 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
@@ -204,7 +209,7 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32)),
+            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32, fewer_inputs=True)),
             model_part=part_of(
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
@@ -263,9 +268,13 @@ class NaturalGradient(CurvatureOptimizer):
         if (ratio := self._ratio.value()) is None:
             return
         self._ratio = None
-        if self._steps - self._last_adapted >= rule.every:
-            self._lambda, self._last_adapted = float(rule.updated(self._lambda, ratio)), self._steps
         self._rejected = self._rejected + 1 if ratio.isnan() else 0
+        if self._steps - self._last_adapted >= rule.every:
+            damping = float(rule.updated(self._lambda, ratio))
+            if self._rejected > 1:
+                faster = min(2 ** (self._rejected - 1) * damping, _FASTEST_GROWTH * self._lambda, rule.maximum)
+                damping = max(damping, faster)
+            self._lambda, self._last_adapted = damping, self._steps
         if self._rejected == _PATIENCE:
             warn(
                 f"the last {_PATIENCE} steps were not made, because each would have increased the loss of the batch; the "
@@ -287,7 +296,7 @@ class NaturalGradient(CurvatureOptimizer):
             slope = dot(gradient, step)
             along_last = dot(gradient, last) if last else torch.zeros_like(slope)
             coefficients = steps.carry_on(torch.stack([slope, along_last]), rate)
-            self._combine(step, last, coefficients)
+            combine(step, last, coefficients)
             return {p: v.mul_(rates[p]) for p, v in step.items()}
         self._last_model = self._steps
         model = self._model_of(gradient, step, last)
@@ -295,7 +304,7 @@ class NaturalGradient(CurvatureOptimizer):
         added = self._lambda * dot(last, last) if last else torch.zeros_like(model.slopes[0, 0])
         confirmed = steps.confirm(model, added)
         coefficients = steps.choose(model)
-        self._combine(step, last, coefficients)
+        combine(step, last, coefficients)
         accepted = model.change_of_objective(step, coefficients) < 0
         steps.keep(model, coefficients, accepted, rate)
         unchanged = torch.full_like(confirmed, cast(LevenbergMarquardt, self._rule).upper)
@@ -304,13 +313,6 @@ class NaturalGradient(CurvatureOptimizer):
         self._ratio = Arriving(torch.where(accepted, ratio, torch.nan))
         self._accepted = Arriving(accepted)
         return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}
-
-    def _combine(self, step: Vector, last: Vector, coefficients: Tensor) -> None:
-        """Turn ``Δ`` into ``α Δ + μ δ₀``, in place."""
-        for v in step.values():
-            v.mul_(coefficients[0])
-        for p, v in last.items():
-            step[p].add_(coefficients[1] * v)
 
     def _fixed_step(self, gradient: Vector, batch: BatchModel | None) -> Vector:
         """Return ``momentum · δ₀ + v``, with ``v`` clipped."""

@@ -58,7 +58,8 @@ class Passes:
         if self._batch is not None and self._batch.gradient is None:
             raise RuntimeError(
                 "the loss was not propagated back through the outputs that update_curvature got. Call it between the "
-                "forward and the backward pass, with the outputs from which the loss is computed."
+                "forward and the backward pass, with the outputs from which the loss is computed, not with a tensor that is "
+                "computed from these."
             )
         return self._batch
 

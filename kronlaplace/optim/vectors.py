@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kronlaplace.layers import Layer
 from kronlaplace.optim.preconditioner import Inverse
 
-__all__ = ["Vector", "dot", "objective_gradient", "solved"]
+__all__ = ["Vector", "combine", "dot", "objective_gradient", "solved"]
 
 Vector = dict[nn.Parameter, Tensor]
 """A vector by parameter, each part with the parameter's shape."""
@@ -55,6 +55,20 @@ def solved(inverse: Inverse, layers: Iterable[Layer], gradient: Vector) -> Vecto
 def dot(u: Vector, v: Vector) -> Tensor:
     """Return the inner product over the parameters of the second vector, 0-dim, float64."""
     return torch.stack([_inner(u[p], w) for p, w in v.items()]).sum()
+
+
+def combine(step: Vector, last: Vector, coefficients: Tensor) -> None:
+    """Turn the direction ``Δ`` into the step ``αΔ + μδ₀``, in place.
+
+    Args:
+        step: The direction.
+        last: The last step ``δ₀``, of some of the parameters or none.
+        coefficients: ``(α, μ)``, or ``α`` alone if there is no last step, shape ``(k,)``.
+    """
+    for v in step.values():
+        v.mul_(coefficients[0])
+    for p, v in last.items():
+        step[p].add_(coefficients[1] * v)
 
 
 def _assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:

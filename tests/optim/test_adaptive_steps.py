@@ -34,6 +34,11 @@ def optimizer_of(model, likelihood, initial=None, strategy=kl.damping.FactoredTi
     return kl.NaturalGradient(model, likelihood, **{**defaults, **options})
 
 
+def growth(rejected):
+    """By which factor the damping grows after this number of rejected steps in a row: twice as much each time, up to 10."""
+    return min(2 ** max(rejected - 1, 0) / 0.7, 10.0)
+
+
 # -- The rule, with dense matrices -------------------------------------------------------------------------------
 
 
@@ -43,7 +48,7 @@ class Dense:
     def __init__(self, model, likelihood, rate, decay, part, every, gamma):
         self.model, self.likelihood, self.rate, self.decay, self.part = model, likelihood, rate, decay, part
         self.every, self.gamma, self.number = every, gamma, 0
-        self.last, self.ratio, self.accepted = None, None, True
+        self.last, self.ratio, self.accepted, self.rejected = None, None, True, 0
         self.measured, self.kappas, self.longest = [], [], None
         self.seen = set()
 
@@ -55,9 +60,11 @@ class Dense:
         if self.gamma is None:
             self.gamma = float(g @ fisher @ g / (g @ g))
         if self.ratio is not None:
-            self.gamma *= 0.7 if self.ratio > 0.5 else 1 / 0.7 if not self.ratio >= 0 else 1.0
+            self.rejected = self.rejected + 1 if math.isnan(self.ratio) else 0
+            self.gamma *= 0.7 if self.ratio > 0.5 else growth(self.rejected) if not self.ratio >= 0 else 1.0
             self.gamma = max(self.gamma, 1e-8)
             self.seen.add("shrinks" if self.ratio > 0.5 else "grows" if not self.ratio >= 0 else "stays")
+            self.seen |= {"grows faster"} if self.rejected > 1 else set()
             self.ratio = None
         rule = kl.damping.FactoredTikhonov
         natural = flat(natural_direction(self.model, x, y, self.gamma, self.decay, self.likelihood, rule)[0])
@@ -196,7 +203,7 @@ def test_the_rule_is_followed_in_all_of_its_cases():
     for likelihood, seed in (("classification", 2), ("classification", 4), ("regression", 4)):
         torch.manual_seed(seed)
         seen |= assert_rule(likelihood, 1.0, 0.0, INITIAL["tiny"])
-    damping, steps = {"shrinks", "stays", "grows"}, {"accepted", "rejected", "capped", "scale < 1"}
+    damping, steps = {"shrinks", "stays", "grows", "grows faster"}, {"accepted", "rejected", "capped", "scale < 1"}
     between = {"momentum kept", "bounded", "raised", "ends at the minimum", "not longer"}
     assert seen == damping | steps | between
 
@@ -353,9 +360,10 @@ def test_a_step_that_would_increase_the_loss_is_not_made():
             assert stays or not measures or new < old
             assert measures == (i % 3 == 0 or rejected[-1])
             if i and rejected[-1]:
-                assert math.isclose(optimizer.damping.damping, gamma / 0.7, rel_tol=1e-9)
+                in_a_row = rejected[::-1].index(False) if False in rejected else len(rejected)
+                assert math.isclose(optimizer.damping.damping, gamma * growth(in_a_row), rel_tol=1e-9)
             rejected.append(measures and stays)
-    assert any(rejected) and not rejected[-1]
+    assert rejected[:2] == [True, True] and not rejected[-1]
 
 
 def test_a_layer_without_gradient_in_the_first_step_follows_between_measurements():

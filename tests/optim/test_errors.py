@@ -180,6 +180,47 @@ def test_tokens(options):
         step(optimizer, model, x, y)
 
 
+@pytest.mark.parametrize("every", [1, 100])
+def test_targets_that_do_not_fit_are_refused_before_the_averages_change(every, x, y):
+    model = network()
+    with kl.NaturalGradient(model, "classification", curvature_every=every, model_every=every) as optimizer:
+        step(optimizer, model, x, y, targets=y)
+        before = everything(optimizer, model)
+        for wrong, message in ((y[:-1], "targets"), (y + 7, "class labels must lie in 0 … 2")):
+            with pytest.raises(ValueError, match=message):
+                optimizer.update_curvature(model(x), wrong)
+        assert_as_before(optimizer, model, before)
+        step(optimizer, model, x, y, targets=y)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "activation", "name"),
+    [
+        ("classification", lambda f: f.softmax(1), "softmax"),
+        ("binary", torch.sigmoid, "sigmoid"),
+        ("binary", F.logsigmoid, "log-sigmoid"),
+    ],
+)
+def test_probabilities_in_place_of_logits(likelihood, activation, name, x):
+    model = network()
+    with kl.NaturalGradient(model, likelihood) as optimizer:
+        with pytest.raises(ValueError, match=f"outputs of a {name}.*takes logits.*Give it the input of the {name}"):
+            optimizer.update_curvature(activation(model(x)))
+        optimizer.update_curvature(model(x))
+
+
+@BOTH
+def test_a_loss_of_logits_with_log_probabilities_for_the_curvature(options, x, y):
+    """They are allowed, but the loss must come from them."""
+    model = network()
+    with kl.NaturalGradient(model, "classification", **options) as optimizer:
+        outputs = model(x)
+        optimizer.update_curvature(outputs.log_softmax(1))
+        F.cross_entropy(outputs, y).backward()
+        with pytest.raises(RuntimeError, match="not with a tensor that is computed from these"):
+            optimizer.step()
+
+
 # -- The order of calls ------------------------------------------------------------------------------------------
 
 

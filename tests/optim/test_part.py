@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
+from kronlaplace.layers import LayerBatch, LayerCall, find_layers
 from kronlaplace.optim.part import Part, part_of
+from tests.support.assertions import assert_close
 
 
 @pytest.mark.parametrize("n", [1, 7, 30, 1000])
@@ -44,3 +46,64 @@ def test_the_averages_have_a_quarter_of_a_large_batch_unless_told_otherwise(n, f
             optimizer.step()
             blocks.append(optimizer.blocks["0"].to_dense())
     assert torch.equal(*blocks)
+
+
+# -- Moments of inputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "n", "count"),
+    [
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 32, 8),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 128, 32),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 5, 5),
+        (nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8), 32, 10),  # 577 columns, 64 positions
+        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (64, 8, 8), 32, 32),
+        (nn.Linear(70, 3), (10, 70), 64, 16),
+        (nn.Linear(90, 3), (5, 90), 64, 19),
+        (nn.Linear(2, 3), (2,), 64, 64),
+    ],
+)
+def test_many_positions_allow_for_fewer_examples_of_the_inputs(module, shape, n, count):
+    """At least a quarter of them, eight, and as many positions as the moment has columns."""
+    (layer,) = find_layers(nn.Sequential(module))
+    batch = LayerBatch(layer, [LayerCall(torch.zeros(n, *shape))])
+    assert Part(1 / 4, fewer_inputs=True).moment_count(batch) == count
+    assert Part(1 / 4).moment_count(batch) == n
+
+
+@pytest.mark.parametrize("fraction", [None, 1.0])
+def test_a_moment_of_inputs_is_the_mean_over_its_examples(fraction):
+    """Of gradients it is over the part: here 40 of 48 examples, or all, if the user says so."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)).double()
+    batches = [torch.randn(160, 2, 4, 4).double() for _ in range(2)]
+    with kl.NaturalGradient(
+        model, "classification", sampling="exact", curvature_every=1, curvature_fraction=fraction
+    ) as optimizer:
+        for x in batches:
+            outputs = model(x)
+            optimizer.update_curvature(outputs)
+        blocks = optimizer.blocks
+    counted, inputs = (160, 160) if fraction else (40, 10)
+
+    def mean_of(n):
+        return kl.estimate_fisher(model, [x[:n] for x in batches], "classification", sampling="exact")
+
+    for name, n in (("0", inputs), ("3", counted)):
+        # The scale of factors is free: that of the optimizer's blocks has the least trace.
+        expected = torch.kron(mean_of(counted)[name].gradient_factor, mean_of(n)[name].activation_factor)
+        assert_close(blocks[name].to_dense(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("number, counts", [(3, True), (50, False)])
+def test_only_the_inputs_of_examples_that_count_must_have_squares(number, counts):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(64, 3)
+    x[number] *= 1e30
+    with kl.NaturalGradient(model, "classification", curvature_every=1) as optimizer:
+        outputs = model(x)
+        if counts:
+            with pytest.raises(ValueError, match="layer '0' are NaN, infinite, or so large"):
+                optimizer.update_curvature(outputs)
+        else:
+            optimizer.update_curvature(outputs)
+            assert optimizer.blocks["0"].to_dense().isfinite().all()
