@@ -103,7 +103,7 @@ def _text(values: FloatArray, decimals: int) -> str:
     mean, error = mean_and_error(values)
     if np.isnan(mean):
         return "-"
-    return f"{mean:.{decimals}f}" if np.ptp(values) == 0 else f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+    return f"{mean:.{decimals}f}" if (values == values[0]).all() else f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _row(cells: Sequence[str]) -> str:
