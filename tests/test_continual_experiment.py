@@ -205,6 +205,9 @@ def test_a_killed_sequence_goes_on_with_the_same_numbers(tmp_path, digits, name)
     for dies_in in (2, 3):
         with pytest.raises(KilledError):
             run(tmp_path / "killed", dying_in(dies_in))
+        assert len(list((tmp_path / "killed").iterdir())) == (
+            2 if METHODS[name] else 1
+        )  # one memory, whatever the task
     done = []
     resumed = run(tmp_path / "killed", lambda n: done.append(n))
     assert done == [2, 1]
