@@ -189,10 +189,10 @@ class SynapticIntelligence:
                     f"the path of {key!r} is not finite: weights or gradients became NaN or infinite in this task. Go back "
                     "to the weights and the memory before it, and train with smaller steps."
                 )
+        used = tuple(dict.fromkeys(key.rpartition(".")[0] for key in weights_now if key in self._paths))
         self._centers = {key: weights_now[key].clone() for key in importances}
         self._importances, self._paths = importances, {}
-        layers = tuple(dict.fromkeys(key.rpartition(".")[0] for key in importances))
-        self._tasks = (*self.tasks, Task(name, n_examples, layers))
+        self._tasks = (*self.tasks, Task(name, n_examples, used))
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -251,7 +251,7 @@ class SynapticIntelligence:
         """Return the network's parameters, after a check that those of the memory are still there."""
         parameters = dict(self.model.named_parameters())
         known = {name: path.start for name, path in self._paths.items()} | self._importances
-        for name, tensor in known.items():
+        for name, tensor in sorted(known.items()):
             if name not in parameters:
                 raise ValueError(
                     f"the memory has a parameter {name!r}, and the model has none of that name. Use the model that the "
