@@ -77,7 +77,7 @@ BY_DEFAULT = (
     "K-FOC, kfoc",
     JOINT,
 )
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def has_penalty(name):
