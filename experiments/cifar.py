@@ -14,22 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import kronlaplace as kl
+from experiments.cifar_files import TRAINING, records, standardized
 from experiments.comparison import Measure, add_arguments, compare
 from experiments.optimizers import OPTIMIZERS
 from experiments.training import Problem
-from kronlaplace.demo.errors import CorruptDataError, MissingDataError
-from kronlaplace.demo.files import read_bytes
-
-SOURCE = "the binary version of CIFAR-10 (www.cs.toronto.edu/~kriz/cifar.html)"
-BYTES = 1 + 3 * 32 * 32
 
 
 def convolutional(is_normalized=False):
@@ -79,18 +73,8 @@ NETWORKS = {
 
 def images(data_dir, n):
     """The first `n` training images, standardized by channel, `(N, 3, 32, 32)`, and their labels."""
-    if data_dir is None:
-        raise MissingDataError(
-            f"give --data-dir DIR, where DIR/cifar10 has data_batch_1.bin (plain or .gz) of {SOURCE}."
-        )
-    path = Path(data_dir) / "cifar10" / "data_batch_1.bin"
-    content = read_bytes(path, SOURCE)
-    if len(content) == 0 or len(content) % BYTES:
-        raise CorruptDataError(f"{path}: {len(content)} bytes are not records of {BYTES}; get it again from {SOURCE}.")
-    records = np.frombuffer(content, np.uint8).reshape(-1, BYTES)
-    x = torch.from_numpy(records[:, 1:].astype(np.float32)).reshape(-1, 3, 32, 32)
-    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
-    return x[:n].contiguous(), torch.from_numpy(records[:n, 0].astype(np.int64))
+    x, y = records(data_dir, TRAINING)
+    return standardized(x, x)[:n].contiguous(), y[:n]
 
 
 def error(x, y):

@@ -7,7 +7,6 @@ permuted on its own and three times as far from its mean.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from experiments.cifar_files import TEST, TRAINING, records, standardized
 from kronlaplace.demo.data import ClassificationData
-from kronlaplace.demo.datasets import DATA_VARIABLE, load
-from kronlaplace.demo.errors import MissingDataError
-from kronlaplace.demo.files import read_bytes
+from kronlaplace.demo.datasets import load
 from kronlaplace.demo.fitting import build, seeds_of
 from kronlaplace.demo.networks import lenet5, one_hidden_layer, small_lenet
 from kronlaplace.demo.training import Recipe, train
@@ -32,7 +30,6 @@ TRAINING_SHARE = 0.7
 FAR = 3.0
 FOREIGN_DIGITS = 1000
 WINE_QUALITY_THRESHOLDS = (5.5, 6.5)
-CIFAR_SOURCE = "www.cs.toronto.edu/~kriz/cifar.html (binary version)"
 
 
 @dataclass(frozen=True)
@@ -55,24 +52,11 @@ def mnist(data_dir, seed):
 
 
 def cifar10(data_dir, seed):
-    root = data_dir or os.environ.get(DATA_VARIABLE)
-    if root is None:
-        raise MissingDataError(
-            f"give --data-dir DIR or set {DATA_VARIABLE}, where DIR/cifar10 holds data_batch_1.bin and test_batch.bin "
-            f"(plain or .gz); get them from {CIFAR_SOURCE}."
-        )
-    parts = []
-    for name in ("data_batch_1.bin", "test_batch.bin"):
-        rows = np.frombuffer(read_bytes(Path(root) / "cifar10" / name, CIFAR_SOURCE), np.uint8).reshape(
-            -1, 1 + 3 * 32**2
-        )
-        images = torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255)
-        parts.append((images, torch.from_numpy(rows[:, 0].astype(np.int64))))
-    (train_x, train_y), (test_x, test_y) = parts
-    mean, std = (statistic((0, 2, 3), keepdim=True) for statistic in (train_x.mean, train_x.std))
-    gray = load("mnist", root).test_x[:FOREIGN_DIGITS]
+    (train_x, train_y), (test_x, test_y) = (records(data_dir, name) for name in (TRAINING, TEST))
+    train_x, test_x = train_x / 255, test_x / 255
+    gray = load("mnist", data_dir).test_x[:FOREIGN_DIGITS]
     foreign_x = F.pad(gray, (2, 2, 2, 2), value=float(gray.min())).expand(-1, 3, -1, -1).contiguous()
-    inputs = ((train_x - mean) / std, train_y, (test_x - mean) / std, test_y)
+    inputs = (standardized(train_x, train_x), train_y, standardized(test_x, train_x), test_y)
     return ClassificationData("cifar10", "CIFAR-10", 10, *inputs, foreign_x, "MNIST test digits")
 
 

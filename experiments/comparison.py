@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from experiments.arguments import add_machine, prepare_machine
 from experiments.training import Limits, Training, described, train_in_turn, tuned
 from kronlaplace.demo.datasets import DATA_VARIABLE
 from kronlaplace.demo.report import Column, Table
@@ -27,9 +28,7 @@ def add_arguments(parser, optimizers, out, *, target, seconds=math.inf, updates=
     parser.add_argument("--stop-at-target", action="store_true", help="end a training once it has reached the target")
     parser.add_argument("--score-every", type=int, default=10, help="updates between evaluations, where there are any")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("experiment-results") / out)
+    add_machine(parser, out)
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def draw(logs, measure, target, path):
 
 def compare(problem, optimizers, measure, args):
     """Tune and train the optimizers, print the table, and write it with logs and plot to the folder `args.out`."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    prepare_machine(args)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer of a process imports much, for which none should pay
     title = f"{problem.title}, batches of {problem.batch_size}, {problem.x.device.type}, {args.threads} threads"
     print(title)

@@ -20,7 +20,6 @@ import statistics
 import sys
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kronlaplace as kl
 from experiments import autoencoder
+from experiments.arguments import add_machine, prepare_machine
 from experiments.cifar import convolutional, resnet20
 from experiments.measure import Run, in_turn, peak_bytes, ratio
 from experiments.optimizers import natural, plain
@@ -175,12 +175,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=PERIOD, help="that are timed; whole periods make the means right")
     parser.add_argument("--warm-up", type=int, default=PERIOD - 1, help="steps before; the default periods start short")
     parser.add_argument("--profile", action="store_true", help="count where steps wait for the device")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("experiment-results/step_cost"))
+    add_machine(parser, "step_cost")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    prepare_machine(args)
     device, times = torch.device(args.device), {}
     optimizers = {name: OPTIMIZERS[name] for name in dict.fromkeys([PLAIN, *args.optimizers])}
     for name in args.problems:

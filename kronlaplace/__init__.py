@@ -13,6 +13,7 @@ from kronlaplace import damping, metrics
 from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
 from kronlaplace.continual.memory import ContinualLaplace
 from kronlaplace.continual.options import Merge, PenaltyMode
+from kronlaplace.continual.synaptic_intelligence import SynapticIntelligence
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
 from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.accumulation import Accumulation
@@ -119,6 +120,7 @@ __all__ = [
     "ContinualLaplace",
     "Merge",
     "PenaltyMode",
+    "SynapticIntelligence",
     "nearest_kronecker",
     "GrowingBatches",
     "IterateAverage",

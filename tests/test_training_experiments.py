@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from experiments import autoencoder, cifar, damping_comparison, default_settings, optimizers, step_cost
+from experiments.cifar_files import BYTES
 from experiments.second_order_peers import PEERS, grid
 from experiments.training import Limits, Log, Optimizer, Problem, Training, train, train_in_turn, tuned
 from tests.support.tables import lines
@@ -139,7 +140,7 @@ def test_sparse_weights():
 
 
 def test_cifar(tmp_path):
-    records = np.random.default_rng(0).integers(0, 256, (20, cifar.BYTES), dtype=np.uint8)
+    records = np.random.default_rng(0).integers(0, 256, (20, BYTES), dtype=np.uint8)
     records[:, 0] %= 10
     (tmp_path / "cifar10").mkdir()
     records.tofile(tmp_path / "cifar10" / "data_batch_1.bin")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._storage import load_tensors, save_tensors
-from kronlaplace.continual.state import MemoryState
+from kronlaplace.continual.state import MemoryState, Task
 from kronlaplace.priors.given import GivenPrior
 from kronlaplace.priors.kronecker import KroneckerPrior
 from kronlaplace.priors.prior import DIAGONAL_KINDS, IsotropicPrior, Prior, prior_from_multiples
@@ -82,13 +82,13 @@ def _prior(tensors: Mapping[str, Tensor], values: Any) -> GivenPrior | Prior:
     return prior_from_multiples(tensors["prior_precision"], means)
 
 
-def check_tasks(path: str | PathLike[str], state: MemoryState, expected: Sequence[str]) -> None:
+def check_tasks(path: str | PathLike[str], tasks: Sequence[Task], expected: Sequence[str]) -> None:
     """Check that a memory is of certain tasks in a certain order.
 
     Raises:
         ValueError: If it is not, with both lists.
     """
-    found = [task.name for task in state.tasks]
+    found = [task.name for task in tasks]
     if found != list(expected):
         what = "the same tasks in another order" if sorted(found) == sorted(expected) else "other tasks"
         raise ValueError(

@@ -18,7 +18,7 @@ from kronlaplace.continual.layers import LayerWish, check_still_there
 from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.continual.posterior import posterior_of
 from kronlaplace.continual.quadratic_form import quadratic_form
-from kronlaplace.continual.state import LayerMemory, MemoryState, Task
+from kronlaplace.continual.state import LayerMemory, MemoryState, Task, name_of_new_task
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.fisher import KroneckerFisher
@@ -246,7 +246,7 @@ class ContinualLaplace:
             raise TypeError("consolidate takes either data or fisher=, exactly one of them.")
         if isinstance(data, KroneckerFisher):
             raise TypeError("a ready-made Fisher is given by name: consolidate(fisher=...).")
-        name = self._new_name(task)
+        name = name_of_new_task(task, self.tasks)
         layers = self._seen().layers
         curvature = TaskCurvature(
             self.model, layers, self._wish.without_frozen(self.model), self.likelihood, self.estimator
@@ -271,17 +271,6 @@ class ContinualLaplace:
             )
         self.likelihood = self.likelihood.completed_by(fisher.metadata.likelihood)
         return self
-
-    def _new_name(self, task: str | None) -> str:
-        known = [one.name for one in self.tasks]
-        name = f"task {len(known) + 1}" if task is None else task
-        if not isinstance(name, str):
-            raise TypeError(f"task must be a string, the task's name; got {name!r}.")
-        if name in known:
-            raise ValueError(
-                f"the memory has a task {name!r} already; its tasks are {known}. Adding it again would count its data twice."
-            )
-        return name
 
     @in_full_precision
     def posterior(self) -> KronLaplace:
@@ -359,7 +348,7 @@ class ContinualLaplace:
         device = device_of(model)
         state, prior, settings = read(path, device)
         if tasks is not None:
-            check_tasks(path, state, tasks)
+            check_tasks(path, state.tasks, tasks)
         memory = cls.__new__(cls)
         memory.model = model
         memory.likelihood = Likelihood.from_json(settings["likelihood"])

@@ -15,7 +15,7 @@ from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.layers import Layer
 
-__all__ = ["LayerMemory", "MemoryState", "Task", "Term"]
+__all__ = ["LayerMemory", "MemoryState", "Task", "Term", "name_of_new_task"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,33 @@ class Task:
     name: str
     n_examples: int
     layers: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the task as JSON-compatible values."""
+        return {"name": self.name, "n_examples": self.n_examples, "layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Task:
+        """Restore a task from the result of `to_json`."""
+        return cls(values["name"], values["n_examples"], tuple(values["layers"]))
+
+
+def name_of_new_task(task: str | None, known: Sequence[Task]) -> str:
+    """Return the name of a task that is added to others, by default by its number.
+
+    Raises:
+        TypeError: If it is not a string.
+        ValueError: If there is a task of that name already.
+    """
+    names = [one.name for one in known]
+    name = f"task {len(names) + 1}" if task is None else task
+    if not isinstance(name, str):
+        raise TypeError(f"task must be a string, the task's name; got {name!r}.")
+    if name in names:
+        raise ValueError(
+            f"the memory has a task {name!r} already; its tasks are {names}. Adding it again would count its data twice."
+        )
+    return name
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +186,7 @@ class MemoryState:
     def to_json(self) -> dict[str, Any]:
         """Return everything that is not a tensor, as JSON-compatible values."""
         return {
-            "tasks": [{"name": t.name, "n_examples": t.n_examples, "layers": list(t.layers)} for t in self.tasks],
+            "tasks": [task.to_json() for task in self.tasks],
             "weights": dict(self.weights),
             "layers": {
                 name: {
@@ -189,5 +216,5 @@ class MemoryState:
                 block.shares_weights_over_space = term["shares_weights_over_space"]
                 terms.append(Term(block, tensors.get(f"around/{i}/{name}")))
             layers[name] = LayerMemory(tuple(saved["parameters"]), tensors[f"center/{name}"], tuple(terms))
-        tasks = tuple(Task(t["name"], t["n_examples"], tuple(t["layers"])) for t in values["tasks"])
+        tasks = tuple(Task.from_json(task) for task in values["tasks"])
         return cls(tasks, layers, values["weights"], tensors.get("statistics"))

@@ -38,7 +38,7 @@ class Table:
 
     @property
     def n_splits(self) -> int:
-        """Number of splits; with more than one, cells are mean ± standard error."""
+        """Number of splits; with more than one, cells are mean ± standard error, unless all values are equal; NaN is "-"."""
         return len(next(iter(self.scores.values())))
 
     def cells(self) -> list[list[str]]:
@@ -101,7 +101,9 @@ def mean_and_error(values: npt.ArrayLike) -> tuple[float, float]:
 
 def _text(values: FloatArray, decimals: int) -> str:
     mean, error = mean_and_error(values)
-    return f"{mean:.{decimals}f}" if len(values) == 1 else f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.{decimals}f}" if (values == values[0]).all() else f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _row(cells: Sequence[str]) -> str:

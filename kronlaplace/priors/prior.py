@@ -215,7 +215,7 @@ class IsotropicPrior(Prior):
         return IsotropicPrior(precision, mean_by_layer(self.mean, layers))
 
     def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
-        return (self.multiples.to(deviation.device) * deviation.square()).sum()
+        return self.multiples.to(deviation.device) * deviation.square().sum()
 
     def logdet(self) -> Tensor:
         return self.multiples.log() * sum(mean.numel() for mean in self.means.values())
@@ -271,7 +271,7 @@ class LayerwisePrior(Prior):
         return self.precision  # type: ignore[return-value]  # tensors once it is tied to layers
 
     def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
-        return (self._by_name[name] * deviation.square()).sum()
+        return self._by_name[name] * deviation.square().sum()
 
     def logdet(self) -> Tensor:
         return torch.stack([p.log() * self.means[name].numel() for name, p in self._by_name.items()]).sum()

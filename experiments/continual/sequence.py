@@ -1,0 +1,151 @@
+"""A sequence of tasks, learned one after the other, with one method and strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from experiments.continual.methods import JOINT, METHODS
+from experiments.measure import seconds
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass
+class Run:
+    """What came out of a sequence of tasks.
+
+    Attributes:
+        accuracies: On the test examples of task `j` after task `t`, `(tasks, tasks)`; NaN before it is learned, and after
+            the weights have diverged.
+        n_bytes: What is kept after each task.
+        training_seconds: Seconds of training of each task.
+        consolidation_seconds: Seconds of each consolidation.
+    """
+
+    accuracies: np.ndarray
+    n_bytes: np.ndarray
+    training_seconds: np.ndarray
+    consolidation_seconds: np.ndarray
+
+    @classmethod
+    def empty(cls, n_tasks):
+        return cls(np.full((n_tasks, n_tasks), np.nan), *np.full((3, n_tasks), np.nan))
+
+    @classmethod
+    def from_tensors(cls, tensors):
+        return cls(*(tensors[field.name].numpy().copy() for field in fields(cls)))
+
+    def to_tensors(self):
+        return {field.name: torch.from_numpy(getattr(self, field.name)) for field in fields(self)}
+
+    def series(self):
+        """By name, a number after each task."""
+        return {
+            "accuracy": average_accuracy(self.accuracies),
+            "forgetting": forgetting(self.accuracies),
+            "bytes": self.n_bytes,
+            "training_seconds": self.training_seconds,
+            "consolidation_seconds": self.consolidation_seconds,
+        }
+
+
+def average_accuracy(accuracies):
+    """After each task `t`, the mean over the tasks so far of the accuracy on them then, `(tasks,)`."""
+    return np.array([row[: t + 1].mean() for t, row in enumerate(accuracies)])
+
+
+def forgetting(accuracies):
+    """After each task `t`, the mean over the tasks so far of their best accuracy until then minus that then, `(tasks,)`."""
+    seen = [accuracies[: t + 1, : t + 1] for t in range(len(accuracies))]
+    return np.array([(np.fmax.reduce(rows) - rows[-1]).mean() for rows in seen])
+
+
+def accuracy(model, examples):
+    model.task = examples.task
+    with torch.no_grad():
+        right = [(model(x).argmax(1) == y).sum() for x, y in examples.in_order(EVALUATION_BATCH)]
+    return float(torch.stack(right).sum()) / len(examples)
+
+
+def diverged(model, examples):
+    model.task = examples.task
+    with torch.no_grad():
+        return not torch.stack([model(x).isfinite().all() for x, _ in examples.in_order(EVALUATION_BATCH)]).all()
+
+
+def learn(model, data, args, seed, *, penalty=None, observe=None, n_examples=None):
+    """Train on the batches of `data`, and return the seconds that it took.
+
+    `observe` is called in every step between the backward pass of the loss and that of the penalty by `n_examples`.
+    """
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def train():
+        for _ in range(args.epochs):
+            for task, x, y in data.shuffled(args.batch_size, generator):
+                model.task = task
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if penalty is not None:
+                    observe()
+                    (penalty() / n_examples).backward()
+                optimizer.step()
+
+    model.train()
+    taken = seconds(train, next(model.parameters()).device)
+    model.eval()
+    return taken
+
+
+def run_sequence(problem, name, strength, seed, args, files, advance):
+    """Learn all tasks, one after the other, with one method and strength, and go on where the files end.
+
+    `advance(n)` is called whenever `n` more tasks are done.
+    """
+    method, train, device = METHODS[name], problem.train, problem.train.x.device
+    model = problem.initial(seed)
+    saved = files.read(model, method)
+    if saved is None:
+        run, n_done, is_finished = Run.empty(args.tasks), 0, False
+        memory = None if method is None else method.create(model, strength, args)
+    else:
+        run, n_done, is_finished, memory = saved
+    advance(args.tasks if is_finished else n_done)
+    for t in range(n_done, args.tasks):
+        if is_finished:
+            break
+        examples = train.examples(t)
+        if name == JOINT:
+            taken = learn(model, train.mixed(range(t + 1)), args, seed + t)
+        elif memory is None:
+            taken = learn(model, examples, args, seed + t)
+        else:
+            model.freeze_other_heads(t)
+            options = {
+                "penalty": memory.penalty,
+                "observe": lambda: method.observe(memory),
+                "n_examples": len(examples),
+            }
+            taken = learn(model, examples, args, seed + t, **options)
+        run.training_seconds[t] = taken
+        is_finished = diverged(model, examples)
+        if not is_finished:
+            run.n_bytes[t] = train.n_bytes(range(t + 1)) if name == JOINT else 0
+            if memory is not None:
+                model.task = t
+                run.consolidation_seconds[t] = seconds(
+                    lambda examples=examples: method.consolidate(memory, examples, args), device
+                )
+                run.n_bytes[t] = memory.n_bytes
+            run.accuracies[t, : t + 1] = [accuracy(model, problem.test.examples(j)) for j in range(t + 1)]
+            is_finished = t + 1 == args.tasks
+            advance(1)
+        else:
+            advance(args.tasks - t)
+        files.write(run, t + 1, is_finished, model, memory)
+    return run
