@@ -10,9 +10,10 @@ one to use (multi-head, task-incremental); other tasks' heads are frozen meanwhi
 has one head for all (single-head); in split problems it has two outputs, even or odd class, and is not told the task
 (domain-incremental). The body is 100-100 ReLU units for digits, three small convolutions for CIFAR-10.
 
-Adam with rate 1e-3, started afresh for each task, lowers the mean cross-entropy of the batch plus the penalty by the number
-of the task's examples. All runs of a seed start from the same weights and see the same batches. Joint training, the ceiling,
-goes on with the batches of all tasks so far mixed, for as many epochs; neither it nor "none" has a penalty.
+Adam, started afresh for each task with a rate that decays linearly to zero, lowers the mean cross-entropy of the batch plus
+the penalty by the number of the task's examples. All runs of a seed start from the same weights and see the same batches.
+Joint training, the ceiling, goes on with the batches of all tasks so far mixed, for as many epochs; neither it nor "none"
+has a penalty.
 
 Every method is run with each strength of the same grid, and the best is the one with the largest average accuracy after the
 last task, on test images, a mean over the seeds: a comparison of what the methods can do, not of what one gets without

@@ -51,7 +51,7 @@ def arguments(argv):
         "--sampling", choices=[sampling.value for sampling in kl.Sampling], default="exact", help="of the Fisher"
     )
     parser.add_argument("--prior-precision", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate at the beginning of a task")
     parser.add_argument("--fresh", action="store_true", help="delete the runs in the folder, and start anew")
     add_machine(parser, "continual")
     args = parser.parse_args(argv)

@@ -80,6 +80,9 @@ class Mixed:
     rows: Tensor
     orders: Tensor | None
 
+    def __len__(self):
+        return len(self.rows)
+
     def shuffled(self, batch_size, generator):
         """One epoch of batches, each with the task of every example."""
         for part in torch.randperm(len(self.rows), generator=generator).to(self.x.device).split(batch_size):

@@ -83,6 +83,8 @@ def learn(model, data, args, seed, *, penalty=None, observe=None, n_examples=Non
     `observe` is called in every step between the backward pass of the loss and that of the penalty by `n_examples`.
     """
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    n_steps = args.epochs * -(-len(data) // args.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
     generator = torch.Generator().manual_seed(seed)
 
     def train():
@@ -95,6 +97,7 @@ def learn(model, data, args, seed, *, penalty=None, observe=None, n_examples=Non
                     observe()
                     (penalty() / n_examples).backward()
                 optimizer.step()
+                schedule.step()
 
     model.train()
     taken = seconds(train, next(model.parameters()).device)
