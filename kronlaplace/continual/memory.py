@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,18 @@ from kronlaplace.continual.curvature import TaskCurvature
 from kronlaplace.continual.files import check_tasks, numbers_of, read, write
 from kronlaplace.continual.layers import LayerWish, check_still_there
 from kronlaplace.continual.options import Merge, PenaltyMode
+from kronlaplace.continual.penalty import SeenNetwork
 from kronlaplace.continual.posterior import posterior_of
-from kronlaplace.continual.quadratic_form import quadratic_form
-from kronlaplace.continual.state import LayerMemory, MemoryState, Task
+from kronlaplace.continual.state import MemoryState, Task
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.layers import Layer, Unsupported
+from kronlaplace.layers import Unsupported
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.network.fingerprint import difference, fingerprint
 from kronlaplace.priors.given import GivenPrior
 from kronlaplace.priors.mean import PriorMean
+from kronlaplace.priors.penalty import LayerPrecision, QuadraticPenalty
 from kronlaplace.priors.precision import Precision
 from kronlaplace.priors.prior import Prior
 
@@ -36,26 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["ContinualLaplace"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """The network as it was last seen.
-
-    Attributes:
-        state: What was kept then.
-        parameters: What tells whether it is still the same.
-        layers: Its layers that are trainable.
-        prior: The prior over these.
-        memories: What is kept of those that a task has used.
-    """
-
-    state: MemoryState
-    parameters: object
-    layers: list[Layer]
-    prior: Prior
-    memories: dict[str, LayerMemory]
-
-
-class ContinualLaplace:
+class ContinualLaplace(QuadraticPenalty):
     """A memory of the tasks that a network has learned one after another, as a Gaussian over its weights.
 
     After each task, the posterior becomes the prior of the next (online structured Laplace, Ritter et al. 2018): the
@@ -133,7 +115,7 @@ class ContinualLaplace:
             )
         self._wish = LayerWish.of(layers, exclude, choice(Unsupported, unsupported, "unsupported"))
         self._state = MemoryState()
-        self._network: _Network | None = None
+        self._network: SeenNetwork | None = None
         given = GivenPrior(prior_precision, prior_mean)
         found = self._wish.find(model)
         tied = given.over(found)
@@ -184,26 +166,22 @@ class ContinualLaplace:
         Raises:
             ValueError: If the network has lost a layer of the memory, or has changed its shape.
         """
-        network = self._seen()
-        parts = []
-        for layer in network.layers:
-            weights = layer.matrix(detach=False).to(layer.dtype)
-            memory = network.memories.get(layer.name)
-            if memory is None or self.mode is PenaltyMode.PER_TASK:
-                deviation = weights - network.prior.means[layer.name]
-                parts.append(network.prior.quadratic_form(layer.name, deviation).to(layer.dtype))
-            if memory is None:
-                continue
-            if self.mode is PenaltyMode.LATEST:
-                deviation = weights - memory.center
-                of_prior = network.prior.quadratic_form(layer.name, deviation).to(layer.dtype)
-                of_tasks = quadratic_form([term.block for term in memory.terms], deviation)
-                parts.append(self.strength * (of_prior + of_tasks))
-                continue
-            for term in memory.terms:
-                assert term.center is not None
-                parts.append(self.strength * quadratic_form([term.block], weights - term.center))
-        return 0.5 * torch.stack(parts).sum()
+        return self._shown(self._seen().penalty(self.mode, self.strength))
+
+    def precision(self) -> dict[str, LayerPrecision]:
+        """Return the penalty's second derivatives, for an optimizer (``kl.NaturalGradient(..., prior=memory)``).
+
+        They are ``λ Λ``, as blocks and a multiple of the identity, by the names of the layers that are trainable now.
+
+        Raises:
+            ValueError: As `penalty`.
+        """
+        return self._seen().precision(self.mode, self.strength)
+
+    @property
+    def version(self) -> object:
+        """What compares unequal after the penalty's second derivatives have changed."""
+        return self._state, self.strength
 
     @in_full_precision
     def consolidate(
@@ -371,7 +349,7 @@ class ContinualLaplace:
         memory._seen()
         return memory
 
-    def _seen(self) -> _Network:
+    def _seen(self) -> SeenNetwork:
         """Look at the network, which may have grown, moved, or have other layers frozen."""
         state = self._state
         parameters = [(id(p), p.requires_grad, p.device, p.dtype) for p in self.model.parameters()]
@@ -386,5 +364,5 @@ class ContinualLaplace:
             for layer in layers
             if layer.name in state.layers
         }
-        self._network = _Network(state, parameters, layers, prior, memories)
+        self._network = SeenNetwork(state, parameters, layers, prior, memories)
         return self._network

@@ -27,6 +27,7 @@ from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure, structure_of
 from kronlaplace.optim.vectors import Vector, combine, dot
+from kronlaplace.priors.penalty import QuadraticPenalty
 
 __all__ = ["Averaging", "NaturalGradient"]
 
@@ -162,6 +163,7 @@ class NaturalGradient(CurvatureOptimizer):
         curvature_fraction: float | None = None,
         model_fraction: float | None = None,
         invert_async: bool = False,
+        prior: QuadraticPenalty | None = None,
         seed: int = 0,
     ) -> None:
         rule = _ADAPTIVE if damping is None else damping
@@ -214,6 +216,7 @@ class NaturalGradient(CurvatureOptimizer):
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
             invert_async=invert_async,
+            prior=prior,
             seed=seed,
         )
 
@@ -341,7 +344,9 @@ class NaturalGradient(CurvatureOptimizer):
         batch = self._required_batch()
         assert self._lambda is not None
         decays = self._settings("weight_decay")
-        model = StepModel(batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes))
+        model = StepModel(
+            batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes), self._penalty
+        )
         self._checks.require(*batch.check())
         return model
 
