@@ -19,6 +19,7 @@ from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.continual.penalty import SeenNetwork
 from kronlaplace.continual.posterior import posterior_of
 from kronlaplace.continual.state import MemoryState, Task
+from kronlaplace.continual.strength import best_strength, check_has_best_strength
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.fisher import KroneckerFisher
@@ -128,6 +129,10 @@ class ContinualLaplace(QuadraticPenalty):
 
     @strength.setter
     def strength(self, value: float) -> None:
+        if value == 0:
+            raise ValueError(
+                "strength must be a positive finite number, got 0; for no penalty leave it out of the loss."
+            )
         self._strength = positive_number(value, "strength")
 
     @property
@@ -220,22 +225,9 @@ class ContinualLaplace(QuadraticPenalty):
             NotImplementedError: As `estimate_fisher`; if the outputs depend on a layer that cannot have a block; or if
                 the blocks cannot be merged as ``merge`` says.
         """
-        if (data is None) == (fisher is None):
-            raise TypeError("consolidate takes either data or fisher=, exactly one of them.")
-        if isinstance(data, KroneckerFisher):
-            raise TypeError("a ready-made Fisher is given by name: consolidate(fisher=...).")
         name = self._new_name(task)
         layers = self._seen().layers
-        curvature = TaskCurvature(
-            self.model, layers, self._wish.without_frozen(self.model), self.likelihood, self.estimator
-        )
-        if fisher is None:
-            assert data is not None
-            fisher = curvature.estimate(
-                data, sampling=sampling, mc_samples=mc_samples, seed=self.seed, progress=progress
-            )
-        else:
-            fisher = curvature.check_ready_made(fisher)
+        fisher = self._fisher_of(data, fisher, sampling=sampling, mc_samples=mc_samples, progress=progress)
         with torch.inference_mode(False):
             self._state = self._state.with_task(
                 Task(name, fisher.n_examples, tuple(fisher)),
@@ -249,6 +241,46 @@ class ContinualLaplace(QuadraticPenalty):
             )
         self.likelihood = self.likelihood.completed_by(fisher.metadata.likelihood)
         return self
+
+    @in_full_precision
+    def tune_strength(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        fisher: KroneckerFisher | None = None,
+        sampling: Sampling | str = Sampling.EXACT,
+        mc_samples: int = 1,
+        progress: bool = False,
+    ) -> ContinualLaplace:
+        """Set the strength by the evidence of a new task, given the posterior of the earlier ones as its prior.
+
+        Call it while the network learns the task, such as after every epoch, and before `consolidate`: the evidence is that
+        at the weights now, see `kronlaplace.continual.strength`. It costs one pass over the data, as `consolidate` does.
+
+        Args:
+            data: As in `consolidate`, of the new task.
+            fisher: As in `consolidate`, instead of data; its estimation must have seen the targets.
+            sampling: As in `consolidate`.
+            mc_samples: As in `consolidate`.
+            progress: As in `consolidate`.
+
+        Returns:
+            The memory itself, with another `strength`.
+
+        Raises:
+            RuntimeError, NotImplementedError: Before the first task, or with ``mode="per-task"``.
+            TypeError, ValueError: As `consolidate`, or if the evidence has no maximum, as at the weights of the last task.
+        """
+        check_has_best_strength(self._state, self.mode)
+        fisher = self._fisher_of(data, fisher, sampling=sampling, mc_samples=mc_samples, progress=progress)
+        with torch.inference_mode(False):
+            self.strength = best_strength(self._seen(), fisher)
+        return self
+
+    def _fisher_of(self, data: Iterable[Any] | None, fisher: KroneckerFisher | None, **options: Any) -> KroneckerFisher:
+        wish = self._wish.without_frozen(self.model)
+        task = TaskCurvature(self.model, self._seen().layers, wish, self.likelihood, self.estimator)
+        return task.of(data, fisher, seed=self.seed, **options)
 
     def _new_name(self, task: str | None) -> str:
         known = [one.name for one in self.tasks]

@@ -82,6 +82,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: ``"diagonal"`` or `PlainSGD`: the rule for parameters without a Kronecker block. `PlainSGD` steps with
             momentum 0.9.
+        prior: A penalty that is part of the loss, as for `NaturalGradient`.
         seed: Seed of the draws.
 
     Raises:
