@@ -252,8 +252,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             RuntimeError: As `_required_batch`.
         """
         named = {self._names[p]: v for p, v in gradient.items()}
-        batch = self._required_batch()
-        result = batch.curvature_along(named, len(self._passes))
+        result = (batch := self._required_batch()).curvature_along(named, len(self._passes))
         if self._penalty is not None:
             self._penalty.factor = batch.factor
             result = result + self._penalty.products([gradient])[0, 0] / dot(gradient, gradient)
@@ -378,8 +377,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         own = state_dict["curvature"]
         self._curvature.load_state_dict(own["curvature"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
-        counts = (own[key] for key in ("steps", "last_update", "last_inversion"))
-        self._steps, self._last_update, self._last_inversion = counts
+        self._steps, self._last_update, self._last_inversion = (
+            own[k] for k in ("steps", "last_update", "last_inversion")
+        )
         inverse = own["inverse"] and self._structure.inverse_from(on_device(own["inverse"], device_of(self._model)))
         self._renewal.restore(inverse)
         if self._penalty is not None:
