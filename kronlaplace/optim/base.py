@@ -377,9 +377,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         own = state_dict["curvature"]
         self._curvature.load_state_dict(own["curvature"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
-        self._steps, self._last_update, self._last_inversion = (
-            own[k] for k in ("steps", "last_update", "last_inversion")
-        )
+        self._steps, self._last_update, self._last_inversion = map(own.get, ("steps", "last_update", "last_inversion"))
         inverse = own["inverse"] and self._structure.inverse_from(on_device(own["inverse"], device_of(self._model)))
         self._renewal.restore(inverse)
         if self._penalty is not None:
