@@ -59,6 +59,7 @@ from kronlaplace.optim.natural_gradient import NaturalGradient
 from kronlaplace.optim.parameters import PlainSGD
 from kronlaplace.optim.period import Period
 from kronlaplace.priors import DiagonalPrior, IsotropicPrior, KroneckerPrior, LayerwisePrior, Prior
+from kronlaplace.priors.penalty import LayerPrecision, PriorPenalty, QuadraticPenalty
 
 __all__ = [
     "estimate_fisher",
@@ -104,6 +105,9 @@ __all__ = [
     "LayerwisePrior",
     "DiagonalPrior",
     "KroneckerPrior",
+    "QuadraticPenalty",
+    "PriorPenalty",
+    "LayerPrecision",
     "Hyperparameters",
     "train_by_evidence",
     "EvidenceTraining",

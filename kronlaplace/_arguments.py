@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
+import torch
+
 __all__ = ["Choice", "choice", "positive_integer", "positive_number", "resolve", "seed_number", "warn"]
 
 _Choice = TypeVar("_Choice", bound=Enum)
@@ -119,12 +121,12 @@ def seed_number(value: int) -> int:
     return number
 
 
-_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 def warn(message: str) -> None:
-    """Issue a `UserWarning` that points to the line outside the package that led here, however deep the call stack."""
+    """Issue a `UserWarning` that points to the line outside the package, and torch, that led here, however deep it is."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

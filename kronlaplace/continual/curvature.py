@@ -37,6 +37,22 @@ class TaskCurvature:
     likelihood: Likelihood
     estimator: Estimator
 
+    def of(self, data: Iterable[Any] | None, fisher: KroneckerFisher | None, **options: Any) -> KroneckerFisher:
+        """Return the Fisher of the task, from its data or ready-made.
+
+        Raises:
+            TypeError: If not exactly one of both is given.
+            ValueError, NotImplementedError: As `estimate` and `check_ready_made`.
+        """
+        if (data is None) == (fisher is None):
+            raise TypeError("give either data or fisher=, exactly one of them.")
+        if isinstance(data, KroneckerFisher):
+            raise TypeError("a ready-made Fisher is given by name, fisher=..., not as data.")
+        if fisher is not None:
+            return self.check_ready_made(fisher)
+        assert data is not None
+        return self.estimate(data, **options)
+
     def estimate(self, data: Iterable[Any], **options: Any) -> KroneckerFisher:
         """Estimate the Fisher of the layers that the task uses; the others' is zero.
 

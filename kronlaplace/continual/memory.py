@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,19 @@ from kronlaplace.continual.curvature import TaskCurvature
 from kronlaplace.continual.files import check_tasks, numbers_of, read, write
 from kronlaplace.continual.layers import LayerWish, check_still_there
 from kronlaplace.continual.options import Merge, PenaltyMode
+from kronlaplace.continual.penalty import SeenNetwork
 from kronlaplace.continual.posterior import posterior_of
-from kronlaplace.continual.quadratic_form import quadratic_form
-from kronlaplace.continual.state import LayerMemory, MemoryState, Task, name_of_new_task
+from kronlaplace.continual.state import MemoryState, Task, name_of_new_task
+from kronlaplace.continual.strength import best_strength, check_has_best_strength
 from kronlaplace.data.device import device_of
 from kronlaplace.estimators import Estimator, estimator_from_json, estimator_to_json, resolve_estimator
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.layers import Layer, Unsupported
+from kronlaplace.layers import Unsupported
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.network.fingerprint import difference, fingerprint
 from kronlaplace.priors.given import GivenPrior
 from kronlaplace.priors.mean import PriorMean
+from kronlaplace.priors.penalty import LayerPrecision, QuadraticPenalty
 from kronlaplace.priors.precision import Precision
 from kronlaplace.priors.prior import Prior
 
@@ -36,26 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ContinualLaplace"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """The network as it was last seen.
-
-    Attributes:
-        state: What was kept then.
-        parameters: What tells whether it is still the same.
-        layers: Its layers that are trainable.
-        prior: The prior over these.
-        memories: What is kept of those that a task has used.
-    """
-
-    state: MemoryState
-    parameters: object
-    layers: list[Layer]
-    prior: Prior
-    memories: dict[str, LayerMemory]
-
-
-class ContinualLaplace:
+class ContinualLaplace(QuadraticPenalty):
     """A memory of the tasks that a network has learned one after another, as a Gaussian over its weights.
 
     After each task, the posterior becomes the prior of the next (online structured Laplace, Ritter et al. 2018): the
@@ -133,7 +116,7 @@ class ContinualLaplace:
             )
         self._wish = LayerWish.of(layers, exclude, choice(Unsupported, unsupported, "unsupported"))
         self._state = MemoryState()
-        self._network: _Network | None = None
+        self._network: SeenNetwork | None = None
         given = GivenPrior(prior_precision, prior_mean)
         found = self._wish.find(model)
         tied = given.over(found)
@@ -146,6 +129,10 @@ class ContinualLaplace:
 
     @strength.setter
     def strength(self, value: float) -> None:
+        if value == 0:
+            raise ValueError(
+                "strength must be a positive finite number, got 0; for no penalty leave it out of the loss."
+            )
         self._strength = positive_number(value, "strength")
 
     @property
@@ -184,26 +171,22 @@ class ContinualLaplace:
         Raises:
             ValueError: If the network has lost a layer of the memory, or has changed its shape.
         """
-        network = self._seen()
-        parts = []
-        for layer in network.layers:
-            weights = layer.matrix(detach=False).to(layer.dtype)
-            memory = network.memories.get(layer.name)
-            if memory is None or self.mode is PenaltyMode.PER_TASK:
-                deviation = weights - network.prior.means[layer.name]
-                parts.append(network.prior.quadratic_form(layer.name, deviation).to(layer.dtype))
-            if memory is None:
-                continue
-            if self.mode is PenaltyMode.LATEST:
-                deviation = weights - memory.center
-                of_prior = network.prior.quadratic_form(layer.name, deviation).to(layer.dtype)
-                of_tasks = quadratic_form([term.block for term in memory.terms], deviation)
-                parts.append(self.strength * (of_prior + of_tasks))
-                continue
-            for term in memory.terms:
-                assert term.center is not None
-                parts.append(self.strength * quadratic_form([term.block], weights - term.center))
-        return 0.5 * torch.stack(parts).sum()
+        return self._shown(self._seen().penalty(self.mode, self.strength))
+
+    def precision(self) -> dict[str, LayerPrecision]:
+        """Return the penalty's second derivatives, for an optimizer (``kl.NaturalGradient(..., prior=memory)``).
+
+        They are ``λ Λ``, as blocks and a multiple of the identity, by the names of the layers that are trainable now.
+
+        Raises:
+            ValueError: As `penalty`.
+        """
+        return self._seen().precision(self.mode, self.strength)
+
+    @property
+    def version(self) -> object:
+        """What compares unequal after the penalty's second derivatives have changed."""
+        return self._state, self.strength
 
     @in_full_precision
     def consolidate(
@@ -242,22 +225,9 @@ class ContinualLaplace:
             NotImplementedError: As `estimate_fisher`; if the outputs depend on a layer that cannot have a block; or if
                 the blocks cannot be merged as ``merge`` says.
         """
-        if (data is None) == (fisher is None):
-            raise TypeError("consolidate takes either data or fisher=, exactly one of them.")
-        if isinstance(data, KroneckerFisher):
-            raise TypeError("a ready-made Fisher is given by name: consolidate(fisher=...).")
         name = name_of_new_task(task, self.tasks)
         layers = self._seen().layers
-        curvature = TaskCurvature(
-            self.model, layers, self._wish.without_frozen(self.model), self.likelihood, self.estimator
-        )
-        if fisher is None:
-            assert data is not None
-            fisher = curvature.estimate(
-                data, sampling=sampling, mc_samples=mc_samples, seed=self.seed, progress=progress
-            )
-        else:
-            fisher = curvature.check_ready_made(fisher)
+        fisher = self._fisher_of(data, fisher, sampling=sampling, mc_samples=mc_samples, progress=progress)
         with torch.inference_mode(False):
             self._state = self._state.with_task(
                 Task(name, fisher.n_examples, tuple(fisher)),
@@ -271,6 +241,46 @@ class ContinualLaplace:
             )
         self.likelihood = self.likelihood.completed_by(fisher.metadata.likelihood)
         return self
+
+    @in_full_precision
+    def tune_strength(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        fisher: KroneckerFisher | None = None,
+        sampling: Sampling | str = Sampling.EXACT,
+        mc_samples: int = 1,
+        progress: bool = False,
+    ) -> ContinualLaplace:
+        """Set the strength by the evidence of a new task, given the posterior of the earlier ones as its prior.
+
+        Call it while the network learns the task, such as after every epoch, and before `consolidate`: the evidence is that
+        at the weights now, see `kronlaplace.continual.strength`. It costs one pass over the data, as `consolidate` does.
+
+        Args:
+            data: As in `consolidate`, of the new task.
+            fisher: As in `consolidate`, instead of data; its estimation must have seen the targets.
+            sampling: As in `consolidate`.
+            mc_samples: As in `consolidate`.
+            progress: As in `consolidate`.
+
+        Returns:
+            The memory itself, with another `strength`.
+
+        Raises:
+            RuntimeError, NotImplementedError: Before the first task, or with ``mode="per-task"``.
+            TypeError, ValueError: As `consolidate`, or if the evidence has no maximum, as at the weights of the last task.
+        """
+        check_has_best_strength(self._state, self.mode)
+        fisher = self._fisher_of(data, fisher, sampling=sampling, mc_samples=mc_samples, progress=progress)
+        with torch.inference_mode(False):
+            self.strength = best_strength(self._seen(), fisher)
+        return self
+
+    def _fisher_of(self, data: Iterable[Any] | None, fisher: KroneckerFisher | None, **options: Any) -> KroneckerFisher:
+        wish = self._wish.without_frozen(self.model)
+        task = TaskCurvature(self.model, self._seen().layers, wish, self.likelihood, self.estimator)
+        return task.of(data, fisher, seed=self.seed, **options)
 
     @in_full_precision
     def posterior(self) -> KronLaplace:
@@ -360,7 +370,7 @@ class ContinualLaplace:
         memory._seen()
         return memory
 
-    def _seen(self) -> _Network:
+    def _seen(self) -> SeenNetwork:
         """Look at the network, which may have grown, moved, or have other layers frozen."""
         state = self._state
         parameters = [(id(p), p.requires_grad, p.device, p.dtype) for p in self.model.parameters()]
@@ -375,5 +385,5 @@ class ContinualLaplace:
             for layer in layers
             if layer.name in state.layers
         }
-        self._network = _Network(state, parameters, layers, prior, memories)
+        self._network = SeenNetwork(state, parameters, layers, prior, memories)
         return self._network

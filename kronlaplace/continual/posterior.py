@@ -26,7 +26,7 @@ from kronlaplace.priors.prior import IsotropicPrior, LayerwisePrior, Prior
 if TYPE_CHECKING:
     from kronlaplace.laplace.posterior import KronLaplace
 
-__all__ = ["posterior_of"]
+__all__ = ["as_few", "posterior_of"]
 
 
 def posterior_of(
@@ -54,7 +54,7 @@ def posterior_of(
     approximate = []
     for name in prior.means:
         with torch.no_grad():
-            parts[name], exact = _as_few([term.block for term in state.layers[name].terms], pairs)
+            parts[name], exact = as_few([term.block for term in state.layers[name].terms], pairs)
         if not exact:
             approximate.append(name)
     if approximate:
@@ -71,7 +71,7 @@ def posterior_of(
     return KronLaplace(model, likelihood, estimator, prior_precision=prior, layers=list(latest)).fit(fisher=fisher)
 
 
-def _as_few(blocks: Sequence[Block], pairs: bool) -> tuple[list[Block], bool]:
+def as_few(blocks: Sequence[Block], pairs: bool) -> tuple[list[Block], bool]:
     """Return the sum of some blocks as one block, or two if pairs are allowed; and whether that is exact."""
     first = blocks[0]
     if len(blocks) == 1:

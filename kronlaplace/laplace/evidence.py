@@ -48,7 +48,11 @@ class Evidence:
     def __init__(self, fisher: KroneckerFisher, weights: Mapping[str, Tensor], prior: Prior) -> None:
         check_has_evidence(fisher.metadata.likelihood)
         if fisher.statistics is None:
-            raise ValueError("the evidence needs targets: fit with batches of (inputs, targets).")
+            raise ValueError(
+                "the evidence needs targets: fit with batches of (inputs, targets). The posterior of a memory of several "
+                "tasks has no evidence, because the likelihood of the earlier data at its weights is not known; tune it by "
+                'tune(method="validation", data=...).'
+            )
         fisher.decompose()
         self.likelihood = fisher.metadata.likelihood
         self.statistics = fisher.statistics

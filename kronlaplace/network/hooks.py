@@ -26,6 +26,11 @@ class Hook:
         self._method = method
         self._args = args
 
+    @property
+    def alive(self) -> bool:
+        """Whether the observer still exists."""
+        return self._observer is not None and self._observer() is not None
+
     def __call__(self, *args: Any) -> Any:
         observer = None if self._observer is None else self._observer()
         return None if observer is None else getattr(observer, self._method)(*self._args, *args)

@@ -20,10 +20,11 @@ from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.checks import check_setting, fraction_of_batch
 from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.part import Part
-from kronlaplace.optim.preconditioner import InverseInProgress
+from kronlaplace.optim.preconditioner import Amount, InverseInProgress
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure
 from kronlaplace.optim.vectors import Vector, combine
+from kronlaplace.priors.penalty import QuadraticPenalty
 
 __all__ = ["AdaptiveKFAC"]
 
@@ -81,6 +82,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: ``"diagonal"`` or `PlainSGD`: the rule for parameters without a Kronecker block. `PlainSGD` steps with
             momentum 0.9.
+        prior: A penalty that is part of the loss, as for `NaturalGradient`.
         seed: Seed of the draws.
 
     Raises:
@@ -110,6 +112,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         mc_samples: int = 1,
         layers: Sequence[str] | str | None = None,
         others: str | PlainSGD = "diagonal",
+        prior: QuadraticPenalty | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(damping, LevenbergMarquardt):
@@ -149,6 +152,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
             curvature_part=Part(fraction_of_batch(curvature_fraction, "curvature_fraction")),
             model_part=Part(fraction_of_batch(model_fraction, "model_fraction")),
             invert_async=False,
+            prior=prior,
             seed=seed,
         )
 
@@ -169,11 +173,15 @@ class AdaptiveKFAC(CurvatureOptimizer):
         return self._rule.damping(self._gamma**2)
 
     def _inversion(self, damping: Damping) -> Callable[[], InverseInProgress]:
-        return self._inversion_of(self._curvature.blocks(), damping)
+        return self._inversion_of(*self._blocks_and_added(), damping)
 
-    def _inversion_of(self, blocks: Mapping[str, Block], damping: Damping) -> Callable[[], InverseInProgress]:
-        no_more = dict.fromkeys(blocks, 0.0)  # γ contains the weight decay
-        return self._structure.inversion(self._curvature.accumulation, blocks, damping, no_more)
+    def _blocks_and_added(self) -> tuple[dict[str, Block], Mapping[str, Amount]]:
+        return self._objective_blocks(dict.fromkeys(self._layers, 0.0))  # γ contains the weight decay
+
+    def _inversion_of(
+        self, blocks: Mapping[str, Block], added: Mapping[str, Amount], damping: Damping
+    ) -> Callable[[], InverseInProgress]:
+        return self._structure.inversion(self._curvature.accumulation, blocks, damping, added)
 
     def _start(self, damping: float) -> None:
         self._lambda, self._gamma = float(damping), math.sqrt(damping + self._weight_decay)
@@ -204,9 +212,11 @@ class AdaptiveKFAC(CurvatureOptimizer):
 
     def _try_factor_dampings(self) -> None:
         """Begin the inverses for the candidates of ``γ``, of the blocks as they are now."""
-        blocks, self._choice = self._curvature.blocks(), None
+        (blocks, added), self._choice = self._blocks_and_added(), None
         gammas = (self._gamma, self._gamma * self._factor_decay, self._gamma / self._factor_decay)
-        self._candidates = [(gamma, self._inversion_of(blocks, self._rule.damping(gamma**2))()) for gamma in gammas]
+        self._candidates = [
+            (gamma, self._inversion_of(blocks, added, self._rule.damping(gamma**2))()) for gamma in gammas
+        ]
 
     def _choose(self) -> None:
         """Keep the best candidate for ``γ``, as soon as it is known on the host; all are solved with until then."""
@@ -224,7 +234,9 @@ class AdaptiveKFAC(CurvatureOptimizer):
         directions = [{p: v.neg() for p, v in self._solved(gradient, one).items()} for one in inverses]
         last = {p: self.state[p]["last_step"] for p in directions[0] if self._momentum and "last_step" in self.state[p]}
         decays = self._settings("weight_decay")
-        model = StepModel(batch, self._names, gradient, directions, last, self._lambda, decays, len(self._passes))
+        model = StepModel(
+            batch, self._names, gradient, directions, last, self._lambda, decays, len(self._passes), self._penalty
+        )
         self._checks.require(*batch.check())
         coefficients, lowest = model.minimum()
         if tries and self._choice is None:

@@ -18,27 +18,20 @@ from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.optim.background import Background
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.checks import NO_CURVATURE, REMEDIES
 from kronlaplace.optim.curvature import TrainingCurvature
 from kronlaplace.optim.finite import FiniteChecks
 from kronlaplace.optim.parameters import PlainSGD, divide
 from kronlaplace.optim.part import Part
 from kronlaplace.optim.passes import Passes
+from kronlaplace.optim.penalty_in_loss import PenaltyInLoss
 from kronlaplace.optim.period import Period, period_of
-from kronlaplace.optim.preconditioner import Inverse, InverseInProgress, Renewal
+from kronlaplace.optim.preconditioner import Amount, Inverse, InverseInProgress, Renewal, on_device
 from kronlaplace.optim.structure import Structure, structure_of
-from kronlaplace.optim.vectors import Vector, objective_gradient, solved
+from kronlaplace.optim.vectors import Vector, dot, objective_gradient, solved
+from kronlaplace.priors.penalty import QuadraticPenalty
 
 __all__ = ["CurvatureOptimizer"]
-
-_NO_CURVATURE = (
-    "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
-    "forward pass of the model and the backward pass of the loss."
-)
-
-_REMEDIES = (
-    "Otherwise, train these layers without curvature, by layers=[...], the names of those that get a block, with "
-    "others=kl.PlainSGD(lr=0.01), or freeze their parameters with requires_grad_(False)."
-)
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -63,6 +56,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         curvature_part: Part,
         model_part: Part,
         invert_async: bool,
+        prior: QuadraticPenalty | None,
         seed: int,
     ) -> None:
         self.likelihood = resolve_likelihood(likelihood)
@@ -73,6 +67,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if (draws := DirectionSampling(sampling, mc_samples, seed)).kind is Sampling.EMPIRICAL:  # type: ignore[arg-type]
             raise ValueError('sampling must be "mc" or "exact": the labels of the Fisher come from the model.')
         self._structure = structure_of(structure)
+        self._structure.check_prior(prior)
         self._curvature_every = period_of(curvature_every, "curvature_every")
         self._invert_every = period_of(invert_every, "invert_every")
         self._model_part = model_part
@@ -97,7 +92,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._last_update: int | None = None
         self._last_inversion: int | None = None
-        self._passes = Passes(min((p for x in division.layers for p in x.parameters.values()), key=nn.Parameter.numel))
+        self._penalty = None if prior is None else PenaltyInLoss(prior, model, division.layers)
+        self._passes = Passes(division.layers, self._penalty)
         self._checks = FiniteChecks()
         self._closing = weakref.finalize(self, _close, self._curvature, self._renewal, self._passes)
 
@@ -155,7 +151,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             try:
                 self._curvature.update(outputs)
             except UnusableLayersError as error:
-                raise UnusableLayersError(error.message, error.reasons, _REMEDIES) from None
+                raise UnusableLayersError(error.message, error.reasons, REMEDIES) from None
             except RuntimeError as error:
                 if "backward through the graph a second time" not in str(error):
                     raise
@@ -204,15 +200,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._updates_curvature:
             self._last_update = self._steps
         if self._curvature.updates == 0 and self._curvature.accumulation.weight == 0:
-            raise RuntimeError(_NO_CURVATURE)
+            raise RuntimeError(NO_CURVATURE)
         due = self._invert_every.is_due(self._steps, self._last_inversion) or self._renewal.inverse is None
+        due = due or (self._penalty is not None and self._penalty.has_changed)
         if due and not self._renewal.busy:
             self._renewal.begin(self._inversion(self._damping()))
             self._last_inversion = self._steps
 
     def _inversion(self, damping: Damping) -> Callable[[], InverseInProgress]:
+        blocks, added = self._objective_blocks(self._weight_decays())
+        return self._structure.inversion(self._curvature.accumulation, blocks, damping, added)
+
+    def _objective_blocks(self, decays: Mapping[str, float]) -> tuple[dict[str, Block], Mapping[str, Amount]]:
+        """Return the blocks of the objective's curvature now, with the prior's, and what is added to the damping."""
         blocks = self._curvature.blocks()
-        return self._structure.inversion(self._curvature.accumulation, blocks, damping, self._weight_decays())
+        return (blocks, decays) if self._penalty is None else self._penalty.added_to(blocks, decays)
 
     def _weight_decays(self) -> dict[str, float]:
         """Return the weight decay of every layer, which is part of the objective's curvature (KFC Eq. 28)."""
@@ -240,7 +242,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             RuntimeError: If there is none, or its loss has not been propagated back.
         """
         if (batch := self._passes.batch()) is None:
-            raise RuntimeError(_NO_CURVATURE)
+            raise RuntimeError(NO_CURVATURE)
         return batch
 
     def _curvature_along(self, gradient: Vector) -> float:
@@ -250,7 +252,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             RuntimeError: As `_required_batch`.
         """
         named = {self._names[p]: v for p, v in gradient.items()}
-        return float(self._required_batch().curvature_along(named, len(self._passes)))
+        result = (batch := self._required_batch()).curvature_along(named, len(self._passes))
+        if self._penalty is not None:
+            self._penalty.factor = batch.factor
+            result = result + self._penalty.products([gradient])[0, 0] / dot(gradient, gradient)
+        return float(result)
 
     def _settings(self, key: str) -> dict[nn.Parameter, float]:
         """Return the value of a setting of the groups for every parameter."""
@@ -300,7 +306,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             gradients = {self._names[p]: p.grad for p in grouped if p.grad is not None}
             self._checks.check_gradients(self._steps, gradients, self._advice())
             if not self._passes and (self._updates_curvature or self._needs_batch()):
-                raise RuntimeError(_NO_CURVATURE)
+                raise RuntimeError(NO_CURVATURE)
+            if self._penalty is not None:
+                self._checks.require(*self._penalty.settle(self._passes.scale))
             self._make_step()
         finally:
             self._forget_passes()
@@ -351,6 +359,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "steps": self._steps,
             "last_update": self._last_update,
             "last_inversion": self._last_inversion,
+            "loss_factor": 1.0 if self._penalty is None else self._penalty.factor,
             **self._more_state(),
         }
         return {**super().state_dict(), "curvature": curvature}
@@ -368,23 +377,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         own = state_dict["curvature"]
         self._curvature.load_state_dict(own["curvature"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
-        self._steps, self._last_update, self._last_inversion = (
-            own["steps"],
-            own["last_update"],
-            own["last_inversion"],
-        )
-        self._renewal.restore(None if own["inverse"] is None else self._inverse_from(own["inverse"]))
+        self._steps, self._last_update, self._last_inversion = map(own.get, ("steps", "last_update", "last_inversion"))
+        inverse = own["inverse"] and self._structure.inverse_from(on_device(own["inverse"], device_of(self._model)))
+        self._renewal.restore(inverse)
+        if self._penalty is not None:
+            self._penalty.restore(own["loss_factor"])
         self._load_more_state(own)
         self._passes.clear()
         self._curvature.observer.enabled = self._curvature_every.is_due(self._steps, self._last_update)
-
-    def _inverse_from(self, tensors: Mapping[str, Any]) -> Inverse:
-        device = device_of(self._model)
-        moved = {
-            name: {key: t.to(device) if isinstance(t, Tensor) else t for key, t in part.items()}
-            for name, part in tensors.items()
-        }
-        return self._structure.inverse_from(moved)
 
     def _more_state(self) -> dict[str, Any]:
         """Return what a subclass adds to the state."""

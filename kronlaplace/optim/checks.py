@@ -12,7 +12,17 @@ from torch import Tensor
 from kronlaplace._arguments import positive_number
 from kronlaplace.data.inputs import Inputs, tensors_of
 
-__all__ = ["PassMark", "check_setting", "finite_norms", "fraction_of_batch"]
+__all__ = ["NO_CURVATURE", "REMEDIES", "PassMark", "check_setting", "finite_norms", "fraction_of_batch"]
+
+NO_CURVATURE = (
+    "update_curvature was not called in this step: call optimizer.update_curvature(outputs) in every step, between the "
+    "forward pass of the model and the backward pass of the loss."
+)
+
+REMEDIES = (
+    "Otherwise, train these layers without curvature, by layers=[...], the names of those that get a block, with "
+    "others=kl.PlainSGD(lr=0.01), or freeze their parameters with requires_grad_(False)."
+)
 
 
 def check_setting(name: str, value: float) -> None:

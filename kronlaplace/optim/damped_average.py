@@ -26,7 +26,7 @@ from kronlaplace.estimators.base import kind_of
 from kronlaplace.estimators.second_moments import squeezed
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.layers import Layer, LayerBatch, LayerGradients
-from kronlaplace.optim.preconditioner import InverseInProgress
+from kronlaplace.optim.preconditioner import Amount, InverseInProgress
 from kronlaplace.optim.structure import BlockDiagonal, Structure
 
 __all__ = ["DampedAverage", "DampedBlockDiagonal"]
@@ -173,11 +173,16 @@ class DampedBlockDiagonal(BlockDiagonal):
             )
         self._damping, self._decays = damping, decays
 
+    takes_no_prior = (
+        'the curvature of a prior is added before the factors are damped, and averaging="damped" damps them in each step. '
+        'Use averaging="undamped", or leave out prior=.'
+    )
+
     def accumulation(self, estimator: Estimator, layers: Sequence[Layer]) -> Accumulation:
         return DampedAverage(estimator, layers, self._damping, self._decays)
 
     def inversion(
-        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
+        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, Amount]
     ) -> Callable[[], InverseInProgress]:
         return super().inversion(accumulation, blocks, _AlreadyInFactors(damping), added)
 

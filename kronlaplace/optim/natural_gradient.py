@@ -27,6 +27,7 @@ from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.step_model import StepModel
 from kronlaplace.optim.structure import Structure, structure_of
 from kronlaplace.optim.vectors import Vector, combine, dot
+from kronlaplace.priors.penalty import QuadraticPenalty
 
 __all__ = ["Averaging", "NaturalGradient"]
 
@@ -78,7 +79,7 @@ class NaturalGradient(CurvatureOptimizer):
     increase the loss of the batch (the slope is that of all examples, what is beyond it that of the part), and by twice the
     factor before with each further rejection in a row (Nielsen 1999), up to 10. It also grows by 1/0.7 when the mean
     ratio ``κ`` of the exact to the approximate curvature along ``Δ`` is above 2,000, and when the damped ratio is below -1,
-    as with a regularizer that the model does not know. Noise alone does not drive it up.
+    as with a regularizer that is not given as ``prior``. Noise alone does not drive it up.
     In every step at first, and then less often, the curvature, the inverses and the model are renewed. Between
     measurements, scalars carry the model on: the step with the last ``α`` and ``μ`` (at most 0.9) is shortened to the
     minimum along it, and to the length of the last measured step.
@@ -130,11 +131,17 @@ class NaturalGradient(CurvatureOptimizer):
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 24 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
             replace the old ones when they are ready. When that is depends on the machine, so runs do not repeat exactly.
+        prior: A penalty of the weights that is part of the loss, a `ContinualLaplace` or `PriorPenalty`, whose
+            ``penalty() / n_examples`` is added to the mean negative log-likelihood in every step. Its curvature is then in
+            the preconditioner, as the Kronecker product nearest to the sum with ``F̂`` (K-FOC Eq. 10), and, exactly, in the
+            model of the steps and in ``ν``. The number of examples is not given here: the weight of the penalty in the loss
+            is seen in the backward pass.
         seed: Seed of the label draws.
 
     Raises:
         TypeError, ValueError: If an argument is not allowed, or the model has no layer with a block.
-        NotImplementedError: If a module cannot have a block and ``others`` is ``"diagonal"``.
+        NotImplementedError: If there is a prior and the structure is block-tridiagonal, or averages are of damped factors;
+            or if a module cannot have a block and ``others`` is ``"diagonal"``.
     """
 
     def __init__(
@@ -162,6 +169,7 @@ class NaturalGradient(CurvatureOptimizer):
         curvature_fraction: float | None = None,
         model_fraction: float | None = None,
         invert_async: bool = False,
+        prior: QuadraticPenalty | None = None,
         seed: int = 0,
     ) -> None:
         rule = _ADAPTIVE if damping is None else damping
@@ -214,6 +222,7 @@ class NaturalGradient(CurvatureOptimizer):
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),
             invert_async=invert_async,
+            prior=prior,
             seed=seed,
         )
 
@@ -341,7 +350,9 @@ class NaturalGradient(CurvatureOptimizer):
         batch = self._required_batch()
         assert self._lambda is not None
         decays = self._settings("weight_decay")
-        model = StepModel(batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes))
+        model = StepModel(
+            batch, self._names, gradient, [direction], last, self._lambda, decays, len(self._passes), self._penalty
+        )
         self._checks.require(*batch.check())
         return model
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from kronlaplace.blocks import Block
@@ -13,7 +15,19 @@ from kronlaplace.damping import Damping
 from kronlaplace.damping.solvers import Solver, solver_from_tensors
 from kronlaplace.optim.background import Background
 
-__all__ = ["BlockDiagonalInverse", "Inverse", "InverseInProgress", "Renewal", "block_diagonal_inverse"]
+__all__ = [
+    "Amount",
+    "BlockDiagonalInverse",
+    "Inverse",
+    "InverseInProgress",
+    "Renewal",
+    "block_diagonal_inverse",
+    "on_device",
+]
+
+
+Amount: TypeAlias = float | Tensor
+"""What is added to a damping: a number, or a 0-dim tensor that need not be read."""
 
 
 class Inverse(Protocol):
@@ -80,27 +94,37 @@ class InverseInProgress:
 
 
 def block_diagonal_inverse(
-    blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
+    blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, Amount]
 ) -> InverseInProgress:
     """Begin to invert all blocks, equal sizes together.
 
     Args:
         blocks: The blocks by layer.
         damping: The damping.
-        added: A number by layer that is added to the damping, such as the weight decay.
+        added: What is added to the damping by layer, such as the weight decay. Layers with equal numbers go together.
 
     Returns:
         The inverse; to settle it raises a ValueError if a block is singular and the damping zero, or for NaN or infinite
         entries, naming the layer.
     """
     parts = []
-    for amount in dict.fromkeys(added[name] for name in blocks):
-        some = {name: block for name, block in blocks.items() if added[name] == amount}
-        parts.append(damping.with_added(amount).begin_solvers(some))
+    alike: dict[object, dict[str, Block]] = defaultdict(dict)
+    for name, block in blocks.items():
+        alike[id(added[name]) if isinstance(added[name], Tensor) else added[name]][name] = block
+    for some in alike.values():
+        parts.append(damping.with_added(added[next(iter(some))]).begin_solvers(some))
     return InverseInProgress(
         lambda: BlockDiagonalInverse({name: solver for part in parts for name, solver in part.settle().items()}),
         lambda: all(part.ready() for part in parts),
     )
+
+
+def on_device(tensors: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return what `Inverse.to_tensors` returned with all tensors on a device."""
+    return {
+        name: {key: value.to(device) if isinstance(value, Tensor) else value for key, value in part.items()}
+        for name, part in tensors.items()
+    }
 
 
 class Renewal:

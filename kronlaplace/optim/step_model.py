@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.optim.batch_model import BatchModel
+from kronlaplace.optim.penalty_in_loss import PenaltyInLoss
 from kronlaplace.optim.quadratic_model import minimize, predicted_change, reduction_ratio
 from kronlaplace.optim.vectors import Vector, dot
 
@@ -29,6 +30,7 @@ class StepModel:
         damping: ``λ``.
         decays: The weight decay ``η`` of each parameter.
         passes: Number of passes of the step, with gradient accumulation.
+        penalty: The penalty in the loss, if its curvature is known.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class StepModel:
         damping: float,
         decays: Mapping[nn.Parameter, float],
         passes: int = 1,
+        penalty: PenaltyInLoss | None = None,
     ) -> None:
-        self._batch, self._names, self._decays = batch, names, decays
+        self._batch, self._names, self._decays, self._penalty = batch, names, decays, penalty
         vectors = [*candidates]
         if last:
             vectors.append({p: last.get(p, torch.zeros_like(v)) for p, v in candidates[0].items()})
@@ -54,8 +57,14 @@ class StepModel:
                 products[i, j] = products[j, i] = self._weighted(u, v, damping)
         added = torch.stack([torch.stack([products[i, j] for j in range(len(vectors))]) for i in range(len(vectors))])
         members = [[i, len(candidates)] if last else [i] for i in range(len(candidates))]
+        of_penalty = torch.zeros_like(fisher)
+        if penalty is not None:
+            penalty.factor = batch.factor
+            of_penalty = penalty.products(vectors)
+        added = added + of_penalty
+        self._of_penalty = _submatrices(of_penalty, members)
         self.curvature = _submatrices(fisher + added, members)
-        """``C_ij = v_iᵀFv_j + (λ + η) v_iᵀv_j`` of each model, shape ``(m, k, k)``."""
+        """``C_ij = v_iᵀ(F + P)v_j + (λ + η) v_iᵀv_j`` of each model, ``P`` that of the penalty, shape ``(m, k, k)``."""
         self.slopes = _parts(whole / batch.factor, members)
         """``d_i = ∇hᵀv_i`` of each model with the gradient of the whole batch, shape ``(m, k)``."""
         self._part_slopes = _parts(slopes, members)
@@ -69,23 +78,20 @@ class StepModel:
         lowest = torch.where(torch.isnan(changes), torch.inf, changes).argmin().unsqueeze(0)
         return coefficients, lowest
 
-    def change(self, step: Vector) -> Tensor:
-        """Compute by how much a step really changes the objective of the part of the batch, 0-dim."""
-        weights = {p: p.detach() for p in step}
-        return self._batch.change(self._by_name(step)) + self._weighted(weights, step) + self._weighted(step, step) / 2
-
     def change_of_objective(self, step: Vector, coefficients: Tensor) -> Tensor:
         """Compute by how much a step changes the objective, 0-dim: its slope is that of the whole batch.
 
         What the loss changes beyond its slope is that of the part of the batch. With ``∇h`` for the objective of the whole
-        batch and ``ℓ`` for the loss of the part, this is ``∇hᵀδ + (ℓ(θ + δ) − ℓ(θ) − ∇ℓᵀδ) + ½ η ‖δ‖²``.
+        batch and ``ℓ`` for the loss of the part, this is
+        ``∇hᵀδ + (ℓ(θ + δ) − ℓ(θ) − ∇ℓᵀδ) + ½ η ‖δ‖² + ½ δᵀPδ``, with the curvature ``P`` of the penalty.
 
         Args:
             step: The step ``δ``; the network still has the parameters ``θ`` from before.
             coefficients: Its coefficients in the first model, shape ``(k,)``.
         """
         beyond = self._batch.change(self._by_name(step)) - self._part_slopes[0] @ coefficients
-        return self.slopes[0] @ coefficients + beyond + self._weighted(step, step) / 2
+        bent = self._weighted(step, step) + coefficients @ self._of_penalty[0] @ coefficients
+        return self.slopes[0] @ coefficients + beyond + bent / 2
 
     def raise_curvature(self, least: Tensor) -> None:
         """Raise the first model's curvature along ``Δ`` to a least value, 0-dim."""
@@ -100,8 +106,16 @@ class StepModel:
             candidate: The number of its candidate, shape ``(1,)``.
         """
         curvature, slopes = (t.index_select(0, candidate).squeeze(0) for t in (self.curvature, self._part_slopes))
-        shift = self._weighted({p: p.detach() for p in step}, step)  # of weight decay, to first order
-        return reduction_ratio(self.change(step), predicted_change(curvature, slopes, coefficients) + shift)
+        of_penalty = self._of_penalty.index_select(0, candidate).squeeze(0)
+        shift = self._slope_of_rest(step)
+        bent = self._weighted(step, step) + coefficients @ of_penalty @ coefficients
+        change = self._batch.change(self._by_name(step)) + shift + bent / 2
+        return reduction_ratio(change, predicted_change(curvature, slopes, coefficients) + shift)
+
+    def _slope_of_rest(self, step: Vector) -> Tensor:
+        """Return the slope along a step of what is not in the likelihood, weight decay and penalty, 0-dim."""
+        decay = self._weighted({p: p.detach() for p in step}, step)
+        return decay if self._penalty is None else decay + self._penalty.slope(step)
 
     def _by_name(self, vector: Vector) -> dict[str, Tensor]:
         return {self._names[p]: v for p, v in vector.items()}

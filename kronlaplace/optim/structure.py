@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from kronlaplace._arguments import resolve
 from kronlaplace.blocks import Block, KroneckerBlock
@@ -16,6 +16,7 @@ from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.optim.chain import find_chain
 from kronlaplace.optim.chain_accumulation import ChainAccumulation
 from kronlaplace.optim.preconditioner import (
+    Amount,
     BlockDiagonalInverse,
     Inverse,
     InverseInProgress,
@@ -28,6 +29,18 @@ __all__ = ["BlockDiagonal", "BlockTridiagonal", "Structure", "structure_of"]
 
 class Structure(ABC):
     """Base class of the structures."""
+
+    takes_no_prior: ClassVar[str] = ""
+    """Why the curvature of a prior cannot be added, with the way out; empty if it can."""
+
+    def check_prior(self, prior: object) -> None:
+        """Check that the curvature of a prior can be added to the blocks; None is no prior.
+
+        Raises:
+            NotImplementedError: If it cannot, with the way out.
+        """
+        if prior is not None and self.takes_no_prior:
+            raise NotImplementedError(self.takes_no_prior)
 
     @abstractmethod
     def accumulation(self, estimator: Estimator, layers: Sequence[Layer]) -> Accumulation:
@@ -52,7 +65,7 @@ class Structure(ABC):
 
     @abstractmethod
     def inversion(
-        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
+        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, Amount]
     ) -> Callable[[], InverseInProgress]:
         """Return a function that begins to compute the inverse as the accumulation is now, whatever happens to it meanwhile.
 
@@ -85,7 +98,7 @@ class BlockDiagonal(Structure):
         return
 
     def inversion(
-        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
+        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, Amount]
     ) -> Callable[[], InverseInProgress]:
         return lambda: block_diagonal_inverse(blocks, damping, added)
 
@@ -105,6 +118,11 @@ class BlockTridiagonal(Structure):
     given blocks, adjacent layers count as uncorrelated.
     """
 
+    takes_no_prior = (
+        "the curvature of a prior is that of single layers, and cannot be added to the block-tridiagonal inverse. Use "
+        'structure="block-diagonal", or leave out prior=.'
+    )
+
     def __repr__(self) -> str:
         return "BlockTridiagonal()"
 
@@ -116,7 +134,7 @@ class BlockTridiagonal(Structure):
         accumulation.order(find_chain(observer, n_examples))
 
     def inversion(
-        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, float]
+        self, accumulation: Accumulation, blocks: Mapping[str, Block], damping: Damping, added: Mapping[str, Amount]
     ) -> Callable[[], InverseInProgress]:
         assert isinstance(accumulation, ChainAccumulation)
         chain = [block for name in accumulation.chain if isinstance(block := blocks[name], KroneckerBlock)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kronlaplace.layers import Layer
 from kronlaplace.optim.preconditioner import Inverse
 
-__all__ = ["Vector", "combine", "dot", "objective_gradient", "solved"]
+__all__ = ["Vector", "assembled", "combine", "dot", "objective_gradient", "solved"]
 
 Vector = dict[nn.Parameter, Tensor]
 """A vector by parameter, each part with the parameter's shape."""
@@ -43,7 +43,7 @@ def solved(inverse: Inverse, layers: Iterable[Layer], gradient: Vector) -> Vecto
         gradient: The gradient, for all parameters of a layer or for none.
     """
     present = [layer for layer in layers if next(iter(layer.parameters.values())) in gradient]
-    directions = inverse.solve({layer.name: _assembled(layer, gradient) for layer in present})
+    directions = inverse.solve({layer.name: assembled(layer, gradient) for layer in present})
     result: Vector = {}
     for layer in present:
         for name, part in layer.split_directions(directions[layer.name]).items():
@@ -71,7 +71,7 @@ def combine(step: Vector, last: Vector, coefficients: Tensor) -> None:
         step[p].add_(coefficients[1] * v)
 
 
-def _assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+def assembled(layer: Layer, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """Return values of a layer's parameters, such as their gradients, as one matrix ``(q, p)`` in the layer's dtype."""
     return layer.assemble({name: values[p] for name, p in layer.parameters.items()}).to(layer.dtype)
 
