@@ -61,6 +61,7 @@ class TaskCurvature:
             TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
         """
         unused = UnusedLayers(self.model, self.layers)
+        diagonal = self.wish.unsupported is Unsupported.DIAGONAL
         fisher = estimate_while_watched(
             self.model,
             data,
@@ -68,7 +69,7 @@ class TaskCurvature:
             self.estimator,
             layers=self.wish.wanted,
             exclude=self.wish.exclude,
-            unsupported=Unsupported.FIXED,
+            unsupported=Unsupported.DIAGONAL if diagonal else Unsupported.FIXED,
             watch=unused,
             **options,
         )
@@ -78,7 +79,7 @@ class TaskCurvature:
             for layer in self.layers
             if layer.name not in fisher and layer.name not in unused.names
         }
-        if unusable and self.wish.unsupported is Unsupported.ERROR:
+        if unusable and self.wish.unsupported is not Unsupported.FIXED:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in unusable.items())
             raise UnusableLayersError(
                 "the outputs depend on layers that cannot have a block, or that only some batches use (give the data of "
@@ -114,7 +115,7 @@ class TaskCurvature:
             name: note
             for name, note in missing.items()
             if note in NOT_WANTED
-            or (note not in (NOT_CALLED, NO_EFFECT) and self.wish.unsupported is Unsupported.ERROR)
+            or (note not in (NOT_CALLED, NO_EFFECT) and self.wish.unsupported is not Unsupported.FIXED)
         }
         if unexplained:
             lines = "\n".join(f"  {name}: {note}" for name, note in unexplained.items())
