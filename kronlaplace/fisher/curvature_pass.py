@@ -89,8 +89,13 @@ def accumulate_batch(
         batches = {name: batch.with_moment_of(moment_examples(batch)) for name, batch in batches.items()}
     accumulation.begin_batch(batches)
     n_directions = sampling.count(likelihood, detached, targets)
+    signs = None
+    if observer.sums_over_batch and sampling.kind is Sampling.EXACT:
+        signs = sampling.generator(index, outputs.device)
     unused: UnusableLayersError | None = None
     for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
+        if signs is not None:  # which makes the examples independent, and changes nothing else
+            direction = direction * _random_signs(outputs, signs)
         try:
             observer.backward(outputs, direction, receive, retain_graph=retain_graph or v < n_directions)
         except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
@@ -98,6 +103,13 @@ def accumulate_batch(
     accumulation.end_batch(batches, len(outputs) if n_examples is None else min(n_examples, len(outputs)))
     if unused is not None:
         raise unused
+
+
+def _random_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sign for each example."""
+    shape = (len(outputs), *[1] * (outputs.ndim - 1))
+    drawn = torch.randint(2, shape, generator=generator, device=outputs.device)
+    return (2 * drawn - 1).to(outputs.dtype)
 
 
 class CurvaturePass:

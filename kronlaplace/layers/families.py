@@ -19,6 +19,7 @@ from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 from kronlaplace.layers.scale import ScaleLayer
 from kronlaplace.layers.transposed import TransposedLinearLayer
+from kronlaplace.layers.transposed_convolution import TransposedConvolutionLayer
 
 __all__ = ["LAYERS", "SUPPORTED_LAYERS", "Family", "family_of", "linear_family", "register_layer", "written_out"]
 
@@ -85,6 +86,7 @@ def _embedding(weight: str, name: str, module: Any, tied_modules: Sequence[nn.Mo
 
 _LINEAR = Family("linear", _weight_and_bias(LinearLayer))
 _CONVOLUTION = Family("convolution", _weight_and_bias(ConvolutionLayer))
+_TRANSPOSED = Family("transposed convolution", _weight_and_bias(TransposedConvolutionLayer))
 _NORMALIZATION = Family("normalization", _weight_and_bias(NormalizationLayer), has_kronecker_factors=False)
 _RECURRENT = Family("recurrent", recurrent_layers, recurrent_refusal, forward=recurrent_forward, weight=None)
 _ATTENTION = Family("attention", attention_layers, attention_refusal, forward=attention_forward, weight=None)
@@ -98,6 +100,7 @@ LAYERS: Registry[type[nn.Module], Family] = Registry()
 for _family, _types in {
     _LINEAR: (nn.Linear,),
     _CONVOLUTION: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    _TRANSPOSED: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     _RECURRENT: (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
     _ATTENTION: (nn.MultiheadAttention,),
     _NORMALIZATION: (
@@ -125,7 +128,7 @@ def family_of(module: nn.Module) -> tuple[type[nn.Module], Family] | None:
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
     """Return the forward pass that replaces the module's own while a pass is recorded; None if it is observed as it is."""
     found = family_of(module)
-    return None if found is None else found[1].forward
+    return None if found is None or found[1].refusal(module) is not None else found[1].forward
 
 
 def register_layer(

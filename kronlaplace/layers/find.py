@@ -10,7 +10,7 @@ from torch import nn
 
 from kronlaplace._arguments import Choice
 from kronlaplace.layers.base import Layer
-from kronlaplace.layers.families import LAYERS, Family, family_of, linear_family
+from kronlaplace.layers.families import LAYERS, Family, family_of, linear_family, written_out
 from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
 from kronlaplace.layers.per_example import ModuleLayer, NetworkLayer, is_closed
 from kronlaplace.layers.recognition import agrees_with, product_form
@@ -190,7 +190,7 @@ def _per_example(members: Sequence[tuple[str, nn.Module]], reason: str) -> Layer
     distinct = {id(p): key for key, p in reversed(parameters.items())}
     parameters = {key: p for key, p in parameters.items() if distinct[id(p)] == key}
     (name, module), *others = members
-    if not others and is_closed(module):
+    if not others and is_closed(module) and written_out(module) is None:
         return ModuleLayer(name, module, parameters, reason=reason)
     return NetworkLayer(name, module, parameters, [other for _, other in others], reason=reason)
 
@@ -275,7 +275,10 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
     families = [_family(module) for _, module in members]
     if len(kinds) > 1 and not all(family.is_matrix for family in families):
         return f"{names} share parameters but are of different types"
-    if families[0].kind == "convolution" and len({_geometry(module) for _, module in members}) > 1:
+    if (
+        families[0].kind in ("convolution", "transposed convolution")
+        and len({_geometry(module) for _, module in members}) > 1
+    ):
         return f"{names} share a weight but differ in stride, padding or dilation"
     if any(family.forward is not None for family in families):
         return f"{names} share parameters, which is not supported for this layer type"
@@ -283,7 +286,7 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
 
 
 def _geometry(module: Any) -> tuple[Any, ...]:
-    return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    return module.stride, module.padding, module.output_padding, module.dilation, module.groups, module.padding_mode
 
 
 REMEDY = (

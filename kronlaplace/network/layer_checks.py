@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._precision import in_full_precision, wide
-from kronlaplace.layers import LayerGradients, PerExampleLayer, UnusableLayersError
+from kronlaplace.layers import BatchGradient, LayerGradients, PerExampleLayer, UnusableLayersError
 from kronlaplace.network.forward import NetworkForward
 from kronlaplace.network.observer import NetworkObserver
 
@@ -97,10 +97,12 @@ def _check(
     def first(gradients: LayerGradients) -> None:
         total, bound = gradients.total_weight_gradient()
         products[gradients.layer.name] = total @ _probe(total), bound
-        norms[gradients.layer.name] = _row_norms(gradients, n)
+        if not isinstance(gradients, BatchGradient):
+            norms[gradients.layer.name] = _row_norms(gradients, n)
 
     def second(gradients: LayerGradients) -> None:
-        scaled_norms[gradients.layer.name] = _row_norms(gradients, n)
+        if not isinstance(gradients, BatchGradient):
+            scaled_norms[gradients.layer.name] = _row_norms(gradients, n)
 
     observer.backward(outputs, direction, first, retain_graph=True)
     if rows:

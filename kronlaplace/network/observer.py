@@ -165,6 +165,11 @@ class NetworkObserver:
     # -- Results of the last forward pass --------------------------------------------------------------------------
 
     @property
+    def sums_over_batch(self) -> bool:
+        """Whether a `NetworkLayer` receives the gradient of the whole batch, so that examples must be independent."""
+        return bool(self._by_network) and self.per_example is None
+
+    @property
     def inputs(self) -> Mapping[str, Sequence[ObservedInput]]:
         """The inputs of all calls in the last forward pass, by layer name."""
         return self._pass.calls
