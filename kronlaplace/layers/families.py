@@ -145,10 +145,9 @@ def register_layer(
         >>> kl.register_layer(LlamaRMSNorm, "normalization")                                 # doctest: +SKIP
 
     The registration applies to the type and to its subclasses that do not override ``forward``; subclasses that do need
-    their own registration. If a subclass of a supported torch type overrides ``forward`` but computes the same function as
-    its parent, register it with its parent's family. The registration is checked on the first batch of every fit: the
-    layer's inputs and output gradients must account for the gradient that autograd computes for its parameters; otherwise an
-    error is raised. `kronlaplace.testing.check_layer` checks more.
+    their own registration. The registration is checked on the first batch of every fit: the layer's inputs and output
+    gradients must account for the gradient that autograd computes for its parameters; otherwise the layer is treated as one
+    that no rule describes (see ``unsupported`` of `estimate_fisher`). `kronlaplace.testing.check_layer` checks more.
 
     Args:
         module_type: The module type.

@@ -275,10 +275,8 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
     families = [_family(module) for _, module in members]
     if len(kinds) > 1 and not all(family.is_matrix for family in families):
         return f"{names} share parameters but are of different types"
-    if (
-        families[0].kind in ("convolution", "transposed convolution")
-        and len({_geometry(module) for _, module in members}) > 1
-    ):
+    over_space = families[0].kind in ("convolution", "transposed convolution")
+    if over_space and len({_geometry(module) for _, module in members}) > 1:
         return f"{names} share a weight but differ in stride, padding or dilation"
     if any(family.forward is not None for family in families):
         return f"{names} share parameters, which is not supported for this layer type"
