@@ -100,27 +100,38 @@ TRANSFORMERS = {  # class prefix: task, configuration
 }
 
 TORCHVISION = {  # with the size of the images
-    "alexnet": 64,
-    "vgg11_bn": 32,
     "resnet18": 32,
-    "resnext50_32x4d": 32,
-    "wide_resnet50_2": 32,
-    "squeezenet1_1": 32,
     "densenet121": 32,
     "googlenet": 32,
-    "inception_v3": 80,
+    "squeezenet1_0": 32,
+    "squeezenet1_1": 32,
     "shufflenet_v2_x0_5": 32,
+    "shufflenet_v2_x1_0": 32,
     "mobilenet_v2": 32,
     "mobilenet_v3_small": 32,
+    "mobilenet_v3_large": 32,
     "mnasnet0_5": 32,
+    "mnasnet0_75": 32,
     "efficientnet_b0": 32,
-    "efficientnet_v2_s": 32,
+    "efficientnet_b1": 32,
+    "regnet_x_400mf": 32,
     "regnet_y_400mf": 32,
-    "convnext_tiny": 32,
-    "swin_t": 32,
-    "swin_v2_t": 32,
-    "vit_b_16": 32,
+    "ConvNeXt": 32,
+    "SwinTransformer": 32,
+    "SwinTransformerV2": 32,
+    "VisionTransformer": 32,
 }
+
+LARGE = [
+    *(
+        f"timm/{name}"
+        for name in ("vit_tiny_patch16_224", "mobilevit_xxs", "pvt_v2_b0", "efficientvit_b0", "resnet10t")
+    ),
+    *(f"timm/{name}" for name in ("mobilenetv3_small_050", "mobilenetv2_035", "tf_mobilenetv3_small_075")),
+    *(f"timm/{name}" for name in ("efficientnet_b0", "regnety_002", "ghostnet_050", "edgenext_xx_small")),
+    *(f"torchvision/{name}" for name in TORCHVISION if name[0].islower()),
+]
+"""Those with more than 300,000 parameters, which cannot be made smaller."""
 
 NAMES = [
     *(f"timm/{name}" for name in TIMM),
@@ -171,7 +182,20 @@ def _transformers(name):
 def _torchvision(name):
     torchvision = _library("torchvision")
     size = TORCHVISION[name]
-    options = {"image_size": size} if name.startswith("vit") else {}
-    if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": False}
-    return torchvision.models.get_model(name, num_classes=CLASSES, **options), torch.randn(3, 3, size, size)
+    return _torchvision_model(torchvision.models, name), torch.randn(3, 3, size, size)
+
+
+def _torchvision_model(models, name):
+    if name == "VisionTransformer":
+        return models.VisionTransformer(32, 8, 1, 2, hidden_dim=48, mlp_dim=96, num_classes=CLASSES)
+    if name.startswith("Swin"):
+        swin = models.swin_transformer
+        options = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+        return models.SwinTransformer(
+            [4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=CLASSES, **(options if name.endswith("V2") else {})
+        )
+    if name == "ConvNeXt":
+        setting = models.convnext.CNBlockConfig
+        return models.ConvNeXt([setting(16, 32, 1), setting(32, None, 1)], num_classes=CLASSES)
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return models.get_model(name, num_classes=CLASSES, **options)
