@@ -42,7 +42,7 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block
 from kronlaplace.estimators import Estimator, resolve_estimator
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import LayerBatch, LayerCall, find_layers
+from kronlaplace.layers import LayerBatch, LayerCall, Unsupported, find_layers
 from kronlaplace.likelihoods import Bernoulli, Categorical, Euclidean, Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 
@@ -120,7 +120,7 @@ class BlockExtension(SqrtGGN):  # type: ignore[misc]  # BackPACK is not typed
             x: Input of the module, with the examples on the first axis.
             gradients: Vectors that were propagated back to its output, shape ``(V, N, ...)``.
         """
-        (layer,) = find_layers(module)
+        (layer,) = find_layers(module, unsupported=Unsupported.ERROR)
         layer.name = type(module).__name__
         batch = LayerBatch(layer, [LayerCall(x)])
         accumulation = Accumulation(self.estimator, [layer])

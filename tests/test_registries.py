@@ -537,7 +537,7 @@ def test_a_wrong_registration_is_an_error(name, estimator):
     with temporary_registrations():
         kl.register_layer(kind, family, **options)
         with pytest.raises((RuntimeError, NotImplementedError, IndexError, ValueError)) as error:
-            kl.estimate_fisher(model, [inputs()], "classification", estimator, sampling="exact")
+            kl.estimate_fisher(model, [inputs()], "classification", estimator, unsupported="error")
         if name not in ("a norm as a linear layer", "a scaled table"):
             assert "'0'" in str(error.value)
 
@@ -575,14 +575,19 @@ def test_a_likelihood_that_is_not_imported(folder):
 
 def test_a_layer_type_that_is_not_registered(folder):
     with temporary_registrations():
-        LAYERS.remove(Conv1D)
-        message = r"has a block for layer '0', and this Conv1D cannot have one: .*import the module that registers it"
+        LAYERS.remove(Gain)
+        message = (
+            r"layer '3' by a rule for its type, Gain, and there is none now: .*import the module that registers it"
+        )
         with pytest.raises(ValueError, match=message):
             kl.KronLaplace.load(folder / "layer.safetensors", own_network())
         with pytest.raises(
-            NotImplementedError, match=r"(?s)0 \(Conv1D\): this layer type is not .*kl\.register_layer\(type, family\)"
+            NotImplementedError, match=r"(?s)3 \(Gain\): this layer type is not .*kl\.register_layer\(type, family\)"
         ):
-            kl.estimate_fisher(own_network(), [inputs()], "classification")
+            kl.estimate_fisher(own_network(), [inputs()], "classification", unsupported="error")
+    with temporary_registrations():
+        LAYERS.remove(Conv1D)  # which is recognized by what it does
+        kl.KronLaplace.load(folder / "layer.safetensors", own_network()).predict(inputs())
 
 
 def test_an_estimator_inside_another_one():
@@ -705,17 +710,19 @@ def test_modules_that_lack_what_their_family_needs():
     with temporary_registrations():
         kl.register_layer(Kernel, "convolution")
         with pytest.raises(NotImplementedError, match=r"lacks the attributes \['in_channels', .*of torch.nn.Conv2d"):
-            kl.estimate_fisher(nn.Sequential(Kernel(), nn.Flatten()), [torch.randn(2, 2, 5)], "euclidean")
+            kl.estimate_fisher(
+                nn.Sequential(Kernel(), nn.Flatten()), [torch.randn(2, 2, 5)], "euclidean", unsupported="error"
+            )
     frozen = Conv1D(4, 3)
     frozen.weight.requires_grad_(False)
     norm = RootMeanSquareNorm(4)
     norm.extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(NotImplementedError, match=r"must be the weight, with or without the bias; they are .'bias'."):
-        kl.estimate_fisher(frozen, [torch.randn(2, 4)], "euclidean")
+        kl.estimate_fisher(frozen, [torch.randn(2, 4)], "euclidean", unsupported="error")
     with pytest.raises(
         NotImplementedError, match=r"must be 'scale', with or without 'bias'; they are .'extra', 'scale'."
     ):
-        kl.estimate_fisher(norm, [torch.randn(2, 4)], "euclidean")
+        kl.estimate_fisher(norm, [torch.randn(2, 4)], "euclidean", unsupported="error")
 
 
 def test_a_subclass_that_overrides_forward_again_is_refused():
@@ -729,7 +736,7 @@ def test_a_subclass_that_overrides_forward_again_is_refused():
     with pytest.raises(
         NotImplementedError, match=r"it overrides Conv1D.forward, so the form of its gradient is unknown"
     ):
-        kl.estimate_fisher(Again(4, 3), [torch.randn(2, 4)], "euclidean")
+        kl.estimate_fisher(Again(4, 3), [torch.randn(2, 4)], "euclidean", unsupported="error")
     assert list(kl.estimate_fisher(nn.Sequential(Same(4, 3)), [torch.randn(2, 4)], "euclidean")) == ["0"]
 
 

@@ -476,8 +476,8 @@ def test_a_module_that_does_something_else_than_its_family():
 
 
 def test_what_check_layer_cannot_check():
-    with pytest.raises(AssertionError, match=r"Plain is registered \(kl\.register_layer\).*NotImplementedError"):
-        check_layer(Plain(), torch.randn(3, 4))
+    with pytest.raises(AssertionError, match=r"PReLU is registered \(kl\.register_layer\).*NotImplementedError"):
+        check_layer(nn.PReLU(), torch.randn(3, 4))
     with pytest.raises(ValueError, match=r"LSTM is written out"):
         check_layer(nn.LSTM(3, 4), torch.randn(3, 2, 3))
     with pytest.raises(ValueError, match=r"at least two examples on the first axis; got shape \(1, 3\)"):

@@ -19,6 +19,12 @@ from kronlaplace.likelihoods import Likelihood
 __all__ = ["TaskCurvature"]
 
 
+_NOT_IN_ALL = (
+    "the outputs depend on layers that cannot have a block, or that only some batches use (give the data of one task at a "
+    "time):\n{lines}\n"
+)
+
+
 @dataclass(frozen=True)
 class TaskCurvature:
     """What the curvature of a task is computed with.
@@ -61,30 +67,31 @@ class TaskCurvature:
             TypeError, ValueError, NotImplementedError: As `estimate_fisher`.
         """
         unused = UnusedLayers(self.model, self.layers)
-        fisher = estimate_while_watched(
-            self.model,
-            data,
-            self.likelihood,
-            self.estimator,
-            layers=self.wish.wanted,
-            exclude=self.wish.exclude,
-            unsupported=Unsupported.FIXED,
-            watch=unused,
-            **options,
-        )
+        diagonal = self.wish.unsupported is Unsupported.DIAGONAL
+        try:
+            fisher = estimate_while_watched(
+                self.model,
+                data,
+                self.likelihood,
+                self.estimator,
+                layers=self.wish.wanted,
+                exclude=self.wish.exclude,
+                unsupported=Unsupported.DIAGONAL if diagonal else Unsupported.FIXED,
+                watch=unused,
+                **options,
+            )
+        except UnusableLayersError as error:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in error.reasons.items())
+            raise UnusableLayersError(_NOT_IN_ALL.format(lines=lines), error.reasons) from error
         notes = fisher.coverage().reasons()
         unusable = {
             layer.name: notes.get(layer.name, "")
             for layer in self.layers
             if layer.name not in fisher and layer.name not in unused.names
         }
-        if unusable and self.wish.unsupported is Unsupported.ERROR:
+        if unusable and self.wish.unsupported is not Unsupported.FIXED:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in unusable.items())
-            raise UnusableLayersError(
-                "the outputs depend on layers that cannot have a block, or that only some batches use (give the data of "
-                f"one task at a time):\n{lines}\n",
-                unusable,
-            )
+            raise UnusableLayersError(_NOT_IN_ALL.format(lines=lines), unusable)
         return fisher
 
     def check_ready_made(self, fisher: KroneckerFisher) -> KroneckerFisher:
@@ -114,7 +121,7 @@ class TaskCurvature:
             name: note
             for name, note in missing.items()
             if note in NOT_WANTED
-            or (note not in (NOT_CALLED, NO_EFFECT) and self.wish.unsupported is Unsupported.ERROR)
+            or (note not in (NOT_CALLED, NO_EFFECT) and self.wish.unsupported is not Unsupported.FIXED)
         }
         if unexplained:
             lines = "\n".join(f"  {name}: {note}" for name, note in unexplained.items())

@@ -79,6 +79,8 @@ def check_still_there(model: nn.Module, layers: Sequence[Layer], memories: Mappi
     there = dict(model.named_parameters(remove_duplicate=False))
     for name, memory in memories.items():
         layer = found.get(name)
+        if layer is not None and set(layer.parameter_names) < set(memory.parameters):
+            layer = None  # the rest is frozen
         shape = tuple(memory.center.shape)
         if layer is not None and (layer.shape != shape or layer.parameter_names != memory.parameters):
             raise ValueError(

@@ -72,7 +72,8 @@ class ContinualLaplace(QuadraticPenalty):
         layers: Names or patterns of the modules with a memory, as in `estimate_fisher`; None means all with trainable
             parameters.
         exclude: Names or patterns of modules without a memory.
-        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block have no penalty.
+        unsupported: What happens to parameters whose use no rule describes: ``"diagonal"`` (a diagonal block, as in
+            `estimate_fisher`), ``"fixed"`` (no penalty) or ``"error"``.
         seed: Seed of the draws in `consolidate`, as in `estimate_fisher`.
 
     Raises:
@@ -93,7 +94,7 @@ class ContinualLaplace(QuadraticPenalty):
         strength: float = 1.0,
         layers: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str = (),
-        unsupported: Unsupported | str = Unsupported.ERROR,
+        unsupported: Unsupported | str = Unsupported.DIAGONAL,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):

@@ -36,6 +36,8 @@ class Accumulation:
         self._pass = 1
         self._received: set[str] = set()
         self._final_weights: dict[str, float] = {}  # for layers that needed fewer passes
+        self.reached: set[str] = set()
+        """Layers that have received a gradient."""
         self.weight = 0.0
         """Number of examples seen in this pass, or their total weight in a moving average."""
 
@@ -105,6 +107,7 @@ class Accumulation:
         """Add the gradients of one layer along one direction."""
         name = gradients.layer.name
         self._received.add(name)
+        self.reached.add(name)
         if self._wants_data(name):
             self.estimators[name].add_gradients(self._states[name], gradients)
 

@@ -18,7 +18,7 @@ from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import accumulate
 from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
-from kronlaplace.layers import Layer, LayerGradients, find_layers
+from kronlaplace.layers import Layer, LayerGradients, find_layers, with_rules
 from kronlaplace.likelihoods import Likelihood, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.preconditions import check_model
@@ -119,7 +119,7 @@ def relative_error(
             f"{likelihood})."
         )
     check_model(model)
-    layers = find_layers(model, list(fisher))
+    layers = with_rules(find_layers(model, list(fisher)), metadata.rules)
     check_belongs(fisher, layers, model, "the fisher", "estimated")
     truth = _GroundTruth(method, max_dense, n_probes, seed_number(seed))
     accumulation = Accumulation(truth, layers, metadata.ema_decay)

@@ -6,7 +6,7 @@ loop of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -19,7 +19,8 @@ from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import Layer, LayerBatch, LayerGradients, Unsupported, UnusableLayersError
+from kronlaplace.layers import Layer, LayerBatch, LayerGradients, NetworkLayer, Unsupported, UnusableLayersError
+from kronlaplace.layers.unusable import NO_EFFECT
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.alignment import Alignment
@@ -88,8 +89,13 @@ def accumulate_batch(
         batches = {name: batch.with_moment_of(moment_examples(batch)) for name, batch in batches.items()}
     accumulation.begin_batch(batches)
     n_directions = sampling.count(likelihood, detached, targets)
+    signs = None
+    if observer.sums_over_batch and sampling.kind is Sampling.EXACT:
+        signs = sampling.generator(index, outputs.device)
     unused: UnusableLayersError | None = None
     for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
+        if signs is not None:  # which makes the examples independent, and changes nothing else
+            direction = direction * _random_signs(outputs, signs)
         try:
             observer.backward(outputs, direction, receive, retain_graph=retain_graph or v < n_directions)
         except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
@@ -97,6 +103,13 @@ def accumulate_batch(
     accumulation.end_batch(batches, len(outputs) if n_examples is None else min(n_examples, len(outputs)))
     if unused is not None:
         raise unused
+
+
+def _random_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sign for each example."""
+    shape = (len(outputs), *[1] * (outputs.ndim - 1))
+    drawn = torch.randint(2, shape, generator=generator, device=outputs.device)
+    return (2 * drawn - 1).to(outputs.dtype)
 
 
 class CurvaturePass:
@@ -107,8 +120,9 @@ class CurvaturePass:
     Args:
         model: The network.
         likelihood: The likelihood.
-        accumulation: Accumulation of inputs and gradients; with ``unsupported="fixed"``, layers that turn out to be
-            unusable are removed from it.
+        accumulation: Accumulation of inputs and gradients. With ``unsupported="fixed"``, layers that turn out to be
+            unusable are removed from it; with ``"diagonal"``, the first batch shows which of them are replaced by a
+            `NetworkLayer`.
         sampling: How directions are chosen.
         unsupported: How to treat layers that cannot have a block in the network as it runs.
         choose: Function that chooses the layers from the first batch's inputs, if the accumulation has none yet.
@@ -139,7 +153,7 @@ class CurvaturePass:
         self._sampling = sampling
         self._unsupported = unsupported
         self._choose = choose
-        self._forward = NetworkForward(model, accumulation.layers)
+        self._forward = NetworkForward(model, accumulation.layers, checking=True)
         self._checks = DeferredChecks()
         self._pass = 1
         self._first_outputs: Tensor | None = None
@@ -199,25 +213,30 @@ class CurvaturePass:
                 index=batch.index,
             )
         except UnusableLayersError as error:
-            self._leave_out(error)
+            self._replace_or_leave_out(error)
 
     def _outputs(self, batch: Batch) -> Tensor:
         """Return the outputs of a batch, from a forward pass in which all remaining layers are usable."""
         several = batch.inputs.count(self.layout.input_axis) > 1
+        inputs_unchecked = self._rows_unchecked and several
         while True:
             try:
                 with explained_errors(self._model, batch.inputs.value, batch.index):
                     outputs = self._forward(batch.inputs)
                 check_batch(self.likelihood, outputs.detach(), batch, self._checks, self._sampling.kind)
+                if inputs_unchecked and self._forward.runs_one_by_one:  # which inputs must not be cut
+                    self._forward.find_shared_inputs(batch.inputs, outputs.detach())
+                    inputs_unchecked = False
                 if self._unchecked or (self._rows_unchecked and several):
                     check_layers(self._forward, outputs, self._sampling.generator(0, outputs.device))
                 break
             except UnusableLayersError as error:
-                self._leave_out(error)
-        if self._rows_unchecked and several:
+                self._replace_or_leave_out(error)
+        if inputs_unchecked:
             self._forward.find_shared_inputs(batch.inputs, outputs.detach())
-            self._rows_unchecked = False
-        self._unchecked = False
+        self._unchecked, self._rows_unchecked = False, self._rows_unchecked and not several
+        if not self._rows_unchecked:
+            self._forward.checked()
         return outputs
 
     def _note(self, batch: Batch, outputs: Tensor) -> None:
@@ -235,15 +254,38 @@ class CurvaturePass:
             self.statistics = new if self.statistics is None else self.statistics + new
         self.n_examples += len(outputs)
 
-    def _leave_out(self, error: UnusableLayersError) -> None:
-        if self._unsupported is Unsupported.ERROR:
+    def _replace_or_leave_out(self, error: UnusableLayersError) -> None:
+        if self._unsupported is Unsupported.FIXED:
+            self._leave_out(error.reasons)
+            return
+        named = [layer for layer in self._accumulation.layers if layer.name in error.reasons]
+        if (
+            self._unsupported is Unsupported.ERROR
+            or self._accumulation.weight
+            or any(isinstance(layer, NetworkLayer) for layer in named)
+        ):
             raise error
-        self.left_out.update(error.reasons)
+        layers = [
+            NetworkLayer.like(layer, error.reasons[layer.name]) if layer in named else layer
+            for layer in self._accumulation.layers
+        ]
+        self._accumulation.start(layers)
+        self._forward.observe(layers)
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        self.left_out.update(reasons)
         if all(layer.name in self.left_out for layer in self._forward.layers):
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.left_out.items())
-            raise NotImplementedError(f"no layer can have a block:\n{reasons}") from error
-        self._accumulation.leave_out(error.reasons)
-        self._forward.leave_out(error.reasons)
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in self.left_out.items())
+            raise NotImplementedError(f"no layer can have a block:\n{lines}")
+        self._accumulation.leave_out(reasons)
+        self._forward.leave_out(reasons)
+
+    def leave_out_unreached(self) -> None:
+        """Leave out, at the end, each `NetworkLayer` on which no output has depended."""
+        without = [layer.name for layer in self._accumulation.layers if isinstance(layer, NetworkLayer)]
+        reasons = {name: NO_EFFECT for name in without if name not in self._accumulation.reached}
+        if reasons and self._unsupported is Unsupported.DIAGONAL:
+            self._leave_out(reasons)
 
 
 def accumulate(
@@ -302,6 +344,7 @@ def accumulate(
                 result.add(batch)
                 if watch is not None and i == 0:
                     watch(batch, result.layout)
+        result.leave_out_unreached()
     result.settle()
     return result
 

@@ -19,7 +19,7 @@ from kronlaplace.fisher.coverage import Coverage, CoverageRow
 from kronlaplace.fisher.curvature_pass import Watch, accumulate
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.provenance import FisherMetadata
-from kronlaplace.layers import Layer, LayerSearch, Unsupported, search_layers
+from kronlaplace.layers import Layer, LayerSearch, PerExampleLayer, Unsupported, rules_of, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.fingerprint import difference, fingerprint
@@ -40,7 +40,7 @@ def estimate_fisher(
     mc_samples: int = 1,
     layers: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str = (),
-    unsupported: Unsupported | str = Unsupported.ERROR,
+    unsupported: Unsupported | str = Unsupported.DIAGONAL,
     ema_decay: float | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -73,9 +73,12 @@ def estimate_fisher(
             the network's output, possibly after a reshape or a log-softmax; the first batch shows which. None means every
             module with trainable parameters.
         exclude: Names or patterns of modules that get no block.
-        unsupported: ``"error"``, or ``"fixed"``: trainable parameters that cannot have a block stay at their trained
-            values, and `KroneckerFisher.coverage` lists them with the reasons. This also covers what only the data reveal:
-            modules that are not called, that do not affect the outputs, or whose parameters are also used by a function.
+        unsupported: What happens to trainable parameters whose use no rule describes, such as class tokens, or weights that
+            a function uses. ``"diagonal"``: a diagonal block, from the gradients of each example, for which the network
+            runs once more on each batch. ``"fixed"``: they stay at their trained values. ``"error"``: an error that names
+            them. `KroneckerFisher.coverage` has the reasons, and lists as without a block what has no effect on the
+            outputs. All of this also covers what only the first batch reveals; what a later one does is refused with
+            ``"diagonal"``.
         ema_decay: None for the mean over all examples; a number from 0 to 1 for a moving average, in which everything seen
             before a batch counts ``ema_decay`` times as much.
         seed: Seed of the draws. Batch ``i`` draws from a generator seeded with ``(seed, i)``, regardless of the global
@@ -169,8 +172,9 @@ def estimate_while_watched(
             choose=choose,
             watch=watch,
         )
+        layers_used = accumulation.layers
         blocks = accumulation.finish()
-    search = search.without(passed.left_out)
+    search = LayerSearch(layers_used, search.without(passed.left_out).left_out)
     metadata = FisherMetadata(
         likelihood=passed.likelihood,
         estimator=estimator.name,
@@ -185,6 +189,7 @@ def estimate_while_watched(
         shared_inputs=passed.layout.shared_inputs,
         ema_decay=ema_decay,
         last_layer=passed.last_layer,
+        rules=rules_of(search.layers),
     )
     return KroneckerFisher(blocks, passed.n_examples, metadata, passed.statistics)
 
@@ -239,7 +244,7 @@ def with_metadata(
     Raises:
         ValueError: If the blocks are not for layers of the network, or have other shapes.
     """
-    search = search_layers(model, list(fisher), Unsupported.FIXED)
+    search = search_layers(model, list(fisher))
     check_belongs(fisher, search.layers, model, "the fisher", "estimated")
     names = {layer.name: (estimator if layer.has_kronecker_factors else Diagonal()).name for layer in search.layers}
     metadata = FisherMetadata(
@@ -252,6 +257,7 @@ def with_metadata(
         weights=fingerprint(model),
         coverage=_coverage(model, search, dict(fisher), names),
         settings=estimator_to_json(estimator),
+        rules=rules_of(search.layers),
     )
     return KroneckerFisher(dict(fisher), fisher.n_examples, metadata, fisher.statistics)
 
@@ -264,6 +270,8 @@ def _coverage(model: nn.Module, search: LayerSearch, blocks: dict[str, Block], e
         notes = []
         if layer.merged_parameters:
             notes.append(f"{', '.join(layer.merged_parameters)} acts only through its sum with the bias")
+        if isinstance(layer, PerExampleLayer):
+            notes.append(layer.note)
         if layer.tied_modules:
             notes.append(f"shared by {len(layer.modules)} modules")
         rows.append(

@@ -194,7 +194,9 @@ class KroneckerFisher(Mapping[str, Block]):
         spatial = values.get("shares_weights_over_space", [k for k, v in types.items() if v == "ConvolutionLayer"])
         blocks = {}
         for name, kind in values["blocks"].items():
-            parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+            parts = {
+                key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[:2] == (name, ".")
+            }
             blocks[name] = block_from_tensors(kind, parts, name)
             blocks[name].shares_weights_over_space = name in spatial
         return cls(blocks, values["n_examples"], metadata, tensors.get("statistics"))

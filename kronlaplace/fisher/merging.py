@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
@@ -48,7 +49,8 @@ def merge_fishers(first: KroneckerFisher, second: KroneckerFisher) -> KroneckerF
     statistics = None
     if first.statistics is not None and second.statistics is not None:
         statistics = first.statistics + second.statistics
-    return KroneckerFisher(blocks, n_examples, first.metadata, statistics)
+    metadata = replace(first.metadata, rules=first.metadata.rules | second.metadata.rules)
+    return KroneckerFisher(blocks, n_examples, metadata, statistics)
 
 
 def estimators_of(fisher: KroneckerFisher) -> dict[str, Estimator]:

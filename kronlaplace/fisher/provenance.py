@@ -32,6 +32,8 @@ class FisherMetadata:
         last_layer: Layer whose output is the network's output, or None if it has no block.
         variational: Whether the output metric was averaged over a posterior of the outputs, as `KronLaplace.fit_variational`
             does, rather than taken at the trained weights.
+        rules: The layers whose gradients are those of one example at a time, and how they are found, as
+            `kronlaplace.layers.with_rules` takes them.
     """
 
     likelihood: Likelihood
@@ -48,6 +50,7 @@ class FisherMetadata:
     ema_decay: float | None = None
     last_layer: str | None = None
     variational: bool = False
+    rules: dict[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -71,6 +74,7 @@ class FisherMetadata:
             "ema_decay": self.ema_decay,
             "last_layer": self.last_layer,
             "variational": self.variational,
+            "rules": self.rules,
         }
 
     @classmethod
@@ -91,4 +95,5 @@ class FisherMetadata:
             ema_decay=values["ema_decay"],
             last_layer=values["last_layer"],
             variational=values.get("variational", False),
+            rules=values.get("rules", {}),
         )

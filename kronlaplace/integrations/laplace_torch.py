@@ -36,7 +36,7 @@ from kronlaplace.data.loader import iterate
 from kronlaplace.estimators import EKFAC, Estimator, resolve_estimator
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.curvature_pass import CurvaturePass
-from kronlaplace.layers import Layer, find_layers
+from kronlaplace.layers import Layer, Unsupported, find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.preconditions import check_model
@@ -163,7 +163,7 @@ class KroneckerBackend(GGNInterface):  # type: ignore[misc]  # laplace-torch may
             [name for name, module in self.model.named_modules() if module is self._model] if self.last_layer else None
         )
         try:
-            return find_layers(self.model, names)
+            return find_layers(self.model, names, Unsupported.ERROR)
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"{error}\nWith laplace-torch, of these only freezing is possible, before the Laplace object is created; or "

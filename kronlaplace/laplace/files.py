@@ -13,7 +13,7 @@ from kronlaplace.data.device import device_of
 from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.laplace.output_kernel import OutputKernel
-from kronlaplace.layers import Unsupported, find_layers, search_layers
+from kronlaplace.layers import PerExampleLayer, find_layers, with_rules
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.priors.files import prior_from_tensors
 from kronlaplace.priors.prior import Prior
@@ -71,22 +71,24 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     device = device_of(model)
     tensors, values = load_tensors(path, "posterior", device)
     fisher = KroneckerFisher.from_tensors(_with_prefix(tensors, "fisher/"), values["fisher"])
-    search = search_layers(model, unsupported=Unsupported.FIXED)
-    known = [layer.name for layer in search.layers]
+    rules = fisher.metadata.rules
+    found = {layer.name: layer for layer in find_layers(model)}
+    known = list(found)
     for name in fisher:
-        for left in search.left_out:
-            if left.name == name and name not in known:
-                raise ValueError(
-                    f"{path} has a block for layer {name!r}, and this {left.module} cannot have one: {left.reason}. If the "
-                    "type is your own, import the module that registers it (kl.register_layer) before loading."
-                )
+        layer = found.get(name)
+        if isinstance(layer, PerExampleLayer) and name not in rules:
+            raise ValueError(
+                f"{path} has a block for layer {name!r} by a rule for its type, {type(layer.module).__name__}, and there is "
+                f"none now: {layer.reason}. If the type is your own, import the module that registers it "
+                "(kl.register_layer) before loading."
+            )
         if name not in known:
             raise ValueError(
                 f"{path} is a posterior of another network: it has a layer {name!r}, which the model does not have; the "
                 f"model's layers are {known}."
             )
     mean = _with_prefix(tensors, "mean/")
-    layers = find_layers(model, list(fisher))
+    layers = with_rules([found[name] for name in found if name in fisher], rules)
     for layer in layers:
         fitted, here = mean[layer.name], layer.matrix()
         if fitted.shape == here.shape and fitted.dtype != here.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,8 @@ from kronlaplace.fisher.estimation import check_belongs, estimate_while_watched
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.merging import merge_fishers
 from kronlaplace.laplace.state import State
-from kronlaplace.layers import NOT_WANTED, Layer, Unsupported, entries_of, find_layers, search_layers
+from kronlaplace.layers import NOT_WANTED, Layer, Unsupported, entries_of, find_layers, search_layers, with_rules
+from kronlaplace.layers.unusable import NO_EFFECT
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.last_layer import LAST, check_last
 from kronlaplace.network.preconditions import check_model
@@ -116,6 +117,9 @@ class LayerChoice:
             NotImplementedError: If the Fishers cannot be added.
         """
         remaining = state.only(names) if state.layers else state.over(find_layers(self.model, names))
+        layers = with_rules(remaining.layers, fisher.metadata.rules)
+        if any(new is not old for new, old in zip(layers, remaining.layers, strict=True)):
+            remaining = replace(remaining, layers=layers)
         names = [layer.name for layer in remaining.layers]
         if set(names) < set(fisher):  # estimated once for all layers, used here for some
             earlier = {} if state.fit is None else state.fit.fisher.coverage().reasons()
@@ -144,7 +148,8 @@ class LayerChoice:
                 f"the fisher has no blocks for the layers {chosen} of the posterior, only for {list(fisher)}. Give "
                 "KronLaplace the same layers=, or estimate the Fisher for all of its layers."
             )
-        if missing and self.unsupported is Unsupported.ERROR:
+        allowed = [name for name in missing if self.unsupported is Unsupported.DIAGONAL and reasons[name] == NO_EFFECT]
+        if set(missing) > set(allowed) and self.unsupported is not Unsupported.FIXED:
             lines = "\n".join(f"  {name}: {reasons[name]}" for name in missing)
             raise ValueError(
                 f"the fisher has no blocks for some of the posterior's layers:\n{lines}\nGive KronLaplace "

@@ -36,7 +36,7 @@ from kronlaplace.laplace.variational import (
     find_fixed_point,
     lower_bound,
 )
-from kronlaplace.layers import Layer, Unsupported, find_layers
+from kronlaplace.layers import Layer, Unsupported, find_layers, rules_of, with_rules
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.fingerprint import WeightsGuard, fingerprint
@@ -75,9 +75,10 @@ class KronLaplace(PosteriorTuning):
             in `estimate_fisher`; None means all with trainable parameters. ``"last"`` is the layer whose output is the
             network's; `fit` finds it, and anything specific to single weights or layers is unknown until then.
         exclude: Names or patterns of modules that get no posterior.
-        unsupported: ``"error"``, or ``"fixed"``: parameters that cannot have a block stay at their trained values. Layers
-            of which only `fit` shows that (they are not called, or used by a function too) are gone after it, and so are
-            their entries in the prior; the Fisher's `coverage` has the reasons. They do not come back in later fits.
+        unsupported: What happens to parameters whose use no rule describes, as in `estimate_fisher`: ``"diagonal"`` (the
+            default), ``"fixed"`` or ``"error"``. Layers of which only `fit` shows that they stay fixed, or have no effect
+            on the outputs, are gone after it, and so are their entries in the prior; the Fisher's `coverage` has the
+            reasons. They do not come back in later fits.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
@@ -95,7 +96,7 @@ class KronLaplace(PosteriorTuning):
         temperature: float = 1.0,
         layers: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str = (),
-        unsupported: Unsupported | str = Unsupported.ERROR,
+        unsupported: Unsupported | str = Unsupported.DIAGONAL,
     ) -> None:
         check_model(model)
         self.model = model
@@ -132,7 +133,7 @@ class KronLaplace(PosteriorTuning):
         """Return the state on the network's device and in its dtype."""
         if not state.layers:
             return state
-        layers = find_layers(self.model, [layer.name for layer in state.layers])
+        layers = with_rules(find_layers(self.model, [layer.name for layer in state.layers]), rules_of(state.layers))
         moved = state.over(layers)
         if state.fit is None:
             return moved
@@ -162,9 +163,10 @@ class KronLaplace(PosteriorTuning):
         Args:
             data: Batches ``(inputs, targets)`` of the training data, such as a DataLoader.
             fisher: Instead of data: what `estimate_fisher` returned for this model and likelihood, at these weights. It
-                may have more blocks than the posterior has layers, and, with ``unsupported="fixed"``, none for layers that
-                could not have one; `estimator` becomes the one that it was made with. A Fisher that was made of blocks
-                alone is taken to be of this network at its present weights, by the posterior's likelihood and estimator.
+                may have more blocks than the posterior has layers, none for layers that have no effect on the outputs, and,
+                with ``unsupported="fixed"``, none for layers that could not have one; `estimator` becomes the one that it
+                was made with. A Fisher that was made of blocks alone is taken to be of this network at its present
+                weights, by the posterior's likelihood and estimator.
                 The exact evidence (see `tune`) needs ``data``.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
@@ -405,7 +407,9 @@ class KronLaplace(PosteriorTuning):
             temperature=stored.temperature,
             layers=list(stored.fisher),
         )
-        posterior._adopt(stored.fisher, posterior._state, stored.kernel, KeptExamples())
+        state = posterior._state
+        layers = with_rules(state.layers, stored.fisher.metadata.rules)
+        posterior._adopt(stored.fisher, replace(state, layers=layers), stored.kernel, KeptExamples())
         posterior.logit_scale = stored.logit_scale
         return posterior
 

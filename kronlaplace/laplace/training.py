@@ -95,7 +95,7 @@ def train_by_evidence(
     noise: NoiseTuning | str | None = None,
     prior_precision: Prior | Precision = 1.0,
     temperature: float = 1.0,
-    unsupported: Unsupported | str = Unsupported.ERROR,
+    unsupported: Unsupported | str = Unsupported.DIAGONAL,
     sampling: Sampling | str = Sampling.EXACT,
     mc_samples: int = 1,
     seed: int = 0,
@@ -165,7 +165,7 @@ def train_by_evidence(
         temperature=temperature,
         unsupported=unsupported,
     )
-    layers = find_layers(model, unsupported=Unsupported.FIXED)
+    layers = find_layers(model, unsupported=Unsupported(unsupported))
     _check_parameters(optimizer, layers)
     alignment = Alignment(model, likelihood)
     warn_of_share(data)

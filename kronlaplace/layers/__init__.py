@@ -5,15 +5,17 @@ from kronlaplace.layers.convolution import ConvolutionLayer
 from kronlaplace.layers.embedding import EmbeddingLayer
 from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
 from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
-from kronlaplace.layers.layer_batch import LayerBatch, LayerCall, LayerGradients
+from kronlaplace.layers.layer_batch import BatchGradient, LayerBatch, LayerCall, LayerGradients
 from kronlaplace.layers.names import NOT_WANTED, entries_of
 from kronlaplace.layers.normalization import NormalizationLayer
+from kronlaplace.layers.per_example import ModuleLayer, NetworkLayer, PerExampleLayer, rules_of, with_rules
 from kronlaplace.layers.unusable import UnusableLayersError
 
 __all__ = [
     "LAYERS",
     "NOT_WANTED",
     "SUPPORTED_LAYERS",
+    "BatchGradient",
     "ConvolutionLayer",
     "EmbeddingLayer",
     "Layer",
@@ -23,7 +25,10 @@ __all__ = [
     "LayerSearch",
     "LeftOut",
     "LinearLayer",
+    "ModuleLayer",
+    "NetworkLayer",
     "NormalizationLayer",
+    "PerExampleLayer",
     "Report",
     "Sums",
     "Unsupported",
@@ -32,6 +37,8 @@ __all__ = [
     "family_of",
     "find_layers",
     "register_layer",
+    "rules_of",
     "search_layers",
+    "with_rules",
     "written_out",
 ]

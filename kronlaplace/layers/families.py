@@ -19,8 +19,9 @@ from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
 from kronlaplace.layers.scale import ScaleLayer
 from kronlaplace.layers.transposed import TransposedLinearLayer
+from kronlaplace.layers.transposed_convolution import TransposedConvolutionLayer
 
-__all__ = ["LAYERS", "SUPPORTED_LAYERS", "Family", "family_of", "register_layer", "written_out"]
+__all__ = ["LAYERS", "SUPPORTED_LAYERS", "Family", "family_of", "linear_family", "register_layer", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Family:
         kind: The family's name.
         make: Function that makes the layers of a module, given its name, the module, and the other modules that share all of
             its parameters.
-        refusal: Function that returns why a module cannot have a block, or None if it can.
+        refusal: Function that returns why the family does not describe a module, or None if it does.
+        forbidden: Function that returns why the outputs of a module have no derivative with respect to its parameters, or
+            None if they have.
         forward: Function that replaces the modules' own forward pass while a pass is recorded; None if the modules can be
             observed as they are.
         weight: The name of the parameter that must be trainable; None if either all or none of the parameters must be.
@@ -42,6 +45,7 @@ class Family:
     kind: str
     make: Callable[[str, Any, Sequence[nn.Module]], list[Layer]]
     refusal: Callable[[Any], str | None] = lambda module: None
+    forbidden: Callable[[Any], str | None] = lambda module: None
     forward: Callable[..., Any] | None = None
     weight: str | None = "weight"
     bias: str | None = "bias"
@@ -57,10 +61,10 @@ def _full_name(module_name: str, parameter: str) -> str:
     return f"{module_name}.{parameter}" if module_name else parameter
 
 
-def _weight_and_bias(kind: Any, weight: str = "weight", bias: str = "bias") -> Callable[..., list[Layer]]:
+def _weight_and_bias(kind: Any, weight: str = "weight", bias: str | None = "bias") -> Callable[..., list[Layer]]:
     def make(name: str, module: Any, tied_modules: Sequence[nn.Module]) -> list[Layer]:
-        offset = getattr(module, bias, None)
-        offsets = {_full_name(name, bias): offset} if offset is not None and offset.requires_grad else {}
+        offset = None if bias is None else getattr(module, bias, None)
+        offsets = {_full_name(name, str(bias)): offset} if offset is not None and offset.requires_grad else {}
         return [
             kind(name, module, {_full_name(name, weight): getattr(module, weight)}, offsets, tied_modules=tied_modules)
         ]
@@ -82,11 +86,12 @@ def _embedding(weight: str, name: str, module: Any, tied_modules: Sequence[nn.Mo
 
 _LINEAR = Family("linear", _weight_and_bias(LinearLayer))
 _CONVOLUTION = Family("convolution", _weight_and_bias(ConvolutionLayer))
+_TRANSPOSED = Family("transposed convolution", _weight_and_bias(TransposedConvolutionLayer))
 _NORMALIZATION = Family("normalization", _weight_and_bias(NormalizationLayer), has_kronecker_factors=False)
-_RECURRENT = Family("recurrent", recurrent_layers, recurrent_refusal, recurrent_forward, weight=None)
-_ATTENTION = Family("attention", attention_layers, attention_refusal, attention_forward, weight=None)
+_RECURRENT = Family("recurrent", recurrent_layers, recurrent_refusal, forward=recurrent_forward, weight=None)
+_ATTENTION = Family("attention", attention_layers, attention_refusal, forward=attention_forward, weight=None)
 _EMBEDDING = Family(
-    "embedding", partial(_embedding, "weight"), embedding_refusal, bias=None, has_kronecker_factors=False
+    "embedding", partial(_embedding, "weight"), forbidden=embedding_refusal, bias=None, has_kronecker_factors=False
 )
 
 LAYERS: Registry[type[nn.Module], Family] = Registry()
@@ -95,6 +100,7 @@ LAYERS: Registry[type[nn.Module], Family] = Registry()
 for _family, _types in {
     _LINEAR: (nn.Linear,),
     _CONVOLUTION: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    _TRANSPOSED: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     _RECURRENT: (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
     _ATTENTION: (nn.MultiheadAttention,),
     _NORMALIZATION: (
@@ -122,7 +128,7 @@ def family_of(module: nn.Module) -> tuple[type[nn.Module], Family] | None:
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
     """Return the forward pass that replaces the module's own while a pass is recorded; None if it is observed as it is."""
     found = family_of(module)
-    return None if found is None else found[1].forward
+    return None if found is None or found[1].refusal(module) is not None else found[1].forward
 
 
 def register_layer(
@@ -139,10 +145,9 @@ def register_layer(
         >>> kl.register_layer(LlamaRMSNorm, "normalization")                                 # doctest: +SKIP
 
     The registration applies to the type and to its subclasses that do not override ``forward``; subclasses that do need
-    their own registration. If a subclass of a supported torch type overrides ``forward`` but computes the same function as
-    its parent, register it with its parent's family. The registration is checked on the first batch of every fit: the
-    layer's inputs and output gradients must account for the gradient that autograd computes for its parameters; otherwise an
-    error is raised. `kronlaplace.testing.check_layer` checks more.
+    their own registration. The registration is checked on the first batch of every fit: the layer's inputs and output
+    gradients must account for the gradient that autograd computes for its parameters; otherwise the layer is treated as one
+    that no rule describes (see ``unsupported`` of `estimate_fisher`). `kronlaplace.testing.check_layer` checks more.
 
     Args:
         module_type: The module type.
@@ -184,10 +189,21 @@ def register_layer(
     LAYERS.add(module_type, found)
 
 
-def _linear_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
+def linear_family(weight: str, bias: str | None, transposed: bool) -> Family:
+    """Return the family of modules that multiply the last axis of their input by the weight, and add the bias.
+
+    Args:
+        weight: The name of the weight.
+        bias: The name of the bias, or None.
+        transposed: Whether the weight has the shape ``(inputs, outputs)``.
+    """
     kind = TransposedLinearLayer if transposed else LinearLayer
     name = "linear, transposed" if transposed else "linear"
     return Family(name, _weight_and_bias(kind, weight, bias), weight=weight, bias=bias)
+
+
+def _linear_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
+    return linear_family(weight, bias, transposed)
 
 
 def _convolution_family(module_type: type[nn.Module], weight: str, bias: str, transposed: bool) -> Family:
@@ -217,7 +233,7 @@ def _embedding_family(module_type: type[nn.Module], weight: str, bias: str, tran
     return Family(
         "embedding",
         partial(_embedding, weight),
-        embedding_refusal,
+        forbidden=embedding_refusal,
         weight=weight,
         bias=None,
         has_kronecker_factors=False,

@@ -10,19 +10,23 @@ from torch import nn
 
 from kronlaplace._arguments import Choice
 from kronlaplace.layers.base import Layer
-from kronlaplace.layers.families import LAYERS, Family, family_of
+from kronlaplace.layers.families import LAYERS, Family, family_of, linear_family, written_out
 from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
+from kronlaplace.layers.per_example import ModuleLayer, NetworkLayer, is_closed
+from kronlaplace.layers.recognition import agrees_with, product_form
 
 __all__ = ["LayerSearch", "LeftOut", "Unsupported", "find_layers", "search_layers"]
 
 
 class Unsupported(Choice):
-    """What happens to trainable parameters that cannot have a block.
+    """What happens to trainable parameters whose use no rule describes.
 
-    ``ERROR`` raises an error that names them and the possible remedies; ``FIXED`` keeps them at their trained values and
-    lists them in `KroneckerFisher.coverage`.
+    ``DIAGONAL`` gives them a diagonal block from the gradients of each example, whatever the network does with them;
+    ``ERROR`` raises an error that names them and the possible remedies; ``FIXED`` keeps them at their trained values.
+    `KroneckerFisher.coverage` lists them.
     """
 
+    DIAGONAL = "diagonal"
     ERROR = "error"
     FIXED = "fixed"
 
@@ -65,7 +69,7 @@ class LayerSearch:
 def find_layers(
     model: nn.Module,
     names: Sequence[str] | str | None = None,
-    unsupported: Unsupported = Unsupported.ERROR,
+    unsupported: Unsupported = Unsupported.DIAGONAL,
     exclude: Sequence[str] | str = (),
 ) -> list[Layer]:
     """Return the layers that `search_layers` finds."""
@@ -75,7 +79,7 @@ def find_layers(
 def search_layers(
     model: nn.Module,
     names: Sequence[str] | str | None = None,
-    unsupported: Unsupported = Unsupported.ERROR,
+    unsupported: Unsupported = Unsupported.DIAGONAL,
     exclude: Sequence[str] | str = (),
 ) -> LayerSearch:
     """Find the layers of ``model`` that get a block, in the order of `nn.Module.named_modules`, and all that is left out.
@@ -84,7 +88,7 @@ def search_layers(
         model: The network; only its trainable parameters (``requires_grad``) get a block.
         names: Names or patterns of the only modules, or single blocks of modules, that get a block (see
             `kronlaplace.layers.names`); None means every module with trainable parameters.
-        unsupported: What happens to trainable parameters that cannot have a block.
+        unsupported: What happens to trainable parameters whose use no rule describes.
         exclude: Names or patterns of modules or blocks that get no block. Modules that share a parameter with one of them
             get none either.
 
@@ -92,7 +96,8 @@ def search_layers(
         TypeError: If a name is not a string.
         ValueError: If a name is unknown, duplicated, or without trainable parameters, if a pattern matches nothing, or if no
             layer is left.
-        NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module.
+        NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module. With
+            ``Unsupported.DIAGONAL``, these are modules whose outputs have no derivative.
     """
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
     if names is None and not owners:
@@ -100,7 +105,7 @@ def search_layers(
             "the model has no trainable parameters (requires_grad is False everywhere), so there is nothing to "
             "estimate. Call requires_grad_(True) on the layers that should get a block."
         )
-    found, refusals = _layers_of(owners)
+    found, refusals = _layers_of(owners, unsupported is Unsupported.DIAGONAL)
     known = list(dict.fromkeys([*owners, *(layer.name for layer in found)]))
     if names is not None:
         entries = entries_of(names, "layers")
@@ -117,7 +122,7 @@ def search_layers(
         raise ValueError(
             f"exclude={exclude!r} leaves no layer; the modules with trainable parameters are {list(owners)}."
         )
-    if not found or (refusals and unsupported is Unsupported.ERROR):
+    if not found or (refusals and unsupported is not Unsupported.FIXED):
         raise NotImplementedError(_refusal_message(owners, refusals))
     by_layers = owners.values() if names is not None else ()
     by_exclude = [*(owners[name] for name in unwanted if name in owners), *(m for la in excluded for m in la.modules)]
@@ -135,31 +140,59 @@ def _is_named(layer: Layer, names: Collection[str], owners: Mapping[str, nn.Modu
     return layer.name in names or any(owners[name] in layer.modules for name in names if name in owners)
 
 
-def _layers_of(owners: dict[str, nn.Module]) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers of all supported modules, and for each other module the reason, by module name."""
+def _layers_of(owners: dict[str, nn.Module], diagonal: bool) -> tuple[list[Layer], dict[str, str]]:
+    """Return the layers of all modules that can have one, and for each other module the reason, by module name.
+
+    Args:
+        owners: The modules with trainable parameters of their own, by name.
+        diagonal: Whether modules without a rule have a layer, too.
+    """
     refusals: dict[str, str] = {}
-    supported: dict[str, nn.Module] = {}
+    without_rule: dict[str, str] = {}
     for name, module in owners.items():
-        reason = _refusal(module)
-        if reason is None:
-            supported[name] = module
-        else:
-            refusals[name] = reason
+        forbidden = _forbidden(module)
+        if forbidden is not None:
+            refusals[name] = forbidden
+        elif (reason := _refusal(module)) is not None:
+            without_rule[name] = reason
     layers: list[Layer] = []
-    for members in _tied(supported):
-        if len(members) == 1:
-            layers += _made(*members[0])
-            continue
-        reason = _refusal_of_tie(members)
-        if reason is not None:
+    for members in _tied({name: module for name, module in owners.items() if name not in refusals}):
+        reason = next((without_rule[name] for name, _ in members if name in without_rule), None)
+        if reason is None and len(members) > 1:
+            reason = _refusal_of_tie(members)
+        if reason is None:
+            # An embedding that is also an output layer is a table first: no Kronecker factors.
+            first = next((m for m in members if _family(m[1]).kind == "embedding"), members[0])
+            layers += _made(*first, tied_modules=[module for _, module in members if module is not first[1]])
+        elif diagonal:
+            layers.append(_per_example(members, reason))
+        elif len(members) == 1 or not any(name in without_rule for name, _ in members):
             refusals.update({name: reason for name, _ in members})
-            continue
-        # An embedding that is also an output layer is a table first: no Kronecker factors.
-        first = next((m for m in members if _family(m[1]).kind == "embedding"), members[0])
-        layers += _made(*first, tied_modules=[module for _, module in members if module is not first[1]])
+        else:  # those of the tied modules that have a rule have one without the others
+            refusals.update({name: without_rule[name] for name, _ in members if name in without_rule})
+            rest = {name: module for name, module in members if name not in without_rule}
+            again, refused = _layers_of(rest, diagonal)
+            layers += again
+            refusals |= refused
     order = {id(module): i for i, module in enumerate(owners.values())}
     layers.sort(key=lambda layer: min(order[id(m)] for m in layer.modules))
     return layers, refusals
+
+
+def _per_example(members: Sequence[tuple[str, nn.Module]], reason: str) -> Layer:
+    """Return the layer of modules whose use of their parameters no rule describes; all of them share some."""
+    parameters = {
+        f"{name}.{key}" if name else key: p
+        for name, module in members
+        for key, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    }
+    distinct = {id(p): key for key, p in reversed(parameters.items())}
+    parameters = {key: p for key, p in parameters.items() if distinct[id(p)] == key}
+    (name, module), *others = members
+    if not others and is_closed(module) and written_out(module) is None:
+        return ModuleLayer(name, module, parameters, reason=reason)
+    return NetworkLayer(name, module, parameters, [other for _, other in others], reason=reason)
 
 
 def _made(name: str, module: nn.Module, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
@@ -169,9 +202,18 @@ def _made(name: str, module: nn.Module, tied_modules: Sequence[nn.Module] = ()) 
     return layers
 
 
+def _family_of(module: nn.Module) -> tuple[type[nn.Module], Family] | None:
+    """Return the type of which a module is, and its family, or None if there is none."""
+    found = family_of(module)
+    if found is not None:
+        return found
+    form = product_form(module)
+    return None if form is None else (type(module), linear_family(*form))
+
+
 def _family(module: nn.Module) -> Family:
     """Return the family of a module that has one."""
-    found = family_of(module)
+    found = _family_of(module)
     assert found is not None
     return found[1]
 
@@ -184,15 +226,22 @@ def _forward_replaced(module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is not type(module).forward
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Return why the module cannot have a block, or None."""
+def _forbidden(module: nn.Module) -> str | None:
+    """Return why the outputs of a module have no derivative with respect to its parameters, or None."""
     found = family_of(module)
+    return None if found is None else found[1].forbidden(module)
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Return why no rule describes what the module does with its parameters, or None."""
+    found = _family_of(module)
     own = dict(module.named_parameters(recurse=False))
     trainable = {key for key, p in own.items() if p.requires_grad}
     if found is None:
         return f"this layer type is not supported; its trainable parameters are {', '.join(sorted(trainable))}"
     kind, family = found
-    if type(module).forward is not kind.forward or _forward_replaced(module):
+    own_forward = type(module).forward is not kind.forward or _forward_replaced(module)
+    if own_forward and not agrees_with(module, kind):
         return f"it overrides {kind.__name__}.forward, so the form of its gradient is unknown"
     if family.weight is None:
         if trainable != set(own) or any(not isinstance(p, nn.Parameter) for p in own.values()):
@@ -222,11 +271,12 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
     sets = [{id(p) for p in module.parameters(recurse=False)} for _, module in members]
     if any(s != sets[0] for s in sets):
         return f"{names} share some of their parameters but not all; only modules that share all of them are supported"
-    kinds = {found[0] for _, module in members if (found := family_of(module)) is not None}
+    kinds = {found[0] for _, module in members if (found := _family_of(module)) is not None}
     families = [_family(module) for _, module in members]
     if len(kinds) > 1 and not all(family.is_matrix for family in families):
         return f"{names} share parameters but are of different types"
-    if families[0].kind == "convolution" and len({_geometry(module) for _, module in members}) > 1:
+    over_space = families[0].kind in ("convolution", "transposed convolution")
+    if over_space and len({_geometry(module) for _, module in members}) > 1:
         return f"{names} share a weight but differ in stride, padding or dilation"
     if any(family.forward is not None for family in families):
         return f"{names} share parameters, which is not supported for this layer type"
@@ -234,7 +284,7 @@ def _refusal_of_tie(members: list[tuple[str, nn.Module]]) -> str | None:
 
 
 def _geometry(module: Any) -> tuple[Any, ...]:
-    return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    return module.stride, module.padding, module.output_padding, module.dilation, module.groups, module.padding_mode
 
 
 REMEDY = (

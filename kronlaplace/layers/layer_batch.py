@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronlaplace.layers.base import Layer, Sums
 
-__all__ = ["LayerBatch", "LayerCall", "LayerGradients"]
+__all__ = ["BatchGradient", "LayerBatch", "LayerCall", "LayerGradients"]
 
 _SMALL = 2**20
 """Size, in numbers, that a temporary may always have."""
@@ -217,6 +217,28 @@ class LayerGradients:
 
     def _pairs(self) -> Iterator[tuple[LayerCall, Tensor]]:
         return zip(self.batch.calls, self.tensors, strict=True)
+
+
+class BatchGradient(LayerGradients):
+    """The sum of the gradients of all examples, which stands for one gradient.
+
+    With directions that are independent and have the mean zero, such as those of drawn labels, the mean of its square is the
+    sum of the squares of the examples.
+
+    Args:
+        batch: A batch of one row.
+        tensors: The gradient, ``(1, q, p)``.
+        n_summed: The number of examples in it.
+    """
+
+    def __init__(self, batch: LayerBatch, tensors: Sequence[Tensor], n_summed: int) -> None:
+        super().__init__(batch, tensors)
+        self._n_summed = n_summed
+
+    def first(self, n_examples: int) -> LayerGradients:
+        """Return a gradient that has the size which that of so many examples would have."""
+        share = (n_examples / self._n_summed) ** 0.5
+        return BatchGradient(self.batch, [share * grad for grad in self.tensors], n_examples)
 
 
 def _rounding(tensor: Tensor, autocast: torch.dtype | None) -> float:

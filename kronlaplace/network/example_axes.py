@@ -46,6 +46,7 @@ class Layout:
         places: Where the examples are in each call, by layer name and index of the call.
         copies_on_new_axis: Whether copies of an output that is the same for all examples go on a new axis.
         partial: Layers whose inputs are not the same for all examples, but do not grow in proportion to their number either.
+        at_once: Whether the network runs on one example under `torch.func.vmap`; see `kronlaplace.network.one_by_one`.
     """
 
     input_axis: int = 0
@@ -54,6 +55,7 @@ class Layout:
     places: Mapping[tuple[str, int], Place] = field(default_factory=lambda: MappingProxyType({}))
     copies_on_new_axis: bool = False
     partial: frozenset[str] = frozenset()
+    at_once: bool = True
 
     def with_shared_inputs(self, paths: Iterable[str]) -> Layout:
         """Return a copy in which these input tensors are also the same for all examples."""

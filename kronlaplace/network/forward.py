@@ -21,9 +21,10 @@ from kronlaplace._precision import alike, in_full_precision
 from kronlaplace._replica import Replica
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of, with_one_more
-from kronlaplace.layers import Layer, UnusableLayersError, find_layers
+from kronlaplace.layers import Layer, NetworkLayer, UnusableLayersError, find_layers
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, has_constant_calls, layout_from
-from kronlaplace.network.observer import NetworkObserver
+from kronlaplace.network.observer import NetworkObserver, PerExampleGradients
+from kronlaplace.network.one_by_one import OneByOne
 
 __all__ = ["NetworkForward", "differentiable_attention", "find_layout"]
 
@@ -39,6 +40,7 @@ class NetworkForward:
         layers: The layers to observe.
         differentiable: Whether everything observed can be differentiated with respect to the network's inputs.
         layout: The layout found by earlier passes over the same network.
+        checking: Whether the gradients of all parameters are wanted, to check the layers with them, until `checked`.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class NetworkForward:
         *,
         differentiable: bool = False,
         layout: Layout | None = None,
+        checking: bool = False,
     ) -> None:
         self._model = model
+        self._checking = checking
         self._differentiable = differentiable
         self._first_layout = Layout() if layout is None else layout
         self._observer: NetworkObserver | None = None
+        self._after = False
         self.observe(layers)
 
     def __enter__(self) -> NetworkForward:
@@ -84,11 +89,26 @@ class NetworkForward:
         if self._observer is not None:
             layout = self.layout
             self._observer.close()
-        wanted = [p for layer in layers for m in layer.modules for p in m.parameters(recurse=False)]
+        by_network = [layer for layer in layers if isinstance(layer, NetworkLayer)]
+        constant = () if self._checking or len(by_network) == len(layers) else by_network
+        wanted = [p for la in layers if la not in constant for m in la.modules for p in m.parameters(recurse=False)]
+        self._by_network = by_network
         self._replica = Replica(self._model, wanted)
         self._observer = NetworkObserver(
             self._model, layers, layout=layout, differentiable=self._differentiable, module_of=self._replica
         )
+
+    @property
+    def runs_one_by_one(self) -> bool:
+        """Whether the network also runs on single examples, for layers that nothing else is known of."""
+        return bool(self._by_network)
+
+    def checked(self) -> None:
+        """Note that the layers are right, so that later passes need not keep what only the check needs."""
+        if self._checking:
+            self._checking = False
+            if self._by_network:
+                self._after = True
 
     def leave_out(self, names: Collection[str]) -> None:
         """Continue without some of the layers, and forget the last pass."""
@@ -107,6 +127,9 @@ class NetworkForward:
             RuntimeError: If the outputs carry no gradients, or if the network changes its inputs in some passes but not in
                 the first.
         """
+        if self._after:
+            self._after = False
+            self.observe(self.layers)
         with torch.inference_mode(False), torch.enable_grad():  # gradients on, whatever the caller's mode
             inputs = inputs if self._differentiable else inputs.map(_ordinary)
             outputs, doubt = self._observed(inputs)
@@ -123,7 +146,26 @@ class NetworkForward:
             raise RuntimeError(
                 "the model's outputs carry no gradients: it detaches them, or runs under torch.no_grad()."
             )
+        if self._by_network:
+            self.observer.per_example = self._per_example(inputs, outputs)
         return outputs
+
+    def _per_example(self, inputs: Inputs, outputs: Tensor) -> PerExampleGradients:
+        """Return the gradients of single examples in this pass, which make the network run again when they are wanted."""
+        single: OneByOne | None = None
+
+        def gradients(direction: Tensor, retain_graph: bool) -> Mapping[str, Tensor | None]:
+            nonlocal single
+            if single is None:
+                new = OneByOne(self._model, self._by_network, inputs, self.layout, differentiable=self._differentiable)
+                with torch.inference_mode(False), torch.enable_grad(), differentiable_attention():
+                    at_once = new.run(outputs)
+                if at_once is not self.layout.at_once:
+                    self.observer.layout = replace(self.layout, at_once=at_once)
+                single = new
+            return single.gradients(direction, retain_graph)
+
+        return gradients
 
     def run_plainly(self, inputs: Inputs) -> Tensor:
         """Return only the outputs, without observing anything; the last pass is kept."""

@@ -26,17 +26,31 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kronlaplace._memory_layout import with_contiguous_gradient
 from kronlaplace._precision import autocast_dtype
 from kronlaplace.data.inputs import Inputs, tensors_of
-from kronlaplace.layers import Layer, LayerBatch, LayerCall, LayerGradients, Report, UnusableLayersError, written_out
+from kronlaplace.layers import (
+    BatchGradient,
+    Layer,
+    LayerBatch,
+    LayerCall,
+    LayerGradients,
+    ModuleLayer,
+    NetworkLayer,
+    Report,
+    UnusableLayersError,
+    written_out,
+)
 from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.network.hooks import Hook, WrittenOut
 from kronlaplace.network.last_layer import LOG_SOFTMAX, can_be_last, maker_of
 
-__all__ = ["NetworkObserver", "Receiver"]
+__all__ = ["NetworkObserver", "PerExampleGradients", "Receiver"]
 
 
 Receiver = Callable[[LayerGradients], None]
 """Function that takes the inputs of one layer together with the gradients at its outputs."""
+
+PerExampleGradients = Callable[[Tensor, bool], Mapping[str, Tensor | None]]
+"""Function of a direction and of whether another one follows: each example's gradients, ``(N, q, p)`` by layer name."""
 
 
 @dataclass
@@ -102,6 +116,13 @@ class NetworkObserver:
         """Where the examples are in inputs and calls."""
         self.enabled = True
         """Whether forward passes are observed."""
+        self.per_example: PerExampleGradients | None = None
+        """The gradients of each example with respect to the parameters of a `NetworkLayer`, in the last pass.
+
+        None where somebody else runs the network: then these layers receive the gradient of the whole batch as if it were
+        that of one example. With drawn labels its square has the right mean, since the gradients of different examples are
+        independent and have the mean zero."""
+        self._by_network = [layer for layer in self.layers if isinstance(layer, NetworkLayer)]
         self._differentiable = differentiable
         self._receive: Receiver | None = None
         self._depth = 0
@@ -110,6 +131,7 @@ class NetworkObserver:
         self._pass = _Pass()
         self._undo: list[Callable[[], None]] = []
         self._model = module_of(model)
+        self._module_of: Callable[[Any], Any] = module_of
         parameters = (p for la in self.layers for p in (*la.parameters.values(), *la.merged_parameters.values()))
         self._n_parameters = len(set(map(id, parameters)))
         self._attach(model, module_of)
@@ -138,8 +160,14 @@ class NetworkObserver:
             call.edge = call.maker = None
         self._pass = _Pass()
         self._pending = {}
+        self.per_example = None
 
     # -- Results of the last forward pass --------------------------------------------------------------------------
+
+    @property
+    def sums_over_batch(self) -> bool:
+        """Whether a `NetworkLayer` receives the gradient of the whole batch, so that examples must be independent."""
+        return bool(self._by_network) and self.per_example is None
 
     @property
     def inputs(self) -> Mapping[str, Sequence[ObservedInput]]:
@@ -196,7 +224,7 @@ class NetworkObserver:
                 whose example axis is ambiguous.
         """
         if self._pass.places is None:
-            if not self._pass.calls:
+            if self._pass.arguments is None:
                 raise RuntimeError(
                     "no forward pass was observed: call the model with gradients enabled, while the observer is attached "
                     "and enabled, before its outputs are used."
@@ -205,7 +233,10 @@ class NetworkObserver:
             if doubt is not None:
                 raise doubt.error(self.layout, hint=True)
         self.check_calls()
-        return {layer.name: self._batch(layer) for layer in self.layers}
+        return {
+            layer.name: self._rows(layer, n_examples) if isinstance(layer, NetworkLayer) else self._batch(layer)
+            for layer in self.layers
+        }
 
     def check_calls(self) -> None:
         """Check that every layer ran as a module, and that no derivatives were taken inside the last forward pass.
@@ -222,7 +253,11 @@ class NetworkObserver:
                 "the quantity that is differentiated, and differentiate its predictions: predict(x, differentiable=True).",
                 {name: reason},
             )
-        missing = [layer.name for layer in self.layers if not self._pass.calls.get(layer.name)]
+        missing = [
+            layer.name
+            for layer in self.layers
+            if not self._pass.calls.get(layer.name) and not isinstance(layer, NetworkLayer)
+        ]
         if missing:
             raise UnusableLayersError(
                 f"these layers have trainable parameters but were not called as modules in the forward pass: {missing}. "
@@ -266,20 +301,24 @@ class NetworkObserver:
 
         Raises:
             UnusableLayersError: If the outputs do not depend on a layer. The gradients of all other layers have then been
-                received.
+                received. (A `NetworkLayer` receives nothing if they do not depend on it.)
         """
         edges = [(call.edge, call.is_source) for call in self._pass.all_calls if call.edge is not None]
         # Asking for the gradients of calls that have no other layer before them visits all calls, and the engine skips
         # everything else, above all the gradients of the weights.
         sources = [] if self._pass.all_edges else [edge for edge, is_source in edges if is_source]
         sources = sources or [edge for edge, _ in edges]
+        # Parameters that are anywhere before a layer make its inputs carry gradients, so it is not a source because of them.
+        direct = {layer.name: self._direct_parameters(layer) for layer in self._by_network}
+        n_sources = len(sources)
         self._pending = {name: {} for name, by_layer in self._pass.calls.items() if len(by_layer) > 1}
         self._reported.clear()
         self._receive = receive
         try:
-            torch.autograd.grad(
+            wanted: list[Any] = [*sources, *(p for parameters in direct.values() for p in parameters)]
+            found = torch.autograd.grad(
                 outputs,
-                sources,
+                wanted,
                 grad_outputs=direction.reshape(outputs.shape),
                 retain_graph=retain_graph or self._differentiable,
                 create_graph=self._differentiable,
@@ -290,15 +329,46 @@ class NetworkObserver:
                 if grads:  # the outputs may not depend on some of the calls
                     indices = sorted(grads)
                     receive(self._batch(layer, indices).along([grads[i] for i in indices]))
+            self._receive_by_network(len(outputs), direction, found[n_sources:], retain_graph)
         finally:
             self._receive = None
-        silent = [layer.name for layer in self.layers if layer.name not in self._reported]
+        silent = [la.name for la in self.layers if la.name not in self._reported and la not in self._by_network]
         if silent:
             raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
                 "them off.",
                 dict.fromkeys(silent, NO_EFFECT),
             )
+
+    def _direct_parameters(self, layer: Layer) -> list[Tensor]:
+        """Return the parameters of a layer in the network that runs, if they carry gradients there."""
+        return [p for original in layer.parameters.values() if (p := self._module_of(original)).requires_grad]
+
+    def _receive_by_network(
+        self, n_examples: int, direction: Tensor, direct: Sequence[Tensor | None], retain_graph: bool
+    ) -> None:
+        """Pass the gradients of all layers that are not observed in calls to the receiver, if there are any."""
+        assert self._receive is not None
+        if not self._by_network:
+            return
+        if self.per_example is not None:
+            grads = self.per_example(direction, retain_graph)
+        else:
+            rest = iter(direct)
+            grads = {layer.name: _whole(layer, [next(rest) for _ in layer.parameters]) for layer in self._by_network}
+        for layer in self._by_network:
+            grad = grads[layer.name]
+            if grad is None:
+                continue
+            if self.per_example is not None:
+                self._receive(self._rows(layer, n_examples).along([grad]))
+            else:
+                self._receive(BatchGradient(self._rows(layer, 1), [grad], n_examples))
+
+    def _rows(self, layer: Layer, n_examples: int) -> LayerBatch:
+        """Return the batch of a layer whose inputs are not observed, and which needs none."""
+        parameter = next(iter(layer.parameters.values()))
+        return LayerBatch(layer, [LayerCall(parameter.new_empty(n_examples, 0))])
 
     def _batch(self, layer: Layer, indices: Sequence[int] | None = None) -> LayerBatch:
         assert self._pass.places is not None
@@ -333,6 +403,8 @@ class NetworkObserver:
         self._undo += [begin.remove, end.remove]
         layers_of: dict[nn.Module, dict[int, Layer]] = {}
         for layer in self.layers:
+            if layer in self._by_network:
+                continue
             for owner in layer.modules:
                 layers_of.setdefault(owner, {})[layer.block_index] = layer
         for original in model.modules():
@@ -342,7 +414,9 @@ class NetworkObserver:
             if forward is not None:
                 # Needed even if only a child is observed: attention calls its output projection as a function.
                 inside = set(original.modules())
-                names = [layer.name for layer in self.layers if inside.intersection(layer.modules)]
+                names = [
+                    la.name for la in self.layers if la not in self._by_network and inside.intersection(la.modules)
+                ]
                 if names:
                     self._undo.append(WrittenOut(self, module, names, forward, mine).attach())
             elif mine:
@@ -384,7 +458,11 @@ class NetworkObserver:
         """Record the call of a module; return the output to use instead, or None to keep it."""
         if not self.observes():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))  # other types call it hidden_states, for example
+        x = next(iter((*args, *kwargs.values())), None)  # other types call it hidden_states, for example
+        several = isinstance(layer, ModuleLayer) and len(args) + len(kwargs) > 1
+        if several or not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            reason = "its module does not map one tensor to another"
+            raise UnusableLayersError(f"layer {layer.name!r} cannot be observed: {reason}.", {layer.name: reason})
         index = len(self._pass.calls.get(layer.name, ()))
         place = self.layout.places.get((layer.name, index), (0, 1))
         if place is None and self._pass.n_inputs is not None:
@@ -435,6 +513,17 @@ class NetworkObserver:
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return with_contiguous_gradient(tensor) if self._differentiable else tensor.detach()
+
+
+def _whole(layer: Layer, grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the gradient of a batch as that of one example, ``(1, q, p)``; None if no parameter has one."""
+    if all(grad is None for grad in grads):
+        return None
+    filled = {
+        name: torch.zeros_like(p) if grad is None else grad.detach()
+        for (name, p), grad in zip(layer.parameters.items(), grads, strict=True)
+    }
+    return layer.assemble(filled).to(layer.dtype).unsqueeze(0)
 
 
 class _BlockReport:

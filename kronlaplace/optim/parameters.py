@@ -76,7 +76,7 @@ def divide(model: nn.Module, params: Any, layers: Sequence[str] | str | None, ot
     groups = _groups(params, names)
     plain = isinstance(others, PlainSGD)
     try:
-        search = search_layers(model, layers, Unsupported.FIXED if plain else Unsupported.ERROR)
+        search = search_layers(model, layers, Unsupported.FIXED if plain else Unsupported.DIAGONAL)
     except NotImplementedError as error:
         raise NotImplementedError(str(error).replace(REMEDY, _REMEDY)) from None
     index = {p: i for i, group in enumerate(groups) for p in group["params"]}

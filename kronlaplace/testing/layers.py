@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronlaplace.estimators import Diagonal
 from kronlaplace.fisher.estimation import estimate_fisher
-from kronlaplace.layers import Layer, find_layers, written_out
+from kronlaplace.layers import Layer, Unsupported, find_layers, written_out
 from kronlaplace.testing.laws import law, require, require_equal, standard_normal
 
 __all__ = ["check_layer"]
@@ -48,7 +48,7 @@ def check_layer(module: nn.Module, inputs: Tensor) -> None:
     x = inputs.detach().double() if inputs.is_floating_point() else inputs.detach()
     kind = type(module).__name__
     with law(f"{kind} is registered (kl.register_layer), and this module can have a block"):
-        layers = find_layers(module)
+        layers = find_layers(module, unsupported=Unsupported.ERROR)
     require(len(layers) == 1 and layers[0].module is module, f"{kind} has one block", layers)
     (layer,) = layers
     parameters = dict(module.named_parameters(recurse=False))

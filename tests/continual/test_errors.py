@@ -156,18 +156,23 @@ def test_a_layer_that_is_gone():
 
 def test_a_layer_of_which_a_part_is_frozen(memory):
     memory.model[0].weight.requires_grad_(False)
-    with pytest.raises(NotImplementedError, match="its trainable parameters must be the weight"):
+    with pytest.raises(ValueError, match="some of its parameters are frozen and others are not"):
         memory.penalty()
 
 
 def test_layers_that_the_outputs_depend_on_by_a_function():
     """Unlike another task's head, such a layer has curvature; it must not get lost."""
-    memory = kl.ContinualLaplace(ByFunction().double().eval(), "classification")
+    memory = kl.ContinualLaplace(ByFunction().double().eval(), "classification", unsupported="error")
     with pytest.raises(NotImplementedError, match=r"depend on layers that cannot have a block.*\n  head: "):
         memory.consolidate(data())
     assert not memory.tasks
     fixed = kl.ContinualLaplace(memory.model, "classification", unsupported="fixed").consolidate(data())
     assert fixed.layers == ["body"]
+    found = kl.ContinualLaplace(memory.model, "classification").consolidate(data())
+    assert found.layers == ["body", "head"]
+    with torch.no_grad():
+        memory.model.head.weight.mul_(2)
+    assert float(found.penalty().detach()) > 0.1
 
 
 def test_batches_of_several_tasks():

@@ -138,12 +138,12 @@ def test_names_win_over_patterns():
 def test_exclude_is_a_way_out_for_what_is_unsupported():
     model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 3)).double().eval()
     with pytest.raises(NotImplementedError, match=r"1 \(PReLU\)(.|\n)*exclude=\[\.\.\.\]"):
-        kl.KronLaplace(model, "classification")
+        kl.KronLaplace(model, "classification", unsupported="error")
     posterior = kl.KronLaplace(model, "classification", exclude="1").fit(BATCHES)
     assert posterior.layers == ["0", "2"]
     assert {row.note for row in posterior.fisher.coverage()} == {"", "left out by exclude="}
     with pytest.raises(NotImplementedError, match=r"1 \(PReLU\)"):
-        kl.KronLaplace(model, "classification", layers="*")
+        kl.KronLaplace(model, "classification", layers="*", unsupported="error")
 
 
 def test_single_blocks_of_a_module():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronlaplace as kl
+from kronlaplace.testing import check_layer
 from tests.support import oracles
 from tests.support.architectures import ARCHITECTURES
 from tests.support.assertions import assert_blocks_are, assert_close
@@ -71,6 +72,58 @@ def convolutions(draw):
         inputs, outputs, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()), padding_mode=mode
     )
     return layer, torch.randn(draw(st.integers(1, 3)), inputs, *size).double()
+
+
+@st.composite
+def transposed_convolutions(draw):
+    """A transposed convolution of one to three dimensions with any of its options and an input that it accepts."""
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    options = {
+        name: tuple(draw(st.integers(least, 2 if dims == 3 else most)) for _ in range(dims))
+        for name, least, most in (("kernel_size", 1, 3), ("stride", 1, 3), ("dilation", 1, 2), ("padding", 0, 2))
+    }
+    options["output_padding"] = tuple(
+        draw(st.integers(0, max(s, d) - 1)) for s, d in zip(options["stride"], options["dilation"], strict=True)
+    )
+    size = tuple(2 + p for p in options["padding"])  # no output is empty
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1](
+        inputs, outputs, groups=groups, bias=draw(st.booleans()), **options
+    )
+    return layer, torch.randn(draw(st.integers(1, 3)), inputs, *size).double()
+
+
+@settings(max_examples=examples(20))
+@given(transposed_convolutions())
+def test_transposed_convolutions(drawn):
+    """The oracle for the factors is autograd's gradient, pixel by pixel."""
+    layer, x = drawn
+    made = case(Network(layer, lambda layer, x: layer(x), x), x, 2, "regression")
+    (found,) = (la for la in kl.find_layers(made.model) if la.name == "layer")
+    a, y = found.activations(x), layer(x)
+    weight = found.matrix().unflatten(0, (found.groups, -1)).unsqueeze(1)
+    assert_close(a @ weight.mT, found.gradients(y.detach()), 1e-10)
+    assert_close(found.project(x, torch.eye(a.shape[3]).double().expand(found.groups, -1, -1)), a, 1e-12)
+    check_layer(layer, torch.cat([x, x.flip(0) + 1]))
+    for estimator in (kl.KFAC(), kl.TKFAC(), kl.SUA(), kl.Diagonal()):
+        fisher = estimate(made, estimator)
+        assert fisher["layer"].shares_weights_over_space
+    exact = estimate(made, kl.ExactBlock())["layer"].to_dense()
+    assert_close(torch.trace(exact), estimate(made, kl.TKFAC())["layer"].trace(), 1e-9)
+    assert_close(exact.diag(), fisher["layer"].values.flatten(), 1e-9)
+
+
+def test_transposed_convolution_with_an_output_size_of_its_own():
+    """Which only the call tells: a diagonal block."""
+    layer = nn.ConvTranspose1d(2, 3, 2, stride=2)
+    x = torch.randn(4, 2, 3).double()
+    made = case(Network(layer, lambda layer, x: layer(x, output_size=[7]), x), x, 2, "regression")
+    assert estimate(made, kl.KFAC())["layer"].kind == "diagonal"
+    exact = estimate(made, kl.ExactBlock())["layer"].to_dense()
+    rows = [torch.autograd.grad(out, list(layer.parameters()), retain_graph=True) for out in made.model(x).flatten()]
+    squares = sum(torch.cat([part.flatten() for part in row]).square().sum() for row in rows)
+    assert_close(exact.trace(), squares / len(x), 1e-9)
 
 
 @settings(max_examples=examples(30))
@@ -364,7 +417,7 @@ class Gain(nn.Module):
 def test_unsupported_modules_are_refused_by_name_or_fixed_on_request():
     made = case(Custom(), torch.randn(4, 3), 2)
     with pytest.raises(NotImplementedError, match="gain"):
-        estimate(made, kl.KFAC())
+        estimate(made, kl.KFAC(), unsupported="error")
     fisher = estimate(made, kl.KFAC(), unsupported="fixed")
     assert list(fisher) == ["first", "head"]
     left_out = estimate(made, kl.KFAC(), layers=["first", "head"])

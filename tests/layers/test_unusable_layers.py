@@ -123,15 +123,15 @@ def test_they_stay_fixed_on_request(name, estimator):
 
 @pytest.mark.parametrize("fit", ["estimate_fisher", "KronLaplace"])
 @pytest.mark.parametrize("name", CASES)
-def test_else_they_are_refused_with_the_ways_out(name, fit):
+def test_or_are_refused_with_the_ways_out(name, fit):
     model, _ = network(name)
     with pytest.raises(
         NotImplementedError, match=r"odd.*leave these layers out with exclude=\['odd.*freeze.*unsupported=\"fixed\""
     ):
         if fit == "KronLaplace":
-            kl.KronLaplace(model, "classification").fit(BATCHES)
+            kl.KronLaplace(model, "classification", unsupported="error").fit(BATCHES)
         else:
-            kl.estimate_fisher(model, BATCHES, "classification")
+            kl.estimate_fisher(model, BATCHES, "classification", unsupported="error")
 
 
 PRIORS = {
@@ -202,7 +202,7 @@ def test_ready_made_fisher(name):
     assert_told(posterior.fisher.coverage(), reason)
     same(posterior, kl.KronLaplace(model, "classification", layers=OTHERS).fit(BATCHES))
     with pytest.raises(ValueError, match=r"odd.*: (.|\n)*unsupported=\"fixed\""):
-        kl.KronLaplace(model, "classification").fit(fisher=fisher)
+        kl.KronLaplace(model, "classification", unsupported="error").fit(fisher=fisher)
 
 
 def test_ready_made_fisher_that_could_have_the_layers():

@@ -22,14 +22,23 @@ class MyLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Twofold(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Bilinear(4, 4, 4)
+
+    def forward(self, x):
+        return self.both(x, x)
+
+
 UNSUPPORTED = {
     "a module of the user's": (
         Gate(),
         r"1 \(Gate\): this layer type is not supported; its trainable parameters are gate",
     ),
-    "a transposed convolution": (
-        nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1), nn.Flatten()),
-        r"1\.1 \(ConvTranspose1d\): this layer type is not supported; its trainable parameters are bias, weight",
+    "a bilinear one": (
+        nn.Sequential(Twofold()),
+        r"1\.0\.both \(Bilinear\): this layer type is not supported; its trainable parameters are bias, weight",
     ),
     "an overridden forward": (MyLinear(4, 4), r"1 \(MyLinear\): it overrides Linear.forward"),
     "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "1.parametrizations.weight"),
@@ -42,7 +51,7 @@ def test_unsupported_layers_are_named_with_the_ways_out(name):
     module, message = UNSUPPORTED[name]
     model = nn.Sequential(nn.Linear(4, 4), module, nn.Linear(4, 3)).eval()
     with pytest.raises(NotImplementedError, match=message) as error:
-        kl.KronLaplace(model, "classification")
+        kl.KronLaplace(model, "classification", unsupported="error")
     assert "leave the module out with layers=[...]" in str(error.value)
     assert "freeze it" in str(error.value)
     assert 'unsupported="fixed"' in str(error.value)
@@ -58,7 +67,7 @@ def test_modules_that_share_only_some_parameters_are_refused():
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     tied[1].weight = tied[0].weight
     with pytest.raises(NotImplementedError, match=r"\['0', '1'\] share some of their parameters but not all"):
-        kl.KronLaplace(tied, "classification")
+        kl.KronLaplace(tied, "classification", unsupported="error")
     kl.KronLaplace(tied, "classification", layers=["2"]).fit([(X, Y)]).predict(X)
 
 
@@ -71,7 +80,7 @@ def test_bias_alone_is_refused():
     model = mlp32()
     model[0].weight.requires_grad_(False)
     with pytest.raises(NotImplementedError, match=r"must be the weight, with or without the bias; they are \['bias'\]"):
-        kl.KronLaplace(model, "classification")
+        kl.KronLaplace(model, "classification", unsupported="error")
 
 
 def test_nothing_trainable():
@@ -155,4 +164,4 @@ STRANGE_FORWARDS = {
 def test_what_a_forward_pass_may_not_do(name):
     run, error, message = STRANGE_FORWARDS[name]
     with pytest.raises(error, match=message):
-        kl.estimate_fisher(Wrapped(run), [(X, Y)], "classification")
+        kl.estimate_fisher(Wrapped(run), [(X, Y)], "classification", unsupported="error")

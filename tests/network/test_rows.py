@@ -197,8 +197,12 @@ MIXED = {
 def test_rows_that_do_not_belong_to_the_examples_are_refused(name):
     make, inputs, bad = MIXED[name]
     model, x = make().double().eval(), inputs()
+    data = [(x, torch.arange(N) % 3)]
     with pytest.raises(ValueError, match=rf"(?s)do not belong to the examples.*{bad[0]}"):
-        kl.estimate_fisher(model, [(x, torch.arange(N) % 3)], "classification")
+        kl.estimate_fisher(model, data, "classification", unsupported="error")
+    if name != "as many selected tokens as examples":  # of which each example has its own
+        with pytest.raises(ValueError, match=rf"{bad[0]}.*the forward pass mixes examples"):
+            kl.estimate_fisher(model, data, "classification")
     fisher = kl.estimate_fisher(model, [(x, torch.arange(N) % 3)], "classification", unsupported="fixed")
     assert bad[0] not in fisher
     notes = {row.layer: row.note for row in fisher.coverage() if row.shape is None}

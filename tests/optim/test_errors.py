@@ -309,8 +309,9 @@ class Own(nn.Module):
 
 def test_modules_without_a_block(x, y):
     """The error names what the optimizer offers; with that, they train."""
+    forbidden = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 3))
     with pytest.raises(NotImplementedError, match=r"others=kl\.PlainSGD\(lr=0\.01\)") as caught:
-        kl.NaturalGradient(Own(), "classification")
+        kl.NaturalGradient(forbidden, "classification")
     assert "exclude" not in str(caught.value)
     assert "unsupported" not in str(caught.value)
     model = Own()
