@@ -10,8 +10,9 @@ one to use (multi-head, task-incremental); other tasks' heads are frozen meanwhi
 has one head for all (single-head); in split problems it has two outputs, even or odd class, and is not told the task
 (domain-incremental). The body is 100-100 ReLU units for digits, three small convolutions for CIFAR-10.
 
-Adam, started afresh for each task with a rate that decays linearly to zero, lowers the mean cross-entropy of the batch plus
-the penalty by the number of the task's examples. All runs of a seed start from the same weights and see the same batches.
+Adam, or with `--optimizer natural-gradient` natural gradients that know the penalty's curvature, lowers the mean
+cross-entropy of the batch plus the penalty by the number of the task's examples, started afresh for each task with a rate
+that decays linearly to zero. All runs of a seed start from the same weights and see the same batches.
 Joint training, the ceiling, goes on with the batches of all tasks so far mixed, for as many epochs; neither it nor "none"
 has a penalty.
 

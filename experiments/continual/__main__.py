@@ -15,7 +15,7 @@ import kronlaplace as kl
 from experiments import continual
 from experiments.arguments import add_machine, prepare_machine
 from experiments.continual.files import ChangedSettingsError, RunFiles, prepare_folder
-from experiments.continual.methods import BY_DEFAULT, METHODS, STRENGTHS, has_penalty
+from experiments.continual.methods import BY_DEFAULT, METHODS, STRENGTHS, SYNAPTIC, has_penalty
 from experiments.continual.problems import HEADS, PROBLEMS, images, problem_of
 from experiments.continual.report import (
     best_of,
@@ -29,6 +29,7 @@ from experiments.continual.report import (
 from experiments.continual.sequence import run_sequence
 from kronlaplace.demo.datasets import DATA_VARIABLE
 
+RATES = {"adam": 1e-3, "natural-gradient": 1.0}
 NOT_SETTINGS = ("data_dir", "methods", "strengths", "seeds", "out", "fresh")
 
 
@@ -51,7 +52,8 @@ def arguments(argv):
         "--sampling", choices=[sampling.value for sampling in kl.Sampling], default="exact", help="of the Fisher"
     )
     parser.add_argument("--prior-precision", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate at the beginning of a task")
+    parser.add_argument("--optimizer", choices=RATES, default="adam")
+    parser.add_argument("--lr", type=float, help="at the beginning of a task; without it 1e-3 for Adam, else 1")
     parser.add_argument("--fresh", action="store_true", help="delete the runs in the folder, and start anew")
     add_machine(parser, "continual")
     args = parser.parse_args(argv)
@@ -59,8 +61,11 @@ def arguments(argv):
     for name in ("heads", "tasks", "epochs", "batch_size"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(problem, name))
+    args.lr = RATES[args.optimizer] if args.lr is None else args.lr
     if args.tasks < 1 or (problem.most_tasks and args.tasks > problem.most_tasks):
         parser.error(f"--tasks {args.tasks}: {args.problem} has 1 to {problem.most_tasks or 'any number of'} tasks")
+    if args.optimizer == "natural-gradient" and SYNAPTIC in args.methods:
+        parser.error(f"{SYNAPTIC} has no curvature that natural gradients know: leave it out of --methods, or use Adam")
     return parser, args
 
 
@@ -90,7 +95,8 @@ def title_of(args, problem):
     heads = "one head for all" if args.heads == "shared" else "a head for each"
     return (
         f"{args.tasks} tasks of {PROBLEMS[args.problem].title}, {heads}: {sizes[0]} training and {sizes[1]} test images "
-        f"each, {args.epochs} epochs in batches of {args.batch_size}, {args.device}, {args.threads} threads"
+        f"each, {args.epochs} epochs of {args.optimizer} in batches of {args.batch_size}, {args.device}, "
+        f"{args.threads} threads"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import kronlaplace as kl
 from experiments.continual.methods import JOINT, METHODS
 from experiments.measure import seconds
 
@@ -77,12 +78,20 @@ def diverged(model, examples):
         return not torch.stack([model(x).isfinite().all() for x, _ in examples.in_order(EVALUATION_BATCH)]).all()
 
 
-def learn(model, data, args, seed, *, penalty=None, observe=None, n_examples=None):
+def optimizer_of(model, args, memory):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    prior = memory if isinstance(memory, kl.QuadraticPenalty) else None
+    return kl.NaturalGradient(model, "classification", params=parameters, lr=args.lr, prior=prior, seed=args.seeds[0])
+
+
+def learn(model, data, args, seed, *, memory=None, observe=None, n_examples=None):
     """Train on the batches of `data`, and return the seconds that it took.
 
-    `observe` is called in every step between the backward pass of the loss and that of the penalty by `n_examples`.
+    `observe` is called in every step between the backward pass of the loss and that of the memory's penalty by `n_examples`.
     """
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    optimizer = optimizer_of(model, args, memory)
     n_steps = args.epochs * -(-len(data) // args.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, n_steps)
     generator = torch.Generator().manual_seed(seed)
@@ -92,10 +101,13 @@ def learn(model, data, args, seed, *, penalty=None, observe=None, n_examples=Non
             for task, x, y in data.shuffled(args.batch_size, generator):
                 model.task = task
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                if penalty is not None:
-                    observe()
-                    (penalty() / n_examples).backward()
+                outputs = model(x)
+                if args.optimizer == "natural-gradient":
+                    optimizer.update_curvature(outputs)
+                F.cross_entropy(outputs, y).backward()
+                if memory is not None:
+                    observe(memory)
+                    (memory.penalty() / n_examples).backward()
                 optimizer.step()
                 schedule.step()
 
@@ -129,11 +141,7 @@ def run_sequence(problem, name, strength, seed, args, files, advance):
             taken = learn(model, examples, args, seed + t)
         else:
             model.freeze_other_heads(t)
-            options = {
-                "penalty": memory.penalty,
-                "observe": lambda: method.observe(memory),
-                "n_examples": len(examples),
-            }
+            options = {"memory": memory, "observe": method.observe, "n_examples": len(examples)}
             taken = learn(model, examples, args, seed + t, **options)
         run.training_seconds[t] = taken
         is_finished = diverged(model, examples)
