@@ -218,7 +218,8 @@ class Relative(kl.damping.Damping):
 
     def eigenvalues(self, block):
         values = block.eigenvalues()
-        return values + self.share * values.mean()
+        q, p = block.shape
+        return values + self.share * block.trace() / (q * p)
 
 
 def register():
