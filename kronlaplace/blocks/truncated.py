@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks.base import Block
+from kronlaplace.blocks.base import Block, finite_values
 from kronlaplace.blocks.basis import Basis
 from kronlaplace.blocks.eigendecomposition import Eigen, Named, eigendecompose_moments
 from kronlaplace.blocks.kronecker import KroneckerBlock
@@ -115,7 +115,8 @@ class TruncatedBlock(KroneckerBlock):
         return self.total(self.eigenvalues().square()).sqrt().to(self.dtype)
 
     def scaled(self, factor: Tensor | float) -> TruncatedBlock:
-        block = TruncatedBlock(*self._eigen, self.scale * factor, self.name)
+        gradient, activation = self._eigen
+        block = TruncatedBlock(gradient, activation, self.scale * factor, self.name)
         block._bases = self._bases
         block._take_layer_facts(self, factor)
         return block
@@ -124,19 +125,25 @@ class TruncatedBlock(KroneckerBlock):
         return []
 
     def eigen(self) -> tuple[Eigen, Eigen]:
-        """Return the eigenpairs of ``G`` and ``A``, as they were given."""
+        """Return the eigenpairs of ``G`` and ``A``, as they were given.
+
+        Raises:
+            ValueError: If eigenvalues are NaN or infinite.
+        """
+        for eigen in self._eigen:
+            finite_values(eigen.values, self.name)
         return self._eigen[0], self._eigen[1]
 
     def bases(self) -> tuple[Basis, Basis]:
         return self._bases
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"scale": self.scale}
+        tensors: dict[str, Tensor] = {}
         for side, eigen in zip(_SIDES, self._eigen, strict=True):
             assert eigen.unresolved is not None
             parts = {"values": eigen.values, "vectors": eigen.vectors, "unresolved": eigen.unresolved}
             tensors |= {f"{side}_{part}": tensor for part, tensor in parts.items()}
-        return tensors
+        return {**tensors, "scale": self.scale}
 
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> TruncatedBlock:
