@@ -812,6 +812,7 @@ def test_no_public_object_shows_an_address():
 
 def test_a_kind_of_block_that_is_not_known():
     with pytest.raises(
-        ValueError, match=r"block of layer '0' is of unknown kind 'sparse'; the known kinds are \['kronecker', 'eigen'"
+        ValueError,
+        match=r"block of layer '0' is of unknown kind 'sparse'; the known kinds are \['kronecker', 'truncated'",
     ):
         block_from_tensors("sparse", {}, "0")

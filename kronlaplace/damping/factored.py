@@ -36,9 +36,9 @@ class FactoredDamping(Damping):
         return ((c_G * gradient + s_G).unsqueeze(2) * (c_A * activation + s_A).unsqueeze(1)).flatten(0, 1)
 
     def damped_factors(self, block: Block) -> DampedFactors | None:
-        # The factors of a truncated block are decomposed already.
-        whole = isinstance(block, KroneckerBlock) and not isinstance(block, TruncatedBlock)
-        return self.factors(FactorTraces.of(block)) if whole else None
+        if isinstance(block, TruncatedBlock) or not isinstance(block, KroneckerBlock):
+            return None  # the factors of a truncated block are decomposed already
+        return self.factors(FactorTraces.of(block))
 
     @abstractmethod
     def factors(self, traces: FactorTraces) -> DampedFactors:

@@ -53,7 +53,8 @@ class Damping(ABC):
         """Return the eigenvalues of the damped block, in the shape of `Block.eigenvalues`, float64, positive and finite.
 
         That shape is ``(q, p)``, or smaller if the block is truncated: then some eigenvalues stand for several eigenvectors
-        (see `Block.multiplicities`), which matters for sums and means of them, not for each by itself.
+        (see `Block.multiplicities`), which matters for sums and means of them, not for each by itself. It is also ``(q, p)``
+        where `invert` uses another basis than the block's.
 
         Args:
             block: Block of one layer, which is not changed. Its own eigenvalues are in `Block.eigenvalues`, and those of

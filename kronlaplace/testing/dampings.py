@@ -75,7 +75,7 @@ def _check(damping: Damping, block: Block) -> None:
         values = damping.eigenvalues(block)
     shape = block.multiplicities().shape
     require(
-        isinstance(values, Tensor) and values.shape == shape and values.dtype == torch.float64,
+        isinstance(values, Tensor) and values.shape in (shape, block.shape) and values.dtype == torch.float64,
         f"{where}: eigenvalues(block) is a float64 tensor of the shape of block.eigenvalues(), {tuple(shape)}",
         f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values),
     )
@@ -91,7 +91,7 @@ def _check(damping: Damping, block: Block) -> None:
     size = math.prod(block.shape)
     unit = torch.eye(size, dtype=torch.float64).unflatten(1, block.shape)
     basis = inverse.block.from_eigenbasis(unit).flatten(1).T
-    damped = (basis * block.expand(values).flatten()) @ basis.T
+    damped = (basis * inverse.expand(values).flatten()) @ basis.T
     exact = torch.linalg.inv(damped)
     solved, root = (apply(unit).flatten(1) for apply in (inverse.solve, inverse.sqrt_solve))
     require_equal(
