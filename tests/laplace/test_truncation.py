@@ -35,16 +35,16 @@ def fitted(made, truncation=SMALL, estimator="kfac", **options):
 @pytest.mark.parametrize("truncation", [SMALL, TWO])
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_evidence_and_covariances_are_those_of_the_dense_precision(network, truncation, structure):
-    made = problem(network)
+    made = problem(network, "classification")
     prior, D = some_prior(made, structure)
     mean, flat = some_mean(made, "flat")
     posterior = fitted(made, truncation, prior_precision=prior, prior_mean=mean, temperature=0.7)
-    assert_like_dense(made, posterior, D, flat, outputs_and_jacobians(network)[1])
+    assert_like_dense(made, posterior, D, flat, outputs_and_jacobians(network, "classification")[1])
 
 
 @pytest.mark.parametrize("estimator", ["kfac", "tkfac", "kfoc"])
 def test_estimators_of_kronecker_products_are_truncated(estimator):
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     posterior = fitted(made, estimator=estimator)
     whole = made.fitted(estimator, truncation=None)
     torch.testing.assert_close(posterior.fisher.trace(), whole.fisher.trace(), rtol=1e-10, atol=0)
@@ -53,7 +53,7 @@ def test_estimators_of_kronecker_products_are_truncated(estimator):
 
 def test_other_estimators_keep_whole_bases():
     for estimator in ("ekfac", "diagonal", "exact"):
-        posterior = problem("mlp").fitted(estimator, truncation=SMALL)
+        posterior = problem("mlp", "classification").fitted(estimator, truncation=SMALL)
         assert not any(isinstance(block, TruncatedBlock) for block in posterior.fisher.values())
 
 
@@ -61,9 +61,9 @@ def test_other_estimators_keep_whole_bases():
 @pytest.mark.parametrize("wanted", OutputCovariance)
 def test_all_kinds_of_covariances(network, wanted):
     """From outputs' covariances of the dense precision, for differences between classes too."""
-    made = problem(network)
+    made = problem(network, "classification")
     posterior = fitted(made, prior_precision=0.4)
-    f, jacobians = outputs_and_jacobians(network)
+    f, jacobians = outputs_and_jacobians(network, "classification")
     n, classes = f.shape
     prior = torch.full((jacobians.shape[2],), 0.4, dtype=torch.float64)
     rows = jacobians.flatten(0, 1)
@@ -126,7 +126,7 @@ def test_shared_weights_and_wide_last_layers_are_predicted_as_with_whole_bases(l
 
 
 def test_draws_have_the_dense_covariance():
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     posterior = fitted(made, prior_precision=0.4)
     size = posterior.fisher.to_dense().shape[0]
     expected = torch.linalg.inv(dense_precision(posterior, torch.full((size,), 0.4, dtype=torch.float64)))
@@ -141,13 +141,13 @@ def test_draws_have_the_dense_covariance():
 
 
 def test_the_evidence_is_differentiable():
-    posterior = fitted(problem("mlp"))
+    posterior = fitted(problem("mlp", "classification"))
     at = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: posterior.log_marginal_likelihood(prior_precision=p), at)
 
 
 def test_files_hold_the_truncated_factors_and_the_choice(tmp_path):
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     posterior = fitted(made).tune()
     posterior.save(tmp_path / "posterior")
     loaded = kl.KronLaplace.load(tmp_path / "posterior", made.model)
@@ -159,7 +159,7 @@ def test_files_hold_the_truncated_factors_and_the_choice(tmp_path):
 
 
 def test_a_posterior_moves_to_another_dtype():
-    made = copy.deepcopy(problem("mlp"))
+    made = copy.deepcopy(problem("mlp", "classification"))
     posterior = fitted(made)
     expected = posterior.functional_variance(made.inputs)
     posterior.to(torch.float32)
@@ -168,7 +168,7 @@ def test_a_posterior_moves_to_another_dtype():
 
 
 def test_a_ready_made_fisher_is_truncated_and_stays_as_it_is():
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     fisher = kl.estimate_fisher(made.model, made.data(), made.likelihood)
     posterior = made.posterior(truncation=SMALL).fit(fisher=fisher)
     same(posterior, fitted(made), made)
@@ -181,7 +181,7 @@ def test_a_ready_made_fisher_is_truncated_and_stays_as_it_is():
 
 
 def test_data_can_be_added():
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     posterior = made.posterior(truncation=SMALL).fit(made.data(0, 4)).fit(made.data(4), add=True)
     whole = made.fitted(truncation=None)
     assert posterior.fisher.n_examples == whole.fisher.n_examples
@@ -190,13 +190,13 @@ def test_data_can_be_added():
 
 def test_the_posterior_as_prior_is_that_of_the_dense_blocks():
     """The next task's evidence and covariances, where the earlier precision is a truncated block plus the identity."""
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     prior = fitted(made).as_prior()
     posterior = made.posterior(truncation=SMALL, prior_precision=prior).fit(made.data())
     N = posterior.fisher.n_examples
     F = N * posterior.fisher.to_dense()
     precision = F + F + torch.eye(len(F), dtype=torch.float64)
-    jacobians = outputs_and_jacobians("mlp")[1]
+    jacobians = outputs_and_jacobians("mlp", "classification")[1]
     expected = jacobians @ torch.linalg.inv(precision) @ jacobians.mT
     torch.testing.assert_close(posterior.functional_variance(made.inputs), expected, rtol=1e-7, atol=1e-9)
     logdet = sum(inverse.logdet() for inverse in posterior.covariance().values())
@@ -205,7 +205,7 @@ def test_the_posterior_as_prior_is_that_of_the_dense_blocks():
 
 
 def test_variational_curvature_is_truncated_in_every_round():
-    made = problem("mlp")
+    made = problem("mlp", "classification")
     posterior = made.posterior(truncation=SMALL)
     posterior.fit_variational(made.data(), rounds=2, tolerance=1e-6)
     assert any(isinstance(block, TruncatedBlock) for block in posterior.fisher.values())
