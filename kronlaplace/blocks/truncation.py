@@ -139,16 +139,19 @@ def _used_part(matrix: Tensor, used: Tensor, size: int) -> Tensor:
         rows = used_order(used)[:size]
         matrix = matrix[rows.unsqueeze(1), rows]
     matrix = matrix.to(wide_dtype(matrix.dtype))
-    return (matrix + matrix.T) / 2
+    return (matrix + matrix.T).div_(2)  # a new tensor, since large ones are copied only once
 
 
 def _by_subspace(name: str, matrix: Tensor, truncation: Truncation) -> Eigen:
     """Return approximations of the leading eigenpairs, somewhat more than are kept, ascending.
 
     They are computed in the dtype of the matrix, and again in float64 if the vectors are not orthonormal to its rounding.
+    The matrix is overwritten.
     """
     n = len(matrix)
     count = min(n, truncation.rank + max(10, round(_OVERSAMPLING * truncation.rank)))
+    size = matrix.diagonal().amax()
+    matrix.div_(size)  # so that products neither overflow nor underflow
     generator = torch.Generator().manual_seed(truncation.seed)
     start = torch.randn(n, count, generator=generator, dtype=torch.float64).to(matrix.device)
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
@@ -156,7 +159,7 @@ def _by_subspace(name: str, matrix: Tensor, truncation: Truncation) -> Eigen:
         gram = found.vectors.T @ found.vectors
         gram.diagonal().sub_(1)
         if bool(gram.abs().amax() <= _ORTHOGONAL * torch.finfo(dtype).eps * n**0.5):
-            return found
+            return found._replace(values=found.values * size.double())
     raise RuntimeError(
         f"the leading eigenpairs of {name} could not be computed in float64, though its entries are finite. Decompose it "
         'whole, with truncation=None, leave the layer out (layers=), or use the estimator "diagonal".'
@@ -164,15 +167,23 @@ def _by_subspace(name: str, matrix: Tensor, truncation: Truncation) -> Eigen:
 
 
 def _subspace_iteration(matrix: Tensor, start: Tensor) -> Eigen:
-    """Return the Ritz pairs of a subspace that contains the leading eigenvectors approximately, ascending."""
-    size = matrix.diagonal().amax()  # so that products neither overflow nor underflow
-    matrix = matrix / size
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ basis).Q
-    small = (basis.T @ (matrix @ basis)).double()
+    """Return the Ritz pairs of a subspace that contains the leading eigenvectors approximately, ascending.
+
+    Args:
+        matrix: The matrix, with 1 as its largest diagonal entry.
+        start: Random columns.
+    """
+    total = matrix.diagonal().double().sum()
+    negligible = torch.finfo(matrix.dtype).eps * len(matrix) ** 0.5
+    product = matrix @ start
+    for _ in range(1 + _ITERATIONS):
+        basis = torch.linalg.qr(product).Q
+        product = matrix @ basis
+        small = (basis.T @ product).double()
+        if bool(total - small.trace() <= negligible):  # the subspace contains the whole range
+            break
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    return Eigen(values * size.double(), basis @ vectors.to(basis.dtype))
+    return Eigen(values, basis @ vectors.to(basis.dtype))
 
 
 def _of_zeros(matrix: Tensor) -> Eigen:
