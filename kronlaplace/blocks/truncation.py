@@ -105,8 +105,8 @@ def leading_eigenpairs(matrices: Sequence[Named], truncation: Truncation) -> lis
 
     Returns:
         For each matrix: values of shape ``(k + 1,)``, first the one of the rest, then the others, ascending; vectors of
-        shape ``(n, k)``. ``unresolved`` is the value of the rest if it contains eigenvalues that are too small to be
-        distinguished from rounding, otherwise zero. Eigenvalues that may be nothing but rounding are never kept, and if the
+        shape ``(n, k)``. ``unresolved`` is zero, or at most the value of the rest, if it contains eigenvalues that are too
+        small to be distinguished from rounding. Eigenvalues that may be nothing but rounding are never kept, and if the
         rest as a whole may be rounding, its value is zero.
 
     Raises:
@@ -124,12 +124,12 @@ def leading_eigenpairs(matrices: Sequence[Named], truncation: Truncation) -> lis
         if not sizes[i]:
             results.append(_of_zeros(matrix))
         elif i in whole:
-            results.append(_cut(whole[i], whole[i].values > 0, matrix, used[i], truncation))
+            results.append(_cut(whole[i], whole[i].values.new_zeros(()), matrix, used[i], truncation))
         else:
             found = _by_subspace(*parts[i], truncation)
             eps = torch.finfo(matrix.dtype).eps
             floor = rounding(found.values.double(), matrix.diagonal().amax(), eps, size=sizes[i])
-            results.append(_cut(found, found.values > floor, matrix, used[i], truncation))
+            results.append(_cut(found, floor, matrix, used[i], truncation))
     return results
 
 
@@ -193,12 +193,12 @@ def _of_zeros(matrix: Tensor) -> Eigen:
     return Eigen(matrix.new_zeros(2), vectors, matrix.new_zeros((), dtype=torch.float64))
 
 
-def _cut(found: Eigen, certain: Tensor, matrix: Tensor, used: Tensor, truncation: Truncation) -> Eigen:
-    """Keep the leading pairs of those that are certain not to be rounding, and put all others into one value.
+def _cut(found: Eigen, floor: Tensor, matrix: Tensor, used: Tensor, truncation: Truncation) -> Eigen:
+    """Keep the leading pairs of those that are more than rounding, and put all others into one value.
 
     Args:
         found: Pairs of the used rows, ascending, at least one of them.
-        certain: Which of them are more than rounding.
+        floor: Size up to which eigenvalues may be rounding, 0-dim.
         matrix: The whole matrix.
         used: Which of its rows are used.
         truncation: How many are kept.
@@ -208,13 +208,17 @@ def _cut(found: Eigen, certain: Tensor, matrix: Tensor, used: Tensor, truncation
     total = diagonal.sum()
     descending = found.values.double().flip(0)
     before = descending.cumsum(0) - descending  # what the pairs in front of each hold
-    wanted = (certain.flip(0) & (before < truncation.share * total))[: min(truncation.rank, n - 1)]
-    k = max(int(wanted.sum()), 1)
+    certain = (descending > floor)[: min(truncation.rank, n - 1)]
+    k = max(int((certain & (before[: len(certain)] < truncation.share * total)).sum()), 1)
     kept = descending[:k].clamp_min(0).flip(0)
     rest = total - kept.sum()
     error = _ROUNDING_OF_PAIRS * rounding_of_sum(kept, diagonal.amax(), eps, size=n)
     rest = torch.where(rest > error, rest / (n - k), 0.0)
-    unresolved = torch.where(wanted.all(), 0.0, rest) if found.unresolved is None else found.unresolved
+    unresolved = (
+        torch.where(certain.all(), 0.0, torch.minimum(rest, floor.double()))
+        if found.unresolved is None
+        else found.unresolved
+    )
     vectors = matrix.new_zeros(n, k)
     vectors[used_order(used)[: len(found.vectors)]] = found.vectors[:, -k:].to(matrix)
     return Eigen(torch.cat([rest.unsqueeze(0), kept]).to(matrix), vectors, unresolved.double())

@@ -171,6 +171,7 @@ def test_a_large_matrix_of_low_rank_is_found_whole(dtype, share):
         assert part.unresolved == 0
         close(dense(part), matrix.double(), 1e-5 if dtype == torch.float32 else 1e-12)
     else:
+        assert part.values[0] > 0
         held = part.values[1:].double().flip(0).cumsum(0) / matrix.double().trace()
         assert held[-2] < share <= held[-1]
     close(dense(part).trace(), matrix.double().trace(), 1e-6 if dtype == torch.float32 else 1e-12)
@@ -188,6 +189,17 @@ def test_a_subspace_is_nearly_as_good_as_the_whole_basis():
     for damping in (1e-3, 1e-1):
         error, unavoidable = ((v + damping).log().sum() - (values + damping).log().sum() for v in (found, best))
         assert unavoidable <= error < 1.2 * unavoidable
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_what_is_left_out_by_choice_is_not_taken_for_rounding(share):
+    """Only a rest that contains eigenvalues below the rounding of float32 is unresolved."""
+    for decay, rounds in ((0.9, False), (0.2, True)):
+        matrix = moment(0, 40, decay=decay).float() + 6e-8 * eye(40).float() * rounds
+        (part,) = leading_eigenpairs([("m", matrix)], Truncation(30, 20, share))
+        assert part.values[0] > 0
+        assert (part.unresolved > 0) == rounds
+        assert part.unresolved < 1e-6
 
 
 def test_draws_are_the_seeds_own():
