@@ -10,7 +10,15 @@ The public names are those in ``__all__``; DESIGN in the docs explains the conve
 from importlib.metadata import PackageNotFoundError, version
 
 from kronlaplace import damping, metrics
-from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    KroneckerBlock,
+    TruncatedBlock,
+    Truncation,
+)
 from kronlaplace.continual.memory import ContinualLaplace
 from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.continual.synaptic_intelligence import SynapticIntelligence
@@ -68,6 +76,7 @@ __all__ = [
     "KroneckerFisher",
     "Block",
     "KroneckerBlock",
+    "TruncatedBlock",
     "EigenBlock",
     "DiagonalBlock",
     "DenseBlock",
@@ -100,6 +109,7 @@ __all__ = [
     "register_likelihood",
     "Sampling",
     "KronLaplace",
+    "Truncation",
     "Prior",
     "IsotropicPrior",
     "LayerwisePrior",

@@ -12,6 +12,7 @@ from experiments import (
     classification_tasks,
     fit_cost,
     inversion_cost,
+    large_factors,
     main_path,
     main_path_methods,
     measure,
@@ -62,6 +63,21 @@ def test_fit_cost(tmp_path, monkeypatch, capsys):
     assert list(rows) == list(fit_cost.METHODS)
     assert float(rows[fit_cost.PLAIN]["time_ratio"]) == float(rows[fit_cost.PLAIN]["memory_ratio"]) == 1
     assert "K-FOC, running" in capsys.readouterr().out
+
+
+@pytest.mark.grid
+def test_large_factors(tmp_path, monkeypatch, capsys):
+    def network():
+        return nn.Sequential(nn.Linear(40, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    monkeypatch.setitem(large_factors.NETWORKS, "tiny", (network, (40,), 12, 3, {"sampling": "exact"}))
+    monkeypatch.setattr(large_factors, "choices", lambda rank: {"whole": None, "truncated": kl.Truncation(20, rank)})
+    large_factors.main(["--networks", "tiny", "--rank", "15", "--out", str(tmp_path)])
+    rows = table(tmp_path / "tiny.csv")
+    assert list(rows) == ["whole", "truncated"]
+    assert float(rows["whole"]["evidence"]) == 0
+    assert 0 < float(rows["truncated"]["evidence"]) < 1e-4
+    assert "tiny" in capsys.readouterr().out
 
 
 @pytest.mark.grid

@@ -218,7 +218,8 @@ class Relative(kl.damping.Damping):
 
     def eigenvalues(self, block):
         values = block.eigenvalues()
-        return values + self.share * values.mean()
+        q, p = block.shape
+        return values + self.share * block.trace() / (q * p)
 
 
 def register():
@@ -811,6 +812,7 @@ def test_no_public_object_shows_an_address():
 
 def test_a_kind_of_block_that_is_not_known():
     with pytest.raises(
-        ValueError, match=r"block of layer '0' is of unknown kind 'sparse'; the known kinds are \['kronecker', 'eigen'"
+        ValueError,
+        match=r"block of layer '0' is of unknown kind 'sparse'; the known kinds are \['kronecker', 'truncated'",
     ):
         block_from_tensors("sparse", {}, "0")

@@ -6,6 +6,8 @@ from kronlaplace.blocks.diagonal import DiagonalBlock
 from kronlaplace.blocks.eigen import EigenBlock
 from kronlaplace.blocks.kronecker import KroneckerBlock
 from kronlaplace.blocks.registry import BLOCKS, block_from_tensors
+from kronlaplace.blocks.truncated import TruncatedBlock, truncated
+from kronlaplace.blocks.truncation import Truncation
 
 __all__ = [
     "BLOCKS",
@@ -15,6 +17,9 @@ __all__ = [
     "EigenBlock",
     "KroneckerBlock",
     "RotatedBlock",
+    "TruncatedBlock",
+    "Truncation",
     "block_from_tensors",
     "decompose",
+    "truncated",
 ]

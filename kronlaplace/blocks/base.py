@@ -6,9 +6,13 @@ A block acts on matrices of the layer's shape ``(q, p)``; ``vec`` is row-major. 
 | block | ``F`` | ``U`` | ``λ`` |
 | --- | --- | --- | --- |
 | `KroneckerBlock` | ``scale · G ⊗ A`` | ``Q_G ⊗ Q_A`` | ``scale · d_G d_Aᵀ`` |
+| `TruncatedBlock` | ``scale · G ⊗ A``, ``A = U diag(d) Uᵀ + α (I − U Uᵀ)`` | ``Q_G ⊗ Q_A`` | ``scale · d_G d_Aᵀ`` |
 | `EigenBlock` (EKFAC) | ``U diag(λ) Uᵀ`` | ``Q_G ⊗ Q_A`` | any |
 | `DiagonalBlock` | ``diag(λ)`` | the identity | any |
 | `DenseBlock` | any | from the whole block | from the whole block |
+
+Where a factor is truncated, ``λ`` is **compact**: one row or column stands for all eigenvectors of which only the common
+eigenvalue is known. `Block.multiplicities` tells how many, and `Block.expand` repeats values for each of them.
 
 Blocks are means over examples; multiply by ``n_examples`` to get sums.
 """
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
+from kronlaplace.blocks.basis import Basis
 from kronlaplace.blocks.eigendecomposition import Eigen, Named, eigendecompose_moments
 
 __all__ = ["Block", "RotatedBlock", "ValuesBlock", "decompose", "finite_values", "shown_size", "two_sided"]
@@ -88,11 +93,28 @@ class Block(ABC):
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """Return ``λ``, shape ``(q, p)``, in float64.
+        """Return ``λ``, shape ``(q, p)``, in float64; fewer rows or columns if a factor is truncated (see `multiplicities`).
 
         Raises:
             ValueError: If the block has NaN or infinite entries.
         """
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some of the `eigenvalues` stand for several eigenvectors."""
+        return False
+
+    def multiplicities(self) -> Tensor:
+        """Return how many eigenvectors each of the `eigenvalues` stands for, in their shape, float64."""
+        return torch.ones(1, 1, dtype=torch.float64, device=self.device).expand(self.shape)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Repeat values of the shape of `eigenvalues` for each eigenvector, shape ``(q, p)``."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum values of the shape of `eigenvalues` over all eigenvectors, 0-dim."""
+        return values.sum()
 
     @abstractmethod
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
@@ -104,7 +126,7 @@ class Block(ABC):
 
     @abstractmethod
     def diagonal_of(self, weights: Tensor) -> Tensor:
-        """Return the diagonal of ``U diag(w) Uᵀ``, for ``w`` of shape ``(q, p)``, in the same shape."""
+        """Return the diagonal of ``U diag(w) Uᵀ``, shape ``(q, p)``, for ``w`` of the shape of `eigenvalues`."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the block's tensors by name, for saving; `block_from_tensors` is the inverse."""
@@ -158,25 +180,55 @@ class RotatedBlock(Block):
     """A block whose eigenbasis is a Kronecker product ``Q_G ⊗ Q_A`` for each group of rows."""
 
     @abstractmethod
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """Return ``Q_G``, shape ``(K, q/K, q/K)``, and ``Q_A``, shape ``(K, p, p)``."""
+    def bases(self) -> tuple[Basis, Basis]:
+        """Return ``Q_G``, of ``K`` matrices of size ``q/K``, and ``Q_A``, of ``K`` matrices of size ``p``."""
+
+    @property
+    def truncated(self) -> bool:
+        return any(basis.truncated for basis in self.bases())
+
+    def multiplicities(self) -> Tensor:
+        if not self.truncated:
+            return super().multiplicities()
+        gradient, activation = self.bases()
+        return torch.outer(gradient.multiplicities.repeat(len(gradient)), activation.multiplicities)
+
+    def expand(self, values: Tensor) -> Tensor:
+        gradient, activation = self.bases()
+        if gradient.truncated:
+            by_group = values.unflatten(0, (len(gradient), -1))
+            values = gradient.expand(by_group.mT).mT.flatten(0, 1)
+        return activation.expand(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        return (values * self.multiplicities()).sum() if self.truncated else values.sum()
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         gradient, activation = self.bases()
-        return two_sided(gradient.mT, matrices, activation)
+        if not self.truncated:
+            return two_sided(gradient.vectors.mT, matrices, activation.vectors)
+        by_group = matrices.unflatten(-2, (len(gradient), -1))
+        return activation.coordinates(gradient.coordinates(by_group.mT).mT).flatten(-3, -2)
 
     def from_eigenbasis(self, matrices: Tensor) -> Tensor:
         gradient, activation = self.bases()
-        return two_sided(gradient, matrices, activation.mT)
+        if not self.truncated:
+            return two_sided(gradient.vectors, matrices, activation.vectors.mT)
+        by_group = matrices.unflatten(-2, (len(gradient), -1))
+        return activation.combined(gradient.combined(by_group.mT).mT).flatten(-3, -2)
 
     def diagonal_of(self, weights: Tensor) -> Tensor:
         gradient, activation = self.bases()
-        return two_sided(gradient.square(), weights, activation.square().mT)
+        return two_sided(gradient.squares, weights, activation.squares.mT)
 
     def projected_diagonal(self, values: Tensor) -> Tensor:
-        """Return the diagonal of ``Uᵀ diag(d) U``, for ``d`` of shape ``(q, p)``, in the same shape."""
+        """Return the diagonal of ``Uᵀ diag(d) U``, for ``d`` of shape ``(q, p)``, in the shape of `eigenvalues`.
+
+        It is averaged over the eigenvectors that share an eigenvalue.
+        """
         gradient, activation = self.bases()
-        return two_sided(gradient.square().mT, values, activation.square())
+        total = two_sided(gradient.squares.mT, values, activation.squares)
+        return total / self.multiplicities().to(total.dtype) if self.truncated else total
 
 
 class ValuesBlock(Block):
@@ -230,7 +282,7 @@ def shown_size(tensor: Tensor) -> str:
 
 @in_full_precision
 def two_sided(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
-    """Return ``L M R`` for each group of rows, for shapes ``(K, r, r)``, ``(..., K·r, p)`` and ``(K, p, p)``."""
+    """Return ``L M R`` for each group of rows, for shapes ``(K, s, r)``, ``(..., K·r, p)`` and ``(K, p, t)``."""
     if len(left) == 1:
         return left[0] @ matrices @ right[0]
     return (left @ matrices.unflatten(-2, (len(left), -1)) @ right).flatten(-3, -2)

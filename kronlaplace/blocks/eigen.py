@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks.base import RotatedBlock, ValuesBlock, shown_size
+from kronlaplace.blocks.basis import Basis
 
 __all__ = ["EigenBlock"]
 
@@ -31,8 +32,8 @@ class EigenBlock(ValuesBlock, RotatedBlock):
     def __repr__(self) -> str:
         return f"EigenBlock({self.name!r}, {shown_size(self.values)} eigenvalues)"
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        return self.gradient_basis, self.activation_basis
+    def bases(self) -> tuple[Basis, Basis]:
+        return Basis(self.gradient_basis), Basis(self.activation_basis)
 
     def matmul(self, matrices: Tensor) -> Tensor:
         return self.from_eigenbasis(self.values * self.to_eigenbasis(matrices))

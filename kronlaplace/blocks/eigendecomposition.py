@@ -25,7 +25,12 @@ __all__ = [
     "eigendecompose",
     "eigendecompose_moments",
     "eigendecompose_symmetric",
+    "rounding",
+    "rounding_of_sum",
+    "sizes_of_used",
     "trace",
+    "used_order",
+    "used_rows",
 ]
 
 Named = tuple[str, Tensor]
@@ -88,8 +93,8 @@ def eigendecompose_moments(matrices: Sequence[Named]) -> list[Eigen]:
             values, unresolved = torch.where(part.values > floor, part.values, 0.0), freed[i][1]
         else:
             largest, eps = matrix.diagonal().amax().to(part.values), torch.finfo(matrix.dtype).eps
-            floor = floor + _rounding(part.values, largest, eps)
-            values, unresolved = _smoothed(part.values, floor, _rounding_of_sum(part.values, largest, eps))
+            floor = floor + rounding(part.values, largest, eps)
+            values, unresolved = _smoothed(part.values, floor, rounding_of_sum(part.values, largest, eps))
         results.append(Eigen(values.to(matrix), part.vectors.to(matrix), unresolved.double()))
     return results
 
@@ -104,12 +109,12 @@ def _smoothed(values: Tensor, floor: Tensor, rounding_of_sum: Tensor) -> tuple[T
     return torch.where(small, mean, values), mean
 
 
-def _rounding_of_sum(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
-    """Return the largest rounding error of a sum of many eigenvalues; for the arguments, see `_rounding`."""
-    return eps * (math.sqrt(len(values)) * largest + values[-1])
+def rounding_of_sum(values: Tensor, largest: Tensor | float, eps: float, size: int | None = None) -> Tensor:
+    """Return the largest rounding error of a sum of many eigenvalues; for the arguments, see `rounding`."""
+    return eps * (math.sqrt(size or len(values)) * largest + values[-1])
 
 
-def _rounding(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
+def rounding(values: Tensor, largest: Tensor | float, eps: float, size: int | None = None) -> Tensor:
     """Return a bound on eigenvalues of ``M = Σ x xᵀ`` that are mere rounding: at least ``(10 + √n) ε max M_ii``.
 
     Entries have errors of a few ``ε √(M_ii M_jj)`` that are effectively random. In sums over up to 100 batches, the
@@ -117,11 +122,12 @@ def _rounding(values: Tensor, largest: Tensor | float, eps: float) -> Tensor:
     but half of them are negative, so the most negative one shows how large they are.
 
     Args:
-        values: All eigenvalues, ascending.
+        values: All eigenvalues, ascending, or the largest of them.
         largest: ``max M_ii``.
         eps: The ``ε`` of the dtype in which the sum was accumulated.
+        size: ``n``, if some eigenvalues are missing.
     """
-    return (-_MARGIN * values[0]).clamp_min((10 + math.sqrt(len(values))) * eps * largest)
+    return (-_MARGIN * values[0]).clamp_min((10 + math.sqrt(size or len(values))) * eps * largest)
 
 
 def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -139,8 +145,8 @@ def _freed_of_rounding(matrices: Sequence[Named]) -> dict[int, tuple[Tensor, Ten
     freed = {}
     for i, root, part in zip(uneven, roots, eigendecompose_symmetric(evened), strict=True):
         eps = torch.finfo(matrices[i][1].dtype).eps
-        floor = _rounding(part.values, 1.0, eps)
-        values, mean = _smoothed(part.values, floor, _rounding_of_sum(part.values, 1.0, eps))
+        floor = rounding(part.values, 1.0, eps)
+        values, mean = _smoothed(part.values, floor, rounding_of_sum(part.values, 1.0, eps))
         half = root.unsqueeze(1) * part.vectors
         small = part.values <= floor
         unresolved = mean * (half.square().sum(0) * small).sum() / small.sum().clamp_min(1)
@@ -170,8 +176,8 @@ def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
         ValueError: If a matrix has NaN or infinite entries, naming it, before any work is done.
         RuntimeError: If all routines fail for some matrices, naming them.
     """
-    used = [_used_rows(matrix) for _, matrix in matrices]
-    sizes = _sizes(matrices, used)
+    used = [used_rows(matrix) for _, matrix in matrices]
+    sizes = sizes_of_used(matrices, used)
     groups: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
     for index, (_, matrix) in enumerate(matrices):
         groups[sizes[index], matrix.device].append(index)
@@ -192,13 +198,13 @@ def eigendecompose_symmetric(matrices: Sequence[Named]) -> list[Eigen]:
     return [results[index] for index in range(len(matrices))]
 
 
-def _used_rows(matrix: Tensor) -> Tensor:
+def used_rows(matrix: Tensor) -> Tensor:
     """Return which rows and columns are not entirely zero, shape ``(n,)``."""
     filled = matrix != 0
     return filled.any(0) | filled.any(1)
 
 
-def _sizes(matrices: Sequence[Named], used: Sequence[Tensor]) -> list[int]:
+def sizes_of_used(matrices: Sequence[Named], used: Sequence[Tensor]) -> list[int]:
     """Return the number of used rows of each matrix, and check that entries are finite, with one wait per device."""
     counts = [torch.where(torch.isfinite(m).all(), rows.sum(), -1) for (_, m), rows in zip(matrices, used, strict=True)]
     sizes = _asked(counts)
@@ -224,7 +230,7 @@ def _double(matrix: Tensor) -> Tensor:
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
-def _order(used: Tensor) -> Tensor:
+def used_order(used: Tensor) -> Tensor:
     """Return the indices of the used rows, then of the others, each in order, without waiting for the device."""
     return used.to(torch.uint8).argsort(descending=True, stable=True)
 
@@ -232,7 +238,7 @@ def _order(used: Tensor) -> Tensor:
 def _used_part(matrix: Tensor, used: Tensor, size: int) -> Tensor:
     """Return the symmetric part of the used rows and columns, shape ``(size, size)``, in float64."""
     if size < len(matrix):
-        rows = _order(used)[:size]
+        rows = used_order(used)[:size]
         matrix = matrix[rows.unsqueeze(1), rows]
     matrix = _double(matrix)
     return (matrix + matrix.T) / 2
@@ -244,7 +250,7 @@ def _whole(part: Eigen, matrix: Tensor, used: Tensor) -> Eigen:
     n, size = len(used), len(values)
     if size == n:
         return Eigen(values, vectors)
-    rows = _order(used)
+    rows = used_order(used)
     whole = vectors.new_zeros(n, n)
     whole[rows[:size], :size] = vectors
     whole[rows[size:], torch.arange(size, n, device=whole.device)] = 1

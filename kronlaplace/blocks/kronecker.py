@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.blocks.base import RotatedBlock, decompose, shown_size, two_sided
+from kronlaplace.blocks.basis import Basis
 from kronlaplace.blocks.eigendecomposition import Eigen, Named, trace
 
 __all__ = ["KroneckerBlock"]
@@ -99,13 +100,26 @@ class KroneckerBlock(RotatedBlock):
     def undecomposed(self) -> list[Named]:
         if self._eigen is not None:
             return []
+        gradient, activation = self.named_factors()
+        return [*gradient, *activation]
+
+    def named_factors(self) -> tuple[list[Named], list[Named]]:
+        """Return ``G`` and ``A`` of each group, with names for messages."""
         gradient, activation = self._factors
         suffixes = [f", group {k}" for k in range(len(gradient))] if len(gradient) > 1 else [""]
-        return [
-            (f"the {which} factor of layer {self.name!r}{suffix}", factor)
+        named = [
+            [
+                (f"the {which} factor of layer {self.name!r}{suffix}", factor)
+                for suffix, factor in zip(suffixes, factors, strict=True)
+            ]
             for which, factors in (("gradient", gradient), ("activation", activation))
-            for suffix, factor in zip(suffixes, factors, strict=True)
         ]
+        return named[0], named[1]
+
+    @property
+    def groups(self) -> int:
+        """The number ``K`` of groups of rows."""
+        return 1 if self.gradient_factor.ndim == 2 else len(self.gradient_factor)
 
     def adopt(self, parts: Sequence[Eigen]) -> None:
         half = len(parts) // 2
@@ -132,9 +146,9 @@ class KroneckerBlock(RotatedBlock):
         by_activation = activation.unresolved * gradient.values[:, -1]
         return (self._scales[:, 0, 0] * torch.maximum(by_gradient, by_activation)).amax().detach()
 
-    def bases(self) -> tuple[Tensor, Tensor]:
+    def bases(self) -> tuple[Basis, Basis]:
         gradient, activation = self.eigen()
-        return gradient.vectors, activation.vectors
+        return Basis(gradient.vectors), Basis(activation.vectors)
 
     def eigenvalues(self) -> Tensor:
         gradient, activation = self.eigen()

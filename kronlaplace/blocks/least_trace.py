@@ -15,7 +15,7 @@ __all__ = ["with_least_trace"]
 
 def with_least_trace(blocks: Mapping[str, Block]) -> dict[str, Block]:
     """Return the blocks with the least trace in their network set; those that have it keep it, even in a subset."""
-    kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and not b.gradient_factor.is_meta]
+    kronecker = [b for b in blocks.values() if isinstance(b, KroneckerBlock) and b.device.type != "meta"]
     if not kronecker:
         return dict(blocks)
     traces = torch.cat([block.group_traces().detach().to(kronecker[0].scale) for block in kronecker])

@@ -12,6 +12,7 @@ from kronlaplace.blocks.dense import DenseBlock
 from kronlaplace.blocks.diagonal import DiagonalBlock
 from kronlaplace.blocks.eigen import EigenBlock
 from kronlaplace.blocks.kronecker import KroneckerBlock
+from kronlaplace.blocks.truncated import TruncatedBlock
 
 __all__ = ["BLOCKS", "block_from_tensors"]
 
@@ -19,7 +20,7 @@ __all__ = ["BLOCKS", "block_from_tensors"]
 BLOCKS: Registry[str, type[Block]] = Registry()
 """The kinds of blocks that files can name."""
 
-for _kind in (KroneckerBlock, EigenBlock, DiagonalBlock, DenseBlock):
+for _kind in (KroneckerBlock, TruncatedBlock, EigenBlock, DiagonalBlock, DenseBlock):
     BLOCKS.add(_kind.kind, _kind)
 
 

@@ -130,7 +130,7 @@ def _in_common_basis(blocks: Sequence[Block]) -> EigenBlock:
     for side, axis in ((0, 2), (1, 1)):
         total = None
         for block in parts:
-            basis, values = block.bases()[side], block.values.unflatten(0, (groups, -1)).sum(axis)
+            basis, values = block.bases()[side].vectors, block.values.unflatten(0, (groups, -1)).sum(axis)
             moment = (basis * values.unsqueeze(1)) @ basis.mT
             total = moment if total is None else total + moment
         assert total is not None
@@ -141,7 +141,7 @@ def _in_common_basis(blocks: Sequence[Block]) -> EigenBlock:
     new = [torch.stack(vectors[:groups]), torch.stack(vectors[groups:])]
     values = torch.zeros_like(parts[0].values)
     for block in parts:
-        turns = [(basis.mT @ old).square() for basis, old in zip(new, block.bases(), strict=True)]
+        turns = [(basis.mT @ old.vectors).square() for basis, old in zip(new, block.bases(), strict=True)]
         values += two_sided(turns[0], block.values, turns[1].mT)
     result = EigenBlock(new[0], new[1], values, name)
     result.shares_weights_over_space = parts[0].shares_weights_over_space

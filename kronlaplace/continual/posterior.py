@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -68,7 +68,8 @@ def posterior_of(
         prior = _with_first_parts(parts, state, prior)
     fisher = KroneckerFisher(latest, state.n_examples, None, state.statistics)
     fisher = with_metadata(fisher, model, likelihood, estimator)
-    return KronLaplace(model, likelihood, estimator, prior_precision=prior, layers=list(latest)).fit(fisher=fisher)
+    options: dict[str, Any] = {"prior_precision": prior, "layers": list(latest), "truncation": None}
+    return KronLaplace(model, likelihood, estimator, **options).fit(fisher=fisher)
 
 
 def as_few(blocks: Sequence[Block], pairs: bool) -> tuple[list[Block], bool]:

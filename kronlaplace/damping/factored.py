@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._arguments import positive_number
-from kronlaplace.blocks import Block, KroneckerBlock
+from kronlaplace.blocks import Block, KroneckerBlock, TruncatedBlock
 from kronlaplace.damping.factor_rules import DampedFactors, FactorTraces
 from kronlaplace.damping.strategies import Damping, checked_number, shown_number
 
@@ -28,12 +28,17 @@ class FactoredDamping(Damping):
         if not isinstance(block, KroneckerBlock):
             return self._damped_values(block)
         gradient, activation = (eigen.values.double() for eigen in block.eigen())
-        rule = self.factors(FactorTraces(block, gradient.sum(1), activation.sum(1)))
+        traces = (
+            values @ basis.multiplicities for values, basis in zip((gradient, activation), block.bases(), strict=True)
+        )
+        rule = self.factors(FactorTraces(block, *traces))
         c_G, s_G, c_A, s_A = (number.unsqueeze(1) for number in rule)
         return ((c_G * gradient + s_G).unsqueeze(2) * (c_A * activation + s_A).unsqueeze(1)).flatten(0, 1)
 
     def damped_factors(self, block: Block) -> DampedFactors | None:
-        return self.factors(FactorTraces.of(block)) if isinstance(block, KroneckerBlock) else None
+        if isinstance(block, TruncatedBlock) or not isinstance(block, KroneckerBlock):
+            return None  # the factors of a truncated block are decomposed already
+        return self.factors(FactorTraces.of(block))
 
     @abstractmethod
     def factors(self, traces: FactorTraces) -> DampedFactors:
@@ -41,7 +46,7 @@ class FactoredDamping(Damping):
 
     @abstractmethod
     def _damped_values(self, block: Block) -> Tensor:
-        """Return the eigenvalues of a damped block that has no factors, shape ``(q, p)``."""
+        """Return the eigenvalues of a damped block that has no factors, in the shape of its own."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block, RotatedBlock
+from kronlaplace.blocks.basis import Basis
 
 __all__ = ["DampedInverse"]
 
@@ -24,7 +25,8 @@ class DampedInverse:
 
     Args:
         block: Block with the eigenbasis of the damped block.
-        eigenvalues: Eigenvalues of the damped block, shape ``(q, p)``, float64; they may carry a gradient.
+        eigenvalues: Eigenvalues of the damped block, float64, in the shape of `Block.eigenvalues`: ``(q, p)``, or compact if
+            a factor is truncated; they may carry a gradient.
         damping: Damping to show in the repr, or None if no strategy was used.
     """
 
@@ -40,26 +42,30 @@ class DampedInverse:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the damped block, ``λ + γ`` with Tikhonov damping, shape ``(q, p)``, float64."""
+        """Eigenvalues of the damped block, ``λ + γ`` with Tikhonov damping, shape ``(q, p)`` or compact, float64."""
         return self._eigenvalues
 
     @cached_property
     def weights(self) -> Tensor:
-        """Eigenvalues of the inverse, shape ``(q, p)``, in the block's dtype."""
+        """Eigenvalues of the inverse, shape ``(q, p)`` or compact, in the block's dtype."""
         return self._eigenvalues.reciprocal().to(self.block.dtype)
 
-    def bases(self) -> tuple[Tensor, Tensor] | None:
+    def bases(self) -> tuple[Basis, Basis] | None:
         """Return the factors of the basis ``B`` in which the inverse is ``B diag(w) Bᵀ``.
 
         Returns:
-            ``B_G``, shape ``(K, q/K, q/K)``, and ``B_A``, shape ``(K, p, p)``, if ``B`` is a Kronecker product
-            ``B_G ⊗ B_A`` for each group of rows; otherwise None.
+            ``B_G``, of size ``q/K``, and ``B_A``, of size ``p``, if ``B`` is a Kronecker product ``B_G ⊗ B_A`` for each of
+            ``K`` groups of rows; otherwise None.
         """
         return self.block.bases() if isinstance(self.block, RotatedBlock) else None
 
     def coordinates(self, matrices: Tensor) -> Tensor:
         """Return ``Bᵀ vec(M)`` for ``M`` of shape ``(..., q, p)``, in the same shape."""
         return self.block.to_eigenbasis(matrices)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Repeat values of the shape of `eigenvalues` for each coordinate, shape ``(q, p)``."""
+        return self.block.expand(values)
 
     def _combined(self, coordinates: Tensor) -> Tensor:
         """Return ``B vec(C)`` for ``C`` of shape ``(..., q, p)``, in the same shape."""
@@ -79,7 +85,7 @@ class DampedInverse:
 
     def logdet(self) -> Tensor:
         """Return ``log det`` of the damped block (not of its inverse), 0-dim, float64."""
-        return self._eigenvalues.log().sum()
+        return self.block.total(self._eigenvalues.log())
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of the inverse, as a ``(q, p)`` matrix."""
@@ -87,24 +93,24 @@ class DampedInverse:
 
     @cached_property
     def row_weights(self) -> Tensor:
-        """Eigenvalues of the inverse weighted for each row of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``.
+        """Eigenvalues of the inverse weighted for each row of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``, with
+        compact columns.
 
         For an input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
         """
         bases = self.bases()
         assert bases is not None
-        return _times_by_group(bases[0].square(), self.weights)
+        return _times_by_group(bases[0].squares, self.weights)
 
     @cached_property
     def centered_row_weights(self) -> Tensor:
         """The `row_weights` of each row minus the mean of all rows, for blocks without groups."""
         bases = self.bases()
         assert bases is not None
-        (basis,) = bases[0]
-        return (basis - basis.mean(0)).square() @ self.weights
+        return bases[0].centered_squares() @ self.weights
 
     def _apply(self, matrices: Tensor, weights: Tensor) -> Tensor:
-        return self._combined(self.coordinates(self._checked(matrices)) * weights)
+        return self._combined(self.coordinates(self._checked(matrices)) * self.expand(weights))
 
     def _checked(self, matrices: Tensor) -> Tensor:
         q, p = self.block.shape
@@ -118,5 +124,5 @@ class DampedInverse:
 
 @in_full_precision
 def _times_by_group(left: Tensor, matrix: Tensor) -> Tensor:
-    """Compute ``L M`` by groups of rows, for shapes ``(K, q/K, q/K)`` and ``(q, p)``."""
+    """Compute ``L M`` by groups of rows, for shapes ``(K, r, r')`` and ``(K·r', p)``."""
     return (left @ matrix.unflatten(0, (len(left), -1))).flatten(0, 1)

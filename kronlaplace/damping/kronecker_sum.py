@@ -2,7 +2,7 @@
 
 A basis ``W``, not orthogonal in general, makes both diagonal, ``Wᵀ F W = diag(λ)`` and ``Wᵀ P W = diag(π)``. Then
 ``(c F + t P)⁻¹ = W diag(1 / (c λ + t π)) Wᵀ``: everything that a `DampedInverse` provides follows from this, and changing
-``c`` and ``t`` needs no new decomposition.
+``c`` and ``t`` needs no new decomposition. Truncated factors get a whole basis here, with the memory and time that it takes.
 
 | blocks | ``W`` | |
 | --- | --- | --- |
@@ -32,6 +32,7 @@ from torch import Tensor
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block, DiagonalBlock, KroneckerBlock, RotatedBlock
 from kronlaplace.blocks.base import two_sided
+from kronlaplace.blocks.basis import Basis
 from kronlaplace.blocks.eigendecomposition import eigendecompose_symmetric
 from kronlaplace.damping.inverse import DampedInverse
 from kronlaplace.damping.plus_diagonal import LARGEST_DENSE
@@ -54,7 +55,7 @@ class _Basis(ABC):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         """Return the diagonal of ``W diag(w) Wᵀ`` for ``w`` of shape ``(q, p)``, in the same shape."""
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> tuple[Basis, Basis] | None:
         """Return ``W_G`` and ``W_A`` if ``W`` is a Kronecker product, otherwise None."""
         return None
 
@@ -86,8 +87,8 @@ class _Product(_Basis):
     def diagonal_of(self, weights: Tensor) -> Tensor:
         return two_sided(self._gradient.square(), weights, self._activation.square().mT)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self._gradient, self._activation
+    def factors(self) -> tuple[Basis, Basis]:
+        return Basis(self._gradient), Basis(self._activation)
 
 
 class _Dense(_Basis):
@@ -157,8 +158,11 @@ class JointInverse(DampedInverse):
         super().__init__(block, eigenvalues)
         self._joint = joint
 
-    def bases(self) -> tuple[Tensor, Tensor] | None:
+    def bases(self) -> tuple[Basis, Basis] | None:
         return self._joint.basis.factors()
+
+    def expand(self, values: Tensor) -> Tensor:
+        return values
 
     def coordinates(self, matrices: Tensor) -> Tensor:
         return self._joint.basis.coordinates(matrices)
@@ -171,7 +175,7 @@ class JointInverse(DampedInverse):
         return self._combined(self._checked(matrices) * self.weights.sqrt())
 
     def logdet(self) -> Tensor:
-        return super().logdet() + self._joint.log_volume
+        return self._eigenvalues.log().sum() + self._joint.log_volume
 
     def diagonal(self) -> Tensor:
         return self._joint.basis.diagonal_of(self.weights)
@@ -191,14 +195,15 @@ def joint_basis(block: Block, earlier: Block, scale: Tensor, plus: Tensor) -> Jo
         NotImplementedError: For blocks of different kinds, or in different eigenbases, that are too large to be made dense.
     """
     shape = block.shape
-    precision = scale * earlier.eigenvalues() + plus
+    precision = earlier.expand(scale * earlier.eigenvalues() + plus)
     none = precision.new_zeros(())
     if isinstance(block, DiagonalBlock) and isinstance(earlier, DiagonalBlock):
         return JointBasis(_Identity(), block.eigenvalues(), precision, none)
     groups = _groups(block, earlier)
     if groups and _same_bases(block, earlier):
         assert isinstance(block, RotatedBlock)
-        return JointBasis(_Product(*block.bases()), block.eigenvalues(), precision, none)
+        product = _Product(*(basis.full() for basis in block.bases()))
+        return JointBasis(product, block.expand(block.eigenvalues()), precision, none)
     if isinstance(block, KroneckerBlock) and isinstance(earlier, KroneckerBlock) and groups:
         pair = _Factors(block, earlier, scale, plus)
         if not float(plus) or 1 in (shape[0] // groups, shape[1]):
@@ -225,25 +230,23 @@ def _groups(block: Block, earlier: Block) -> int:
 
 def _same_bases(block: Block, earlier: Block) -> bool:
     assert isinstance(block, RotatedBlock) and isinstance(earlier, RotatedBlock)
-    return all(torch.equal(one, other) for one, other in zip(block.bases(), earlier.bases(), strict=True))
+    return all(torch.equal(a.vectors, b.vectors) for a, b in zip(block.bases(), earlier.bases(), strict=True))
 
 
 class _Factors:
     """Two Kronecker products, as eigendecompositions of their factors in float64, with a leading axis of groups."""
 
     def __init__(self, block: KroneckerBlock, earlier: KroneckerBlock, scale: Tensor, plus: Tensor) -> None:
-        (gradient, activation), (gradient_1, activation_1) = block.eigen(), earlier.eigen()
-        groups = len(gradient.values)
+        (gradient, activation), (gradient_1, activation_1) = _whole(block), _whole(earlier)
+        groups = block.groups
         self._block = block
         self._names = f"the gradient factors of layer {block.name!r}", f"the activation factors of layer {block.name!r}"
         self._plus = plus
-        self._roots = [
-            part.vectors.double() * part.values.double().sqrt().unsqueeze(1) for part in (gradient, activation)
-        ]
+        self._roots = [vectors * values.sqrt().unsqueeze(1) for values, vectors in (gradient, activation)]
         self._roots[0] = self._roots[0] * block.scale.double().expand(groups).sqrt().view(-1, 1, 1)
-        self._bases_1 = [part.vectors.double() for part in (gradient_1, activation_1)]
+        self._bases_1 = [gradient_1[1], activation_1[1]]
         scales = (scale * earlier.scale.double()).expand(groups).unsqueeze(1)
-        self._values_1 = [scales * gradient_1.values.double(), activation_1.values.double()]  # the scale in the first
+        self._values_1 = [scales * gradient_1[0], activation_1[0]]  # the scale in the first
 
     def exactly(self) -> JointBasis:
         """Find the basis if ``δ = 0`` or one factor is a number, so that ``P`` itself is a Kronecker product."""
@@ -295,7 +298,7 @@ class _Factors:
 
 def _dense(block: Block, earlier: Block, precision: Tensor, groups: int) -> JointBasis:
     """Solve the dense problem, by groups of rows."""
-    root = _dense_basis(block, groups) * block.eigenvalues().view(groups, 1, -1).sqrt()
+    root = _dense_basis(block, groups) * block.expand(block.eigenvalues()).view(groups, 1, -1).sqrt()
     whitening = _dense_basis(earlier, groups) * precision.view(groups, 1, -1).rsqrt()
     values, vectors = _simultaneous(f"the precision of layer {block.name!r}", root, whitening)
     curvature = values.reshape(block.shape)
@@ -322,12 +325,20 @@ def _simultaneous(name: str, root: Tensor, whitening: Tensor) -> tuple[Tensor, T
 def _dense_basis(block: Block, groups: int) -> Tensor:
     """Return the eigenvectors as matrices, shape ``(K, m, m)``, float64."""
     if isinstance(block, RotatedBlock):
-        parts = zip(*(basis.double() for basis in block.bases()), strict=True)
+        parts = zip(*(basis.full().double() for basis in block.bases()), strict=True)
         dense = [torch.kron(g.contiguous(), a.contiguous()) for g, a in parts]
         return torch.stack(dense) if len(dense) == groups else torch.block_diag(*dense).unsqueeze(0)
     size = math.prod(block.shape)
     unit = torch.eye(size, dtype=block.dtype, device=block.device)
     return block.from_eigenbasis(unit.view(size, *block.shape)).flatten(1).T.double().unsqueeze(0)
+
+
+def _whole(block: KroneckerBlock) -> list[tuple[Tensor, Tensor]]:
+    """Return eigenvalues ``(K, n)`` and eigenvectors ``(K, n, n)`` of both factors, in float64, also of truncated ones."""
+    return [
+        (basis.expand(eigen.values.double()), basis.full().double())
+        for eigen, basis in zip(block.eigen(), block.bases(), strict=True)
+    ]
 
 
 def _outer(gradient: Tensor, activation: Tensor) -> Tensor:

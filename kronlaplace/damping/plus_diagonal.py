@@ -61,7 +61,7 @@ class PlusDiagonal:
         if isinstance(self._block, DiagonalBlock):
             return (scale * self._block.eigenvalues() + diagonal).log().sum()
         if not self.exact:
-            return self._projected(scale, diagonal).log().sum()
+            return self._block.total(self._projected(scale, diagonal).log())
         matrix = scale * self._dense + torch.diag(diagonal.flatten())
         root, failed = torch.linalg.cholesky_ex(matrix)
         pivots = root.diagonal()
@@ -71,7 +71,7 @@ class PlusDiagonal:
         return 2 * pivots.log().sum()
 
     def _projected(self, scale: Tensor | float, diagonal: Tensor) -> Tensor:
-        """Return the diagonal of ``Uᵀ (c F + diag(d)) U``, shape ``(q, p)``, float64."""
+        """Return the diagonal of ``Uᵀ (c F + diag(d)) U``, in the shape of the block's eigenvalues, float64."""
         assert isinstance(self._block, RotatedBlock)
         projected = self._block.projected_diagonal(diagonal.to(self._block.dtype)).double()
         return scale * self._block.eigenvalues() + projected
@@ -81,7 +81,7 @@ class PlusDiagonal:
         """Eigenbasis ``U`` as a float64 matrix, shape ``(q·p, q·p)``."""
         block = self._block
         if isinstance(block, RotatedBlock):
-            parts = zip(*(basis.double() for basis in block.bases()), strict=True)
+            parts = zip(*(basis.full().double() for basis in block.bases()), strict=True)
             return torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in parts))
         assert isinstance(block, DenseBlock)
         return block.eigen().vectors.double()
@@ -89,9 +89,14 @@ class PlusDiagonal:
     @property
     def _root(self) -> Tensor:
         """Root ``R`` with ``Rᵀ R = F``, float64."""
-        return self._block.eigenvalues().sqrt().flatten().unsqueeze(1) * self._basis.T
+        return self._eigenvalues.sqrt().unsqueeze(1) * self._basis.T
 
     @cached_property
     def _dense(self) -> Tensor:
         """Matrix ``F`` in float64, positive semidefinite up to float64 rounding, whatever the block's dtype."""
-        return (self._basis * self._block.eigenvalues().flatten()) @ self._basis.T
+        return (self._basis * self._eigenvalues) @ self._basis.T
+
+    @property
+    def _eigenvalues(self) -> Tensor:
+        """All eigenvalues of ``F``, shape ``(q·p,)``."""
+        return self._block.expand(self._block.eigenvalues()).flatten()

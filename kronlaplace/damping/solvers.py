@@ -233,5 +233,6 @@ def solver_of(inverse: DampedInverse) -> Solver:
         matrix = (vectors * weights.flatten()) @ vectors.T
         return DenseSolver(matrix.unflatten(0, block.shape).unflatten(-1, block.shape), block.name)
     if isinstance(block, RotatedBlock):
-        return EigenSolver(*block.bases(), weights, block.name)
+        gradient, activation = (basis.full() for basis in block.bases())
+        return EigenSolver(gradient, activation, inverse.expand(weights), block.name)
     raise TypeError(f"no solver for the block of layer {block.name!r}, a {type(block).__name__}.")

@@ -18,8 +18,8 @@ fraction of the mean eigenvalue:
 
     >>> class Relative(Damping):
     ...     def eigenvalues(self, block):
-    ...         values = block.eigenvalues()
-    ...         return values + 0.01 * values.mean()
+    ...         q, p = block.shape
+    ...         return block.eigenvalues() + 0.01 * block.trace() / (q * p)
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class Damping(ABC):
 
     @abstractmethod
     def eigenvalues(self, block: Block) -> Tensor:
-        """Return the eigenvalues of the damped block, shape ``(q, p)``, float64, positive and finite.
+        """Return the eigenvalues of the damped block, in the shape of `Block.eigenvalues`, float64, positive and finite.
+
+        That shape is ``(q, p)``, or smaller if the block is truncated: then some eigenvalues stand for several eigenvectors
+        (see `Block.multiplicities`), which matters for sums and means of them, not for each by itself. It is also ``(q, p)``
+        where `invert` uses another basis than the block's.
 
         Args:
             block: Block of one layer, which is not changed. Its own eigenvalues are in `Block.eigenvalues`, and those of
@@ -133,10 +137,11 @@ class Damping(ABC):
         """
         _check_block(block)
         values = self.eigenvalues(block)
-        if values.shape != block.shape or values.dtype != torch.float64:
+        shape = block.multiplicities().shape
+        if values.shape != shape or values.dtype != torch.float64:
             raise ValueError(
-                f"{self!r}.eigenvalues must return a float64 tensor of the block's shape {tuple(block.shape)}; for layer "
-                f"{block.name!r} it returned {values.dtype} of shape {tuple(values.shape)}."
+                f"{self!r}.eigenvalues must return a float64 tensor of the shape of block.eigenvalues(), {tuple(shape)}; "
+                f"for layer {block.name!r} it returned {values.dtype} of shape {tuple(values.shape)}."
             )
         return self._checked(block, values)
 

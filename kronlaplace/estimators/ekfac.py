@@ -101,8 +101,8 @@ class EKFAC(Estimator):
         (q, p), groups = layer.shape, layer.groups
         values = torch.zeros(groups, q // groups, p, dtype=layer.dtype, device=layer.device)
         return {
-            "gradient basis": gradient.contiguous(),
-            "activation basis": activation.contiguous(),
+            "gradient basis": gradient.full().contiguous(),
+            "activation basis": activation.full().contiguous(),
             "values": values,
         }
 

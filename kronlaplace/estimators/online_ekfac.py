@@ -55,7 +55,7 @@ class OnlineEKFAC(Estimator):
     def refresh(self, state: State, layer: Layer, weight: float) -> State:
         block = self.basis.peek(state["basis"], layer, weight)
         assert isinstance(block, KroneckerBlock)
-        gradient, activation = (basis.contiguous() for basis in block.bases())
+        gradient, activation = (basis.full().contiguous() for basis in block.bases())
         if "values" in state:
             rotations = (state[key].mT @ new for key, new in zip(_BASES, (gradient, activation), strict=True))
             of_gradient, of_activation = (rotation.square_() for rotation in rotations)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kronlaplace.blocks import Block
+from kronlaplace.blocks import Block, TruncatedBlock
 from kronlaplace.layers import NOT_WANTED
 
 __all__ = ["Coverage", "CoverageRow"]
@@ -58,7 +58,18 @@ class Coverage(Sequence[CoverageRow]):
             rows.append(
                 CoverageRow(name, "", block.kind, "", block.shape, count, count / total, "built from blocks alone")
             )
-        return cls(rows)
+        return cls(rows).with_blocks(blocks)
+
+    def with_blocks(self, blocks: Mapping[str, Block]) -> Coverage:
+        """Return the table with the kinds of these blocks, and remarks on those that are truncated."""
+        rows = []
+        for row in self:
+            block = blocks.get(row.layer)
+            if row.shape is not None and block is not None:
+                note = block.note if isinstance(block, TruncatedBlock) else ""
+                row = replace(row, block=block.kind, note="; ".join(part for part in (row.note, note) if part))
+            rows.append(row)
+        return Coverage(rows)
 
     def __getitem__(self, index: Any) -> Any:
         return self._rows[index]

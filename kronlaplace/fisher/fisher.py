@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kronlaplace._storage import load_tensors, save_tensors
-from kronlaplace.blocks import Block, block_from_tensors, decompose
+from kronlaplace.blocks import Block, Truncation, block_from_tensors, decompose, truncated
 from kronlaplace.blocks.least_trace import with_least_trace
+from kronlaplace.blocks.truncation import checked_truncation
 from kronlaplace.fisher.coverage import Coverage
 from kronlaplace.fisher.provenance import FisherMetadata
 
@@ -158,7 +159,27 @@ class KroneckerFisher(Mapping[str, Block]):
 
         For a Fisher built from blocks alone, only the blocks are known.
         """
-        return self.metadata.coverage if self.has_metadata else Coverage.of_blocks(self)
+        return self.metadata.coverage.with_blocks(self) if self.has_metadata else Coverage.of_blocks(self)
+
+    def truncated(self, truncation: Truncation | None = None) -> KroneckerFisher:
+        """Return the Fisher with the large factors of its Kronecker blocks truncated; it shares all other blocks.
+
+        Such a factor keeps its leading eigenpairs and one eigenvalue for the rest, with the same trace; `KronLaplace.fit`
+        does this by itself. Blocks of `EKFAC` stay as they are: their eigenvalues need a whole basis.
+
+        Args:
+            truncation: Which factors are large, and how much of them is kept; None for the default, ``Truncation()``.
+
+        Raises:
+            TypeError: If it is not a `Truncation`.
+            ValueError: If a large factor has NaN or infinite entries, naming its layer.
+        """
+        truncation = checked_truncation(Truncation() if truncation is None else truncation)
+        assert truncation is not None
+        blocks = dict(zip(self, truncated(list(self.values()), truncation), strict=True))
+        if all(blocks[name] is block for name, block in self.items()):
+            return self
+        return KroneckerFisher(blocks, self.n_examples, self._metadata, self.statistics)
 
     def decompose(self) -> None:
         """Compute and cache the eigendecompositions of all blocks in one go; those already cached are kept."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from kronlaplace.blocks import KroneckerBlock
 from kronlaplace.estimators import Diagonal, Estimator, estimator_from_json
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.network.fingerprint import difference
@@ -104,7 +105,8 @@ def _particulars(fisher: KroneckerFisher) -> Iterator[tuple[str, Any]]:
     for name in sorted(fisher):
         block = fisher[name]
         parameters = ", ".join(metadata.parameters.get(name, ()))
+        kind = KroneckerBlock.kind if isinstance(block, KroneckerBlock) else block.kind  # one of both may be truncated
         yield (
             f"the block of layer {name!r}",
-            f"{block.kind} of shape {tuple(block.shape)} for {parameters} in {block.dtype} on {block.device}",
+            f"{kind} of shape {tuple(block.shape)} for {parameters} in {block.dtype} on {block.device}",
         )

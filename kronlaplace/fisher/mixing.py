@@ -48,10 +48,11 @@ def _mixed(estimator: Estimator, first: Block, second: Block, share: float) -> B
     if isinstance(first, KroneckerBlock) and isinstance(second, KroneckerBlock):
         return nearest_kronecker([first.scaled(1 - share), second.scaled(share)])
     if isinstance(first, EigenBlock) and isinstance(second, EigenBlock):
-        turns = (b.mT @ a for a, b in zip(first.bases(), second.bases(), strict=True))
-        gradient, activation = (turn.square() for turn in turns)
+        gradient = (second.gradient_basis.mT @ first.gradient_basis).square()
+        activation = (second.activation_basis.mT @ first.activation_basis).square()
         earlier = two_sided(gradient, first.values, activation.mT)
-        return EigenBlock(*second.bases(), (1 - share) * earlier + share * second.values, second.name)
+        values = (1 - share) * earlier + share * second.values
+        return EigenBlock(second.gradient_basis, second.activation_basis, values, second.name)
     raise NotImplementedError(
         f"the blocks of the estimator {estimator.name!r} cannot be mixed: it does not define how finished blocks add up "
         "(Estimator.combine). Define that method, or use kl.KFAC(), kl.TKFAC(), kl.KFOC() or kl.EKFAC()."

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,11 +63,9 @@ class Evidence:
         self._prior = prior
         self._plus_diagonal = [PlusDiagonal(block) for block in self.blocks]
         self._fisher = fisher
-        # Zeros add nothing to Σ log(1 + c λ / μ).
         by_block = (prior.unit_eigenvalues(name, block) for name, block in fisher.items())
-        eigenvalues = [values[values > 0] for values in by_block]
-        self._all_eigenvalues = torch.cat(eigenvalues)
-        self._eigenvalues = self._all_eigenvalues.split([len(values) for values in eigenvalues])
+        self._eigenvalues = [_Spectrum.of(values, counts) for values, counts in by_block]
+        self._all_eigenvalues = _Spectrum.joined(self._eigenvalues)
         self._sums = torch.stack([prior.unit_penalty(deviation, name) for name, deviation in deviations.items()])
 
     def with_eigenvalues(self, eigenvalues: Tensor) -> Evidence:
@@ -76,7 +75,7 @@ class Evidence:
             eigenvalues: Those of the other Fisher of all layers together, float64; zeros may be missing.
         """
         other = copy.copy(self)
-        other._all_eigenvalues = eigenvalues[eigenvalues > 0].to(self.statistics.device)
+        other._all_eigenvalues = _Spectrum(eigenvalues[eigenvalues > 0].to(self.statistics.device))
         return other
 
     def effective_parameters(self, precision: Tensor, scale: Tensor) -> float:
@@ -86,8 +85,8 @@ class Evidence:
             precision: ``δ``, 0-dim.
             scale: ``c``, as `scale` gives it.
         """
-        ratio = self._all_eigenvalues * (scale / precision)
-        return float((ratio / (ratio + 1)).sum())
+        ratio = self._all_eigenvalues.values * (scale / precision)
+        return float(self._all_eigenvalues.total(ratio / (ratio + 1)))
 
     def belongs_to(self, prior: Prior) -> bool:
         """Tell whether a prior differs from that of this evidence only in its multiples."""
@@ -136,7 +135,7 @@ class Evidence:
     def occam(self, precision: Tensor, scale: Tensor) -> Tensor:
         """``(θ − m)ᵀ D (θ − m) + log det(c F + D) − log det D`` for ``D = μ B`` and ``c`` as `scale` gives it."""
         if precision.ndim == 0:
-            return precision * self._sums.sum() + torch.log1p(self._all_eigenvalues * (scale / precision)).sum()
+            return precision * self._sums.sum() + self._all_eigenvalues.log_det_ratio(scale / precision)
         return torch.stack(
             [self.block_term(i, p, scale) for i, p in enumerate(multiples_by_layer(precision, self.shapes))]
         ).sum()
@@ -164,9 +163,10 @@ class Evidence:
         scale = float(self.scale(noise, temperature))
         sums = []
         for eigenvalues, log in zip(groups, u.tolist(), strict=True):
-            ratio = eigenvalues * (scale / math.exp(log))
+            ratio = eigenvalues.values * (scale / math.exp(log))
             share = ratio / (ratio + 1)
-            sums.append(torch.stack([ratio.log1p().sum(), share.sum(), share.sum() - share.square().sum()]))
+            log_det, gamma, squares = (eigenvalues.total(terms) for terms in (ratio.log1p(), share, share.square()))
+            sums.append(torch.stack([log_det, gamma, gamma - squares]))
         log_det, gamma, bend = torch.stack(sums, dim=1).cpu()
         penalty = u.exp() * (self._sums.sum()[None] if shared else self._sums).cpu()
         value = float(self._log_likelihood(noise)) / temperature - 0.5 * float((penalty + log_det).sum())
@@ -194,10 +194,45 @@ class Evidence:
     def block_term(self, index: int, precision: Tensor, scale: Tensor) -> Tensor:
         """Return one block's share of `occam`, for its precision, 0-dim or ``(q, p)``, and ``c``."""
         if precision.ndim == 0:
-            log_det_ratio = torch.log1p(self._eigenvalues[index] * (scale / precision)).sum()
+            log_det_ratio = self._eigenvalues[index].log_det_ratio(scale / precision)
             return precision * self._sums[index] + log_det_ratio
         log_det_ratio = self._plus_diagonal[index].logdet(scale, precision) - precision.log().sum()
         return (precision * self.squares[index]).sum() + log_det_ratio
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectrum:
+    """Eigenvalues other than zero, which add nothing to ``Σ log(1 + c λ / μ)``.
+
+    Attributes:
+        values: ``λ``, shape ``(n,)``, float64.
+        counts: How often each counts, likewise; None for once.
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, counts: Tensor | None) -> _Spectrum:
+        """Make it from all eigenvalues and their multiplicities."""
+        some = values > 0
+        return cls(values[some], None if counts is None else counts[some])
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Spectrum]) -> _Spectrum:
+        """Join the eigenvalues of several blocks."""
+        values = torch.cat([part.values for part in parts])
+        if all(part.counts is None for part in parts):
+            return cls(values)
+        return cls(values, torch.cat([torch.ones_like(p.values) if p.counts is None else p.counts for p in parts]))
+
+    def total(self, terms: Tensor) -> Tensor:
+        """Sum terms of each eigenvalue, shape ``(n,)``."""
+        return terms.sum() if self.counts is None else (terms * self.counts).sum()
+
+    def log_det_ratio(self, ratio: Tensor) -> Tensor:
+        """Return ``Σ log(1 + r λ)``."""
+        return self.total(torch.log1p(self.values * ratio))
 
 
 def check_has_evidence(likelihood: Likelihood) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 
 from torch import Tensor, nn
 
 from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace.blocks import Truncation
 from kronlaplace.data.device import device_of
 from kronlaplace.fisher.estimation import check_belongs
 from kronlaplace.fisher.fisher import KroneckerFisher
@@ -33,6 +34,7 @@ class Stored:
         temperature: ``τ``.
         logit_scale: ``a``.
         kernel: The kernel of the training outputs, if there is one.
+        truncation: What later fits truncate.
     """
 
     fisher: KroneckerFisher
@@ -42,6 +44,7 @@ class Stored:
     temperature: float
     logit_scale: float
     kernel: OutputKernel | None = None
+    truncation: Truncation | None = field(default_factory=Truncation)
 
 
 def write(path: str | PathLike[str], stored: Stored) -> None:
@@ -57,6 +60,7 @@ def write(path: str | PathLike[str], stored: Stored) -> None:
         "temperature": stored.temperature,
         "logit_scale": stored.logit_scale,
         "prior": stored.prior.to_json(),
+        "truncation": None if stored.truncation is None else asdict(stored.truncation),
     }
     save_tensors(path, "posterior", tensors, values)
 
@@ -105,6 +109,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         values["temperature"],
         values.get("logit_scale", 1.0),
         OutputKernel(tensors["output_kernel"].cpu()) if "output_kernel" in tensors else None,
+        None if (truncation := values.get("truncation", {})) is None else Truncation(**truncation),
     )
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from kronlaplace._arguments import choice, positive_number, seed_number
 from kronlaplace._precision import in_full_precision
+from kronlaplace.blocks import Truncation
+from kronlaplace.blocks.truncation import checked_truncation
 from kronlaplace.damping import DampedInverse
 from kronlaplace.data.device import device_of
 from kronlaplace.data.kept_examples import KeptExamples
@@ -49,6 +51,8 @@ from kronlaplace.priors.prior import Prior, PriorStructure
 
 __all__ = ["KronLaplace", "TuningMethod"]
 
+_DEFAULT_TRUNCATION = Truncation()
+
 
 class KronLaplace(PosteriorTuning):
     """Laplace posterior of a trained network with a Kronecker-factored Fisher.
@@ -79,6 +83,9 @@ class KronLaplace(PosteriorTuning):
             default), ``"fixed"`` or ``"error"``. Layers of which only `fit` shows that they stay fixed, or have no effect
             on the outputs, are gone after it, and so are their entries in the prior; the Fisher's `coverage` has the
             reasons. They do not come back in later fits.
+        truncation: Which factors of Kronecker blocks are so large that `fit` keeps only their leading eigenpairs and one
+            value for the rest, and how many pairs; see `Truncation`. None keeps all of them whole, at a cost that grows with
+            the cube of their size.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `estimate_fisher`.
@@ -97,10 +104,12 @@ class KronLaplace(PosteriorTuning):
         layers: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str = (),
         unsupported: Unsupported | str = Unsupported.DIAGONAL,
+        truncation: Truncation | None = _DEFAULT_TRUNCATION,
     ) -> None:
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
+        self.truncation = checked_truncation(truncation)
         self._choice = LayerChoice.of(model, layers, exclude, unsupported)
         found = self._choice.find()
         given = GivenPrior(prior_precision, prior_mean)
@@ -169,7 +178,7 @@ class KronLaplace(PosteriorTuning):
                 weights, by the posterior's likelihood and estimator.
                 The exact evidence (see `tune`) needs ``data``.
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
-                fit to all of them; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
+                fit to all of them, where no factor is truncated; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
                 matrix; ``"mc"`` is cheaper where there are many outputs.
             mc_samples: As in `estimate_fisher`.
@@ -207,7 +216,7 @@ class KronLaplace(PosteriorTuning):
             names = self._choice.check_ready_made(fisher, state, likelihood)
         remaining, fisher = self._choice.settle(state, fisher, names, ready_made, before)
         with torch.inference_mode(False):
-            fisher.decompose()  # all that follows needs it, and a factor that cannot be inverted is found here
+            fisher = self._decomposed(fisher)
             kernel = None
             if data is not None and before is None:
                 kernel = output_kernel(self.model, remaining.layers, data, fisher)
@@ -215,6 +224,16 @@ class KronLaplace(PosteriorTuning):
                 examples.merge(state.fit.examples)
             self._adopt(fisher, remaining, kernel, examples)
         return self
+
+    def _decomposed(self, fisher: KroneckerFisher) -> KroneckerFisher:
+        """Return a Fisher with large factors truncated and all others decomposed.
+
+        All that follows a fit needs it, and a factor that cannot be inverted is found here.
+        """
+        if self.truncation is not None:
+            fisher = fisher.truncated(self.truncation)
+        fisher.decompose()
+        return fisher
 
     @in_full_precision
     def fit_variational(
@@ -267,7 +286,7 @@ class KronLaplace(PosteriorTuning):
             UserWarning: As `fit` and `tune`.
         """
         rule = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
-        options = VariationalOptions(rounds, tolerance, structure, rule, progress)
+        options = VariationalOptions(rounds, tolerance, structure, rule, progress, self.truncation)
         check_curved(self.likelihood)
         if isinstance(data, Iterator):
             raise TypeError("data must be readable again and again, such as a DataLoader or a list; got an iterator.")
@@ -379,7 +398,14 @@ class KronLaplace(PosteriorTuning):
         files.write(
             path,
             files.Stored(
-                fit.fisher, fit.mean, state.prior, state.likelihood, state.temperature, state.logit_scale, fit.kernel
+                fit.fisher,
+                fit.mean,
+                state.prior,
+                state.likelihood,
+                state.temperature,
+                state.logit_scale,
+                fit.kernel,
+                self.truncation,
             ),
         )
 
@@ -406,6 +432,7 @@ class KronLaplace(PosteriorTuning):
             prior_precision=stored.prior,
             temperature=stored.temperature,
             layers=list(stored.fisher),
+            truncation=stored.truncation,
         )
         state = posterior._state
         layers = with_rules(state.layers, stored.fisher.metadata.rules)

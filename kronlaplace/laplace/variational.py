@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import choice, positive_integer, positive_number
+from kronlaplace.blocks import Truncation
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.estimators import Estimator
@@ -72,6 +73,7 @@ class VariationalOptions:
     structure: PriorStructure | str
     sampling: DirectionSampling
     progress: bool = False
+    truncation: Truncation | None = None
 
     def __post_init__(self) -> None:
         positive_integer(self.rounds, "rounds")
@@ -169,6 +171,8 @@ def find_fixed_point(
             trial = best
             break
         fisher = mix_fishers(best.fitted.fisher, target, step)
+        if options.truncation is not None:
+            fisher = fisher.truncated(options.truncation)
         trial = _tuned(replace(best, fit=replace(best.fitted, fisher=fisher)), structure)
     by_evidence(trial, structure, NoiseTuning.TUNED)  # for its warnings
     return trial, tuple(history), converged

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace._precision import in_full_precision
-from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, RotatedBlock
+from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
 from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.estimators.second_moments import factors_by_group, squeezed
 
@@ -50,9 +50,9 @@ def penalized(block: Block, terms: Sequence[Block]) -> Block:
         groups, ndim = len(factors_by_group(block)[0]), block.gradient_factor.ndim
         result = nearest_kronecker([block, *(_as_product(term, groups, ndim) for term in terms)])
     elif isinstance(block, EigenBlock):
-        groups = len(block.gradient_basis)
-        added = [_in_basis(block.bases(), _as_product(term, groups, 3)) for term in terms]
-        result = EigenBlock(*block.bases(), block.values + torch.stack(added).sum(0), block.name)
+        bases = block.gradient_basis, block.activation_basis
+        added = [_in_basis(bases, _as_product(term, len(bases[0]), 3)) for term in terms]
+        result = EigenBlock(*bases, block.values + torch.stack(added).sum(0), block.name)
     else:
         raise NotImplementedError(
             f"the curvature of a prior cannot be added to the {block.kind} block of layer {block.name!r}. Use one of the "
@@ -82,9 +82,9 @@ def _as_product(block: Block, groups: int, ndim: int) -> KroneckerBlock:
     if isinstance(block, DiagonalBlock):
         values = block.values.unflatten(0, (groups, rows))
         sums = torch.diag_embed(values.sum(2)), torch.diag_embed(values.sum(1))
-    elif isinstance(block, RotatedBlock) and len(block.bases()[0]) == groups:
+    elif isinstance(block, EigenBlock) and len(block.gradient_basis) == groups:
         values = block.eigenvalues().to(block.dtype).unflatten(0, (groups, rows))
-        parts = zip(block.bases(), (values.sum(2), values.sum(1)), strict=True)
+        parts = (block.gradient_basis, values.sum(2)), (block.activation_basis, values.sum(1))
         gradient, activation = ((basis * sizes.unsqueeze(1)) @ basis.mT for basis, sizes in parts)
         sums = gradient, activation
     else:

@@ -118,7 +118,7 @@ class KroneckerPrior(Prior):
         return self._part("factor", name) if isinstance(self.factor, Mapping) else self.multiples
 
     def _eigenvalues(self, name: str) -> Tensor:
-        """Return the eigenvalues of the unit ``s F₁ + δ I``, in the block's own eigenbasis."""
+        """Return the eigenvalues of the unit ``s F₁ + δ I``, in the block's own eigenbasis and the shape of its own."""
         return self._part("scale", name) * self.fisher[name].eigenvalues() + self._part("plus", name)
 
     def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
@@ -127,10 +127,12 @@ class KroneckerPrior(Prior):
     def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:
         block = self.fisher[name]
         coordinates = block.to_eigenbasis(deviation.to(block.dtype)).double()
-        return (self._eigenvalues(name) * coordinates.square()).sum()
+        return (block.expand(self._eigenvalues(name)) * coordinates.square()).sum()
 
     def logdet(self) -> Tensor:
-        return torch.stack([(self._factor(name) * self._eigenvalues(name)).log().sum() for name in self.fisher]).sum()
+        return torch.stack(
+            [block.total((self._factor(name) * self._eigenvalues(name)).log()) for name, block in self.fisher.items()]
+        ).sum()
 
     def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
         return self._joint_with(name, block).inverse(block.scaled(scale), scale, self._factor(name))
@@ -180,9 +182,9 @@ class KroneckerPrior(Prior):
     def unit_is_identity(self) -> bool:
         return False
 
-    def unit_eigenvalues(self, name: str, block: Block) -> Tensor:
+    def unit_eigenvalues(self, name: str, block: Block) -> tuple[Tensor, Tensor | None]:
         joint = self._joint_with(name, block)
-        return joint.curvature / joint.prior
+        return joint.curvature / joint.prior, None
 
     def _joint_with(self, name: str, block: Block) -> JointBasis:
         """Return the basis that a Fisher block shares with the prior; the last one is kept for all multiples."""

@@ -173,9 +173,9 @@ class Prior(ABC):
         """Whether ``B`` is the identity, so that multiples are precisions."""
         return True
 
-    def unit_eigenvalues(self, name: str, block: Block) -> Tensor:
-        """Eigenvalues of ``B^{-1/2} F B^{-1/2}`` of a layer, ``(q, p)``, float64."""
-        return block.eigenvalues()
+    def unit_eigenvalues(self, name: str, block: Block) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues of ``B^{-1/2} F B^{-1/2}`` of a layer, float64, and how often each counts, or None for once."""
+        return block.eigenvalues(), block.multiplicities() if block.truncated else None
 
     def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:
         """``(θ − m)ᵀ B (θ − m)`` of a layer, 0-dim, float64."""

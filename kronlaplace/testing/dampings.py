@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    KroneckerBlock,
+    Truncation,
+    truncated,
+)
 from kronlaplace.damping import Damping
 from kronlaplace.testing.laws import law, require, require_equal, standard_normal
 
@@ -17,16 +26,17 @@ __all__ = ["check_damping"]
 def check_damping(damping: Damping, blocks: Sequence[Block] | None = None) -> None:
     """Check that a damping obeys its laws on blocks of every kind.
 
-    - `Damping.eigenvalues` are float64, of the block's shape, finite, positive, and the same at every call; the block is
-      left unchanged.
+    - `Damping.eigenvalues` are float64, of the shape of `Block.eigenvalues`, finite, positive, and the same at every call;
+      the block is left unchanged.
     - With the matrix ``D`` that has these eigenvalues in the block's eigenbasis, the ``solve`` of the inverse applies
       ``D⁻¹``, ``sqrt_solve`` its symmetric root, ``diagonal`` is its diagonal, and ``logdet`` is that of ``D``.
     - `Damping.invert_all` agrees with `Damping.invert`, and the ``solve`` of `Damping.solvers` with both.
 
     Args:
         damping: The damping.
-        blocks: Float64 blocks to check it on, nonsingular if the damping may be zero; None uses a Kronecker block with and
-            without groups, an eigenvalue-corrected block, a diagonal block and a dense block, of ``4 x 3`` weights.
+        blocks: Float64 blocks to check it on, nonsingular if the damping may be zero; None uses Kronecker blocks with and
+            without groups and truncated, an eigenvalue-corrected block, a diagonal block and a dense block, of ``4 x 3``
+            weights.
 
     Raises:
         AssertionError: If a law does not hold; the message names it.
@@ -63,9 +73,10 @@ def _check(damping: Damping, block: Block) -> None:
     before = {name: tensor.clone() for name, tensor in block.to_tensors().items()}
     with law(f"{where}: eigenvalues(block) returns a tensor"):
         values = damping.eigenvalues(block)
+    shape = block.multiplicities().shape
     require(
-        isinstance(values, Tensor) and values.shape == block.shape and values.dtype == torch.float64,
-        f"{where}: eigenvalues(block) is a float64 tensor of the block's shape {tuple(block.shape)}",
+        isinstance(values, Tensor) and values.shape in (shape, block.shape) and values.dtype == torch.float64,
+        f"{where}: eigenvalues(block) is a float64 tensor of the shape of block.eigenvalues(), {tuple(shape)}",
         f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values),
     )
     smallest = values.min().item()
@@ -77,10 +88,10 @@ def _check(damping: Damping, block: Block) -> None:
     require_equal(
         inverse.eigenvalues, values, f"{where}: the inverse has the eigenvalues that eigenvalues(block) returns"
     )
-    size = values.numel()
-    unit = torch.eye(size, dtype=torch.float64).unflatten(1, values.shape)
+    size = math.prod(block.shape)
+    unit = torch.eye(size, dtype=torch.float64).unflatten(1, block.shape)
     basis = inverse.block.from_eigenbasis(unit).flatten(1).T
-    damped = (basis * values.flatten()) @ basis.T
+    damped = (basis * inverse.expand(values).flatten()) @ basis.T
     exact = torch.linalg.inv(damped)
     solved, root = (apply(unit).flatten(1) for apply in (inverse.solve, inverse.sqrt_solve))
     require_equal(
@@ -108,6 +119,7 @@ def _blocks() -> list[Block]:
     return [
         KroneckerBlock(gradient, activation, 0.5, "kronecker"),
         KroneckerBlock(*groups, torch.tensor([0.5, 2.0]), "groups"),
+        truncated([KroneckerBlock(gradient, activation, 0.5, "truncated")], Truncation(limit=2, rank=2))[0],
         EigenBlock(left, right, values, "eigen"),
         DiagonalBlock(values, "diagonal"),
         DenseBlock(moment(12, 12, seed=5), (4, 3), 2.0, "dense"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from kronlaplace.blocks import EigenBlock
+from kronlaplace.blocks import EigenBlock, TruncatedBlock
 from kronlaplace.damping import Tikhonov
 from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from tests.support.dampings import (
@@ -29,14 +29,23 @@ def each_weight(seed, shape, low=1e-3):
 
 
 def projected(block, diagonal, scale=1.0):
-    """``U diag(Uᵀ (c F + D) U) Uᵀ``; factors with distinct eigenvalues have one eigenbasis but for signs."""
+    """``U diag(Uᵀ (c F + D) U) Uᵀ``; factors with distinct eigenvalues have one eigenbasis but for signs.
+
+    Where eigenvectors share an eigenvalue because a factor is truncated, their mean.
+    """
     if isinstance(block, EigenBlock):
         bases = zip(block.gradient_basis, block.activation_basis, strict=True)
     else:
         bases = [[torch.linalg.eigh(factor).eigenvectors for factor in triple[1:]] for triple in triples(block)]
     U = torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in bases))
     inside = U.T @ (scale * dense(block) + torch.diag(diagonal.flatten())) @ U
-    return U @ torch.diag(inside.diagonal()) @ U.T
+    values = inside.diagonal()
+    if isinstance(block, TruncatedBlock):
+        counts = block.multiplicities()
+        same = block.expand(torch.arange(counts.numel()).view(counts.shape)).flatten()
+        # `eigh` sorts all eigenvalues, and those of the rest are the smallest, as in the block.
+        values = torch.zeros(counts.numel()).double().index_add(0, same, values)[same] / counts.flatten()[same]
+    return U @ torch.diag(values) @ U.T
 
 
 @pytest.fixture

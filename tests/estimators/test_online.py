@@ -182,7 +182,7 @@ def test_kfoc_in_single_precision_of_tiny_and_of_huge_gradients(scale):
 
 def basis_of(block):
     """Columns are the eigenvectors."""
-    pairs = zip(*block.bases(), strict=True)
+    pairs = zip(*(basis.vectors for basis in block.bases()), strict=True)
     return torch.block_diag(
         *(torch.kron(gradient.contiguous(), activation.contiguous()) for gradient, activation in pairs)
     )

@@ -56,7 +56,7 @@ def test_mixture_in_an_eigenbasis_is_the_diagonal_in_the_second_basis():
     first, second = pair("ekfac")
     mixed = mix_fishers(first, second, SHARE)
     for name, block in mixed.items():
-        basis = torch.kron(*(b[0].contiguous() for b in second[name].bases()))
+        basis = torch.kron(*(b.vectors[0].contiguous() for b in second[name].bases()))
         total = (1 - SHARE) * first[name].to_dense() + SHARE * second[name].to_dense()
         expected = basis @ (basis.T @ total @ basis).diagonal().diag() @ basis.T
         torch.testing.assert_close(block.to_dense(), expected, rtol=1e-10, atol=1e-14)

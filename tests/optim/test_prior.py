@@ -126,7 +126,7 @@ def test_an_eigenbasis_keeps_the_diagonal_in_it():
         for block in optimizer.blocks.values():
             size = block.shape[0] * block.shape[1]
             of_tasks = sum(fishers)[start : start + size, start : start + size]
-            U = torch.kron(*(basis[0].contiguous() for basis in block.bases()))
+            U = torch.kron(*(basis.vectors[0].contiguous() for basis in block.bases()))
             parts.append(U @ torch.diag((U.T @ of_tasks @ U).diagonal()) @ U.T * STRENGTH / N + block.to_dense())
             start += size
     close(seen, expected_step(memory, torch.block_diag(*parts), g, GAMMA + STRENGTH * DELTA / N))

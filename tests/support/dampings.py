@@ -5,13 +5,13 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, Truncation, truncated
 from kronlaplace.damping import FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto
 
 STRATEGIES = [Tikhonov, FactoredTikhonov, TraceRestricted, TraceRestrictedAuto]
 BY_NUMBER = STRATEGIES[:3]
-KINDS = ["number", "tensor", "by-group", "eigen", "diagonal", "dense"]  # the first three are Kronecker blocks
-ROTATED = KINDS[:4]
+KINDS = ["number", "tensor", "by-group", "truncated", "eigen", "diagonal", "dense"]  # the first four: Kronecker blocks
+ROTATED = KINDS[:5]
 seeds = st.integers(0, 10_000)
 sizes = st.integers(1, 4)
 groups = st.integers(1, 3)
@@ -40,6 +40,9 @@ def make(kind, seed, r=3, p=2, k=1, rank=4, smallest=0.1, dtype=torch.float64):
         "number": lambda: KroneckerBlock(*((G[0], A[0]) if k == 1 else (G, A)), 0.7, "layer"),
         "tensor": lambda: KroneckerBlock(G, A, scale[0], "layer"),
         "by-group": lambda: KroneckerBlock(G, A, scale, "layer"),
+        "truncated": lambda: truncated([KroneckerBlock(G, A, scale, "layer")], Truncation(limit=2, rank=1 + seed % 2))[
+            0
+        ],
         "eigen": lambda: EigenBlock(*bases, values, "layer"),
         "diagonal": lambda: DiagonalBlock(values, "layer"),
         "dense": lambda: DenseBlock(whole, (k * r, p), 0.7, "layer"),
@@ -49,6 +52,8 @@ def make(kind, seed, r=3, p=2, k=1, rank=4, smallest=0.1, dtype=torch.float64):
 
 def dense(block):
     """The block as one float64 matrix, from its tensors."""
+    if isinstance(block, KroneckerBlock):
+        return torch.block_diag(*(scale * torch.kron(G, A) for scale, G, A in triples(block)))
     parts = {name: tensor.double() for name, tensor in block.to_tensors().items()}
     if isinstance(block, DenseBlock):
         return parts["scale"] * parts["matrix"]
@@ -58,7 +63,7 @@ def dense(block):
         bases = zip(parts["gradient_basis"], parts["activation_basis"], strict=True)
         U = torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in bases))
         return U @ torch.diag(parts["values"].flatten()) @ U.T
-    return torch.block_diag(*(scale * torch.kron(G, A) for scale, G, A in triples(block)))
+    raise TypeError(type(block))
 
 
 def triples(block):
@@ -139,5 +144,7 @@ def assert_is_inverse_of(inverse, matrix, shape, rtol=1e-8):
     torch.testing.assert_close(inverse.logdet(), torch.logdet(matrix), rtol=rtol, atol=rtol)
     torch.testing.assert_close(inverse.diagonal(), expected.diagonal().view(shape), **close)
     values = torch.linalg.eigvalsh(matrix)
-    assert inverse.eigenvalues.shape == shape
-    torch.testing.assert_close(inverse.eigenvalues.flatten().sort().values, values, rtol=rtol, atol=1e-12)
+    assert inverse.eigenvalues.shape == inverse.block.multiplicities().shape
+    expanded = inverse.expand(inverse.eigenvalues)
+    assert expanded.shape == shape
+    torch.testing.assert_close(expanded.flatten().sort().values, values, rtol=rtol, atol=1e-12)
