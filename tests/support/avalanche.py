@@ -1,4 +1,4 @@
-"""Benchmarks of scikit-learn's digits in memory, and strategies, of Avalanche."""
+"""Benchmarks of scikit-learn's digits in memory, networks and strategies of Avalanche."""
 
 import pytest
 
@@ -10,5 +10,84 @@ except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark
-from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmark
-from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
+from avalanche.training.supervised import Naive
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from kronlaplace.integrations.avalanche import ContinualLaplacePlugin
+
+__all__ = [
+    "BATCH",
+    "ContinualLaplacePlugin",
+    "EvaluationPlugin",
+    "Heads",
+    "IncrementalClassifier",
+    "N",
+    "ReplayPlugin",
+    "accuracy_metrics",
+    "benchmark",
+    "digits",
+    "maybe_load_checkpoint",
+    "mlp",
+    "save_checkpoint",
+    "strategy",
+]
+
+N = 60
+BATCH = 20
+
+
+def digits(classes, n=N):
+    x, y = (torch.tensor(values) for values in load_digits(return_X_y=True))
+    chosen = torch.isin(y, torch.tensor(classes)).nonzero().flatten()[:n]
+    return x[chosen].float() / 16, y[chosen]
+
+
+def benchmark(classes, multi_task=False):
+    """Experiences with some classes each."""
+    sets = []
+    for some in classes:
+        data = TensorDataset(*digits(some))
+        data.targets = data.tensors[1].tolist()
+        sets.append(data)
+    streams = {name: [as_classification_dataset(data) for data in sets] for name in ("train", "test")}
+    made = benchmark_from_datasets(**streams)
+    return with_classes_timeline(task_incremental_benchmark(made) if multi_task else made)
+
+
+def mlp(outputs=10):
+    return nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, outputs))
+
+
+class Heads(MultiTaskModule):
+    """A body, and a head for each task that Avalanche adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 8)
+        self.classifier = MultiHeadClassifier(8)
+
+    def forward(self, x, task_labels):
+        return self.classifier(torch.tanh(self.body(x)), task_labels)
+
+
+def strategy(model, *plugins, epochs=2, evaluator=None, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Naive(
+        model=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=BATCH,
+        train_epochs=epochs,
+        eval_mb_size=BATCH,
+        plugins=list(plugins),
+        evaluator=evaluator,
+        **options,
+    )
