@@ -1,6 +1,8 @@
 """`ContinualLaplace` as a plugin of Avalanche's strategies, with Avalanche itself."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +155,11 @@ def test_a_sequence_that_is_cut_off_goes_on_from_a_checkpoint(tmp_path, capsys):
     assert torch.equal(weights(whole.model), weights(cut.model))
     assert whole.plugins[0].memory.tasks == cut.plugins[0].memory.tasks
     capsys.readouterr()  # Avalanche prints how it maps devices
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "continual_learning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python needs-avalanche\n(.*?)```", page, flags=re.DOTALL)
+    names = {"model": mlp(), "benchmark": benchmark(CLASSES)}
+    exec(compile(block.replace("Naive(", "Naive(evaluator=None, "), "the page", "exec"), names)
+    assert len(names["memory"].tasks) == 3
