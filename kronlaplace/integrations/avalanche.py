@@ -50,9 +50,9 @@ class ContinualLaplacePlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanc
     Avalanche uses for evaluation (no augmentation) and with the network in evaluation mode; then every module's mode is as
     before. Each experience that is trained on is a task of its own, also one that comes twice.
 
-    Multi-task networks (`MultiTaskModule`) get the task labels. A `MultiHeadClassifier` adds a head as a layer of its own
-    for each task; an `IncrementalClassifier` that gets more outputs changes the shape of a layer of the memory, which is an
-    error: give it all outputs from the start, or leave it out of the memory.
+    Multi-task networks (`MultiTaskModule`) get the task labels, one for each experience. A `MultiHeadClassifier` adds a
+    head as a layer of its own for each task; an `IncrementalClassifier` that gets more outputs changes the shape of a
+    layer of the memory, which is an error: give it all outputs from the start, or leave it out of the memory.
 
     In Avalanche's checkpoints the memory is as in its files (see `ContinualLaplace.save`). The plugin and the memory of a
     strategy that was restored are ``strategy.plugins[i]`` and its ``memory``, no longer the objects that you made before.
@@ -86,8 +86,9 @@ class ContinualLaplacePlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanc
         """Check, before any step, that the memory and the strategy belong together.
 
         Raises:
-            ValueError: If the memory is of another model, if the strategy's criterion is not a mean, if the experience has
-                no data, or if a layer of the memory has changed its shape, such as an `IncrementalClassifier` that grew.
+            ValueError: If the memory is of another model, if the strategy's criterion is not a mean, if the experience
+                has no data, or several task labels for a multi-task network; or if a layer of the memory has changed
+                its shape, such as an `IncrementalClassifier` that grew.
         """
         if strategy.model is not self.memory.model:
             raise ValueError(
@@ -100,8 +101,15 @@ class ContinualLaplacePlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanc
                 f"the strategy's criterion has reduction={reduction!r}, and the plugin adds penalty / N, which belongs to a "
                 'mean over examples. Use reduction="mean".'
             )
-        if not len(strategy.experience.dataset):
+        experience = strategy.experience
+        if not len(experience.dataset):
             raise ValueError("the experience has no examples. Leave it out of the stream.")
+        labels = set(experience.task_labels) if isinstance(strategy.model, MultiTaskModule) else set()
+        if len(labels) > 1:
+            raise ValueError(
+                f"the experience has several task labels, {sorted(labels)}, so that each head would see a part of a "
+                "mini-batch. Give a multi-task network experiences with one task label each."
+            )
         try:
             with torch.no_grad():
                 self.memory.penalty()
