@@ -27,6 +27,8 @@ from tests.support.avalanche import (
     strategy,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:::avalanche.*")  # about itself, such as without loggers
+
 CLASSES = [[0, 1], [2, 3], [4, 5]]
 
 
