@@ -9,9 +9,8 @@ try:
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark
-from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
-from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
@@ -31,6 +30,7 @@ __all__ = [
     "IncrementalClassifier",
     "N",
     "ReplayPlugin",
+    "TaskBalancedDataLoader",
     "accuracy_metrics",
     "benchmark",
     "digits",
@@ -52,14 +52,11 @@ def digits(classes, n=N):
 
 def benchmark(classes, multi_task=False):
     """Experiences with some classes each."""
-    sets = []
-    for some in classes:
-        data = TensorDataset(*digits(some))
-        data.targets = data.tensors[1].tolist()
-        sets.append(data)
-    streams = {name: [as_classification_dataset(data) for data in sets] for name in ("train", "test")}
-    made = benchmark_from_datasets(**streams)
-    return with_classes_timeline(task_incremental_benchmark(made) if multi_task else made)
+    parts = [digits(some) for some in classes]
+    data = TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    data.targets = data.tensors[1].tolist()
+    order = [label for some in classes for label in some]
+    return nc_benchmark(data, data, len(classes), task_labels=multi_task, fixed_class_order=order, shuffle=False)
 
 
 def mlp(outputs=10):
