@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 
 def laplace_torch() -> ModuleType:
     """Import and return the module ``laplace`` of laplace-torch.
@@ -38,6 +40,29 @@ def laplace_torch() -> ModuleType:
             with _stand_in("torchvision", "models", "ops", "transforms"):
                 return importlib.import_module("laplace")
         return importlib.import_module("laplace")
+
+
+def avalanche() -> ModuleType:
+    """Import and return the module ``avalanche`` of avalanche-lib.
+
+    It imports torchvision. Where that is built for another torch (CUDA beside CPU), its Python code needs the names of two
+    operators of its own, which are declared here; they are never called.
+
+    Raises:
+        ImportError: If Avalanche is not installed, or not complete.
+    """
+    if find_spec("avalanche") is None:
+        raise ImportError("Avalanche is not installed: pip install 'avalanche-lib>=0.6'.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties, about each other
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            for operator in ("nms", "qnms"):
+                torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+        return importlib.import_module("avalanche")
 
 
 class _Empty(ModuleType):
