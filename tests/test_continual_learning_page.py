@@ -31,4 +31,4 @@ def test_code_runs(block, tmp_path, monkeypatch):
 
 
 def test_there_are_all_of_them():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
