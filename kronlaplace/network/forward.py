@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronlaplace._precision import alike, in_full_precision
 from kronlaplace._replica import Replica
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of, with_one_more
 from kronlaplace.layers import Layer, NetworkLayer, UnusableLayersError, find_layers
@@ -344,6 +345,7 @@ def find_layout(model: nn.Module, inputs: Any, layers: Sequence[Layer] | None = 
         UnusableLayersError: If a layer is used in a way that is not supported.
         ValueError: If the outputs do not have one row per example.
     """
+    model = unwrapped(model)
     layers = find_layers(model) if layers is None else layers
     with preserved_random_state(device_of(model)), NetworkForward(model, layers) as forward:
         forward._replica.model.eval()

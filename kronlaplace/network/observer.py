@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronlaplace._memory_layout import with_contiguous_gradient
 from kronlaplace._precision import autocast_dtype
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.layers import (
     BatchGradient,
@@ -110,6 +111,7 @@ class NetworkObserver:
         differentiable: bool = False,
         module_of: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
+        model = unwrapped(model)
         self.layers = list(layers)
         """The observed layers."""
         self.layout = Layout() if layout is None else layout
