@@ -122,7 +122,7 @@ class NetworkForward:
             The outputs as the network returns them, with examples on the first axis.
 
         Raises:
-            TypeError: If the output is neither a tensor nor an object with a tensor ``logits``.
+            TypeError: If it is not clear which tensor is the output.
             ValueError: If the first axis of the output does not index the examples.
             UnusableLayersError: If a layer did not run, ran without gradients, or is used in a way that is not supported.
             RuntimeError: If the outputs carry no gradients, or if the network changes its inputs in some passes but not in
