@@ -25,7 +25,7 @@ from kronlaplace.likelihoods.links import (
     probit_scaled,
 )
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
-from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements
+from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements, positive_numbers
 
 __all__ = ["Categorical"]
 
@@ -75,13 +75,13 @@ class Categorical(Likelihood):
                 f"such as 2 for (N, T, C), or None to infer it from the targets; got {axis!r}."
             )
         if self.class_weights is not None:
-            weights = torch.as_tensor(self.class_weights, dtype=torch.float64, device="cpu")
-            if weights.ndim != 1 or len(weights) < 2 or not ((weights > 0) & torch.isfinite(weights)).all():
+            weights = positive_numbers(self.class_weights)
+            if weights is None or len(weights) < 2:
                 raise ValueError(
                     f"class_weights must be one positive number per class; got {self.class_weights!r}. To leave a class "
                     "out, mark its targets with ignore_index."
                 )
-            object.__setattr__(self, "class_weights", tuple(weights.tolist()))
+            object.__setattr__(self, "class_weights", weights)
         if not (isinstance(self.label_smoothing, (int, float)) and 0 <= self.label_smoothing < 1):
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing!r}.")
 

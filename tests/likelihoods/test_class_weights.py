@@ -135,6 +135,7 @@ def test_weights_need_targets():
     [
         ({"class_weights": [1.0, 0.0]}, r"class_weights must be one positive number per class; got \[1.0, 0.0\]"),
         ({"class_weights": [[1.0, 2.0]]}, "class_weights must be one positive number per class"),
+        ({"class_weights": "abc"}, "class_weights must be one positive number per class"),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and less than 1, got 1.0"),
         ({"label_smoothing": None}, "label_smoothing must be at least 0 and less than 1, got None"),
     ],
