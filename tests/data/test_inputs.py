@@ -250,6 +250,33 @@ def test_a_function_of_each_batch():
         fisher_of(OneTensor(), kl.ConvertedLoader(share(1), lambda batch: tuple(batch)))
 
 
+class Graphs:
+    """As torch_geometric's ``Batch``: the nodes of all graphs one after the other, and the graph of each."""
+
+    def __init__(self, sizes):
+        self.batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        self.x, self.y = torch.randn(sum(sizes), 5).double(), torch.arange(len(sizes)) % 3
+
+
+class GraphNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x, batch):
+        sums = x.new_zeros(int(batch.max()) + 1, 4).index_add(0, batch, torch.tanh(self.node(x)))
+        return self.head(sums)
+
+
+def test_graphs_are_refused():
+    """An example is a graph, and a layer has as many rows as there are nodes."""
+    model, data = GraphNetwork(), [Graphs([2, 3, 1])]
+    with pytest.raises(TypeError, match=r"batch 0: expected a pair.* got Graphs\..*kl\.ConvertedLoader"):
+        fisher_of(model, data)
+    with pytest.raises(ValueError, match="the model must return one row of outputs per example; for inputs of shape"):
+        fisher_of(model, kl.ConvertedLoader(data, lambda graphs: ((graphs.x, graphs.batch), graphs.y)))
+
+
 @pytest.mark.parametrize("loader", [iter([1]), 3])
 def test_what_cannot_be_converted(loader):
     with pytest.raises(TypeError, match=r"loader must be a loader that can be read again and again.*got"):
