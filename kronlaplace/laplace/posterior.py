@@ -13,9 +13,9 @@ from torch import nn
 
 from kronlaplace._arguments import choice, positive_number, seed_number
 from kronlaplace._precision import in_full_precision
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Truncation
 from kronlaplace.blocks.truncation import checked_truncation
-from kronlaplace._wrappers import unwrapped
 from kronlaplace.damping import DampedInverse
 from kronlaplace.data.device import device_of
 from kronlaplace.data.kept_examples import KeptExamples
