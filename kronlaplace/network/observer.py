@@ -39,10 +39,12 @@ from kronlaplace.layers import (
     UnusableLayersError,
     written_out,
 )
+from kronlaplace.layers.base import LinearLayer
 from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.network.hooks import Hook, WrittenOut
 from kronlaplace.network.last_layer import LOG_SOFTMAX, can_be_last, maker_of
+from kronlaplace.network.padding import padding_mask
 
 __all__ = ["NetworkObserver", "PerExampleGradients", "Receiver"]
 
@@ -378,7 +380,9 @@ class NetworkObserver:
         for index, call in enumerate(self._pass.calls[layer.name]):
             if indices is None or index in indices:
                 axis, rows = self._pass.places[layer.name, index] or (0, 1)
-                calls.append(LayerCall(call.x.movedim(axis, 0), rows, call.autocast))
+                x = call.x.movedim(axis, 0)
+                mask = padding_mask(self._pass.arguments, x) if rows == 1 and isinstance(layer, LinearLayer) else None
+                calls.append(LayerCall(x, rows, call.autocast, mask))
         return LayerBatch(layer, calls)
 
     def _take(self, call: _ObservedCall, observed: _Pass, grad: Tensor) -> None:
