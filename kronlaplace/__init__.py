@@ -22,6 +22,8 @@ from kronlaplace.blocks import (
 from kronlaplace.continual.memory import ContinualLaplace
 from kronlaplace.continual.options import Merge, PenaltyMode
 from kronlaplace.continual.synaptic_intelligence import SynapticIntelligence
+from kronlaplace.data.converted import ConvertedLoader
+from kronlaplace.data.outputs import with_output
 from kronlaplace.estimators import EKFAC, KFAC, KFOC, SUA, TKFAC, Diagonal, Estimator, ExactBlock, register_estimator
 from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.accumulation import Accumulation
@@ -88,6 +90,8 @@ __all__ = [
     "accumulate_batch",
     "find_layers",
     "find_layout",
+    "with_output",
+    "ConvertedLoader",
     "Estimator",
     "KFAC",
     "SUA",

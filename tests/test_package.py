@@ -73,6 +73,7 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "_precision",
         "_storage",
         "_memory_layout",
+        "_wrappers",
         "_replica",
         "_scores",
         "metrics",

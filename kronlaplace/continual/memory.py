@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kronlaplace._arguments import choice, positive_integer, positive_number, seed_number
 from kronlaplace._precision import in_full_precision
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.continual.curvature import TaskCurvature
 from kronlaplace.continual.files import check_tasks, numbers_of, read, write
 from kronlaplace.continual.layers import LayerWish, check_still_there
@@ -99,8 +100,8 @@ class ContinualLaplace(QuadraticPenalty):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = model = unwrapped(model)
         device_of(model)
-        self.model = model
         self.likelihood = resolve_likelihood(likelihood)
         self.estimator = resolve_estimator(estimator)
         self.merge = choice(Merge, merge, "merge")
@@ -356,6 +357,7 @@ class ContinualLaplace(QuadraticPenalty):
             ValueError: If the file is damaged or something else; if it is of other tasks, or in another order; or if the
                 network does not have the memory's layers, in their shapes.
         """
+        model = unwrapped(model)
         device = device_of(model)
         state, prior, settings = read(path, device)
         if tasks is not None:

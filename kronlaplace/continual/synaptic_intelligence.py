@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kronlaplace._arguments import positive_integer, positive_number
 from kronlaplace._precision import in_full_precision, wide, wide_dtype
 from kronlaplace._storage import load_tensors, save_tensors
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.continual.files import check_tasks
 from kronlaplace.continual.state import Task, name_of_new_task
 from kronlaplace.data.device import device_of
@@ -84,8 +85,8 @@ class SynapticIntelligence:
     def __init__(self, model: nn.Module, *, strength: float = 1.0, damping: float = 0.1) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = model = unwrapped(model)
         device_of(model)
-        self.model = model
         self.strength = strength
         self.damping = positive_number(damping, "damping")
         self._tasks: tuple[Task, ...] = ()

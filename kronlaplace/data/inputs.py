@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,18 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kronlaplace._precision import callers_autocast
+from kronlaplace.data.outputs import output_tensor
 
-__all__ = ["Inputs", "leaves", "output_tensor", "tensors_of", "with_one_more"]
+__all__ = ["Inputs", "is_record", "leaves", "tensors_of", "with_one_more"]
 
 
 class Inputs:
     """The inputs of a network: one tensor, several tensors, or named tensors.
 
     A tuple or list is unpacked, ``model(*inputs)``. A mapping is passed as keywords if the model's ``forward`` takes them,
-    ``model(**inputs)``, and otherwise as one argument, ``model(inputs)``.
+    ``model(**inputs)``, and otherwise as one argument, ``model(inputs)``. A dataclass is one argument. A `UserDict`, such as
+    the ``BatchEncoding`` of transformers, and a dataclass keep their class.
 
     Args:
-        value: A tensor, or a tuple, list or mapping of tensors (and other values, which are passed through).
+        value: A tensor, or a tuple, list, mapping or dataclass of tensors (and other values, which are passed through).
     """
 
     def __init__(self, value: Any) -> None:
@@ -34,13 +39,13 @@ class Inputs:
             return (self.value,), {}
         if isinstance(self.value, Mapping):
             return ((), dict(self.value)) if _takes_keywords(model, self.value) else ((self.value,), {})
-        return tuple(self.value), {}
+        return ((self.value,) if is_record(self.value) else tuple(self.value)), {}
 
     def run(self, model: nn.Module, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Call the network, with ``parameters`` in place of its own, if given.
 
         Raises:
-            TypeError: If the output is neither a tensor nor an object with a tensor ``logits``.
+            TypeError: If it is not clear which tensor is the output.
         """
         args, kwargs = self.arguments(model)
         with callers_autocast():
@@ -76,23 +81,6 @@ class Inputs:
         return Inputs(_mapped(self.value, change))
 
 
-def output_tensor(outputs: Any) -> Tensor:
-    """Return the tensor of outputs in what a network returned.
-
-    Raises:
-        TypeError: If it is neither a tensor nor an object with a tensor ``logits``.
-    """
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        outputs = outputs["logits"]
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of outputs (or an object with a tensor `logits`), but it returned "
-            f"{type(outputs).__name__}. Wrap it in a module that returns the tensor."
-        )
-    return outputs
-
-
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """Return all tensors except 0-dim ones; the first one determines the number of examples."""
     return [t for _, t in leaves(inputs.value) if t.ndim]
@@ -110,6 +98,19 @@ def with_one_more(inputs: Inputs, axis: int, shared: Collection[str] = ()) -> In
     return inputs.map_by_path(longer)
 
 
+def is_record(value: Any) -> bool:
+    """Return whether a value is an object of a dataclass that is not also a mapping."""
+    return is_dataclass(value) and not isinstance(value, (type, Mapping))
+
+
+def replaced(record: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of an object of a dataclass with other values of some fields, without running its ``__init__``."""
+    changed = copy.copy(record)
+    for name, part in changes.items():
+        object.__setattr__(changed, name, part)
+    return changed
+
+
 def counts_examples(tensor: Tensor, axis: int, n: int) -> bool:
     """Return whether a tensor has one entry per example on an axis."""
     return tensor.ndim > axis and tensor.shape[axis] == n
@@ -120,11 +121,13 @@ def _parts(value: Any, path: str) -> list[tuple[Any, Any, str]]:
     prefix = f"{path}." if path else ""
     if isinstance(value, Mapping):
         return [(key, part, f"{prefix}{key}") for key, part in value.items()]
+    if is_record(value):
+        return [(f.name, getattr(value, f.name), f"{prefix}{f.name}") for f in fields(value)]
     return [(i, part, f"{prefix}{i}") for i, part in enumerate(value)] if isinstance(value, (tuple, list)) else []
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors in nested tuples, lists and mappings, with their paths."""
+    """Yield all tensors in nested tuples, lists, mappings and dataclasses, with their paths."""
     if isinstance(value, Tensor):
         yield path, value
     for _, part, where in _parts(value, path):
@@ -135,6 +138,12 @@ def _mapped(value: Any, change: Callable[[Tensor, str], Tensor], path: str = "")
     if isinstance(value, Tensor):
         return change(value, path)
     parts = {key: _mapped(part, change, where) for key, part, where in _parts(value, path)}
+    if isinstance(value, UserDict):
+        changed = copy.copy(value)
+        changed.update(parts)
+        return changed
+    if is_record(value):
+        return replaced(value, parts)
     if isinstance(value, Mapping):
         return parts
     return list(parts.values()) if isinstance(value, (tuple, list)) else value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kronlaplace._arguments import warn
 from kronlaplace.data.deferred_checks import Batch
-from kronlaplace.data.inputs import Inputs, leaves, tensors_of
+from kronlaplace.data.inputs import Inputs, is_record, leaves, replaced, tensors_of
 
 __all__ = ["Rewind", "is_loader", "iterate", "warn_of_share"]
 
@@ -94,7 +97,7 @@ def iterate(
 
     Args:
         data: An iterable of batches, such as a `torch.utils.data.DataLoader` or a list. A batch is a pair
-            ``(inputs, targets)``, a tensor of inputs alone, or a mapping that may hold the targets under one of
+            ``(inputs, targets)``, a tensor of inputs alone, or a mapping or dataclass that may hold the targets under one of
             ``"labels"``, ``"label"``, ``"targets"``, ``"target"``, ``"y"``. Inputs are a tensor, or a tuple, list or
             mapping of tensors (see `Inputs`). Token labels in a mapping are treated as Hugging Face's models treat them:
             they are shifted for models that predict the next token (see `kronlaplace.network.alignment`). Targets in a pair
@@ -128,7 +131,7 @@ def iterate(
             if targets is not None:
                 targets = targets.to(device, non_blocking=True)
                 if alignment is not None:
-                    in_pair = not isinstance(raw, Mapping)
+                    in_pair = not (isinstance(raw, Mapping) or is_record(raw))
                     targets = alignment(inputs.value, targets, in_pair=in_pair, batch=index)
             yield Batch(index, inputs, targets)
             seen += 1
@@ -148,16 +151,17 @@ def _length(data: Any) -> int | None:
 def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
     if isinstance(raw, Tensor):
         return raw, None
-    if isinstance(raw, Mapping):
-        keys = [key for key in _TARGET_KEYS if isinstance(raw.get(key), Tensor)]
+    if isinstance(raw, Mapping) or is_record(raw):
+        entries = raw if isinstance(raw, Mapping) else {f.name: getattr(raw, f.name) for f in fields(raw)}
+        keys = [key for key in _TARGET_KEYS if isinstance(entries.get(key), Tensor)]
         if len(keys) > 1:
             raise TypeError(
                 f"batch {index}: any of {keys} could be the targets; pass pairs (inputs, targets), for example from a "
                 "generator over the loader."
             )
-        rest = {key: value for key, value in raw.items() if key not in keys}
+        rest = _without(raw, keys)
         if _has_tensors(rest):
-            return rest, raw[keys[0]] if keys else None
+            return rest, entries[keys[0]] if keys else None
     elif isinstance(raw, (tuple, list)) and len(raw) in (1, 2) and _has_tensors(raw[0]):
         targets = raw[1] if len(raw) == 2 else None
         if targets is None or isinstance(targets, Tensor):
@@ -167,9 +171,21 @@ def _split(raw: Any, index: int) -> tuple[Any, Tensor | None]:
         got += f" of {len(raw)}: {', '.join(type(part).__name__ for part in raw)}"
     raise TypeError(
         f"batch {index}: expected a pair (inputs, targets), a tensor of inputs, or a mapping; got {got}. Convert arrays to "
-        "tensors with torch.from_numpy; pass several inputs as ((x1, x2), targets) or ({...}, targets), for example from a "
-        "generator: (((x1, x2), y) for x1, x2, y in loader)."
+        "tensors with torch.from_numpy; pass several inputs as ((x1, x2), targets) or ({...}, targets), by a function of "
+        "each batch: kl.ConvertedLoader(loader, lambda batch: ((batch[0], batch[1]), batch[2]))."
     )
+
+
+def _without(batch: Any, keys: list[str]) -> Any:
+    """Return a mapping without some of its entries, or a dataclass with None for them; its class is kept if it can be."""
+    if is_record(batch):
+        return replaced(batch, dict.fromkeys(keys)) if keys else batch
+    rest = {key: value for key, value in batch.items() if key not in keys}
+    if not isinstance(batch, UserDict):
+        return rest
+    changed = copy.copy(batch)
+    changed.data = rest
+    return changed
 
 
 def _has_tensors(value: Any) -> bool:

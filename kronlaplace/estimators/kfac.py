@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from kronlaplace._arguments import Choice, choice
 from kronlaplace.blocks import Block, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State, kind_of
@@ -28,6 +31,10 @@ class KFAC(Estimator):
     The factors are ``A = E_n[Σ_t a_t a_tᵀ]`` and ``G = 1/T · E_n[Σ_v Σ_t g_t g_tᵀ]``, means over examples, with
     ``scale = 1``. On a plain linear layer ``T = 1``. If ``T`` differs between batches, each batch is weighted with its own
     ``1/T``.
+
+    Padded tokens, where the network's ``attention_mask`` is zero, count neither in ``A`` nor in ``T``, which is then each
+    example's own, in linear layers with inputs ``(N, T, p)`` that are called once per pass. In batches where a gradient
+    reaches one of them, as from outputs whose targets are not ignored, all positions count.
 
     Args:
         weight_sharing: Treatment of the positions of shared weights outside convolutions (tokens, time steps):
@@ -53,11 +60,14 @@ class KFAC(Estimator):
         return {"gradient": weight * scale * gradient, "activation": weight * activation}
 
     def add_inputs(self, state: State, batch: LayerBatch) -> None:
-        if not self._reduces(batch.layer):
+        if not self._reduces(batch.layer) and batch.mask is None:
             batch.add_activation_moment(state)
 
     def add_gradients(self, state: State, gradients: LayerGradients) -> None:
         out = gradients.layer.sum_of(state, "gradient")
+        if gradients.batch.mask is not None:
+            self._add_masked(state, gradients, gradients.batch.mask, out)
+            return
         if not self._reduces(gradients.layer):
             gradients.add_gradient_moment(out)
             return
@@ -65,7 +75,36 @@ class KFAC(Estimator):
         g = gradients.gradients().sum(2)
         out.baddbmm_(g.mT, g)
 
+    def _add_masked(self, state: State, gradients: LayerGradients, mask: Tensor, out: Tensor) -> None:
+        """Add the gradients of one direction of a batch with padded positions, which may turn out to count."""
+        g = gradients.gradients()
+        reached = (g.ne(0).any(-1).any(0) & ~mask).any()
+        state["reached"] = state["reached"] | reached if "reached" in state else reached
+        if self._reduces(gradients.layer):
+            g = g.sum(2)
+            out.baddbmm_(g.mT, g)
+            return
+        for key, positions in (("without", _numbers(mask, g)), ("with", _numbers(torch.ones_like(mask), g))):
+            scaled = (g / positions.sqrt()).flatten(1, 2)
+            state[key] = torch.baddbmm(state.get(key, torch.zeros_like(out)), scaled.mT, scaled)
+
+    def _end_masked(self, state: State, batch: LayerBatch, mask: Tensor) -> None:
+        """Add the inputs of the positions that count, and the gradients with their number."""
+        reached = state.pop("reached")
+        mask = mask | reached
+        a = batch.activations() * mask.unsqueeze(-1)
+        if self._reduces(batch.layer):
+            a = a.sum(2) / _numbers(mask, a).squeeze(2)
+        else:
+            a = a.flatten(1, 2)
+            gradient = torch.where(reached, state.pop("with"), state.pop("without"))
+            batch.layer.sum_of(state, "gradient").add_(gradient)
+        batch.layer.sum_of(state, "activation").baddbmm_(a.mT, a)
+
     def end_batch(self, state: State, batch: LayerBatch) -> None:
+        if "reached" in state and batch.mask is not None:
+            self._end_masked(state, batch, batch.mask)
+            return
         positions = state.pop("positions", None)
         if positions is not None:
             a = batch.activations().sum(2) / positions
@@ -83,3 +122,8 @@ class KFAC(Estimator):
     def combine(self, first: Block, second: Block, weights: tuple[float, float]) -> Block:
         gradient, activation = mean_factors(first, second, weights, scaled_activation=False)
         return KroneckerBlock(squeezed(gradient), squeezed(activation), name=first.name)
+
+
+def _numbers(mask: Tensor, like: Tensor) -> Tensor:
+    """Return the number of positions of each example that count, shape ``(N, 1, 1)``, at least 1."""
+    return mask.sum(1).clamp(min=1).to(like.dtype)[:, None, None]

@@ -12,6 +12,7 @@ from torch import nn
 
 from kronlaplace._arguments import Choice, choice, positive_integer, seed_number
 from kronlaplace._precision import in_full_precision
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Block
 from kronlaplace.estimators import Estimator, State
 from kronlaplace.fisher.accumulation import Accumulation
@@ -118,6 +119,7 @@ def relative_error(
             f"the fisher was estimated with {metadata.likelihood}; the likelihood passed here must match (got "
             f"{likelihood})."
         )
+    model = unwrapped(model)
     check_model(model)
     layers = with_rules(find_layers(model, list(fisher)), metadata.rules)
     check_belongs(fisher, layers, model, "the fisher", "estimated")

@@ -10,6 +10,7 @@ from torch import nn
 
 from kronlaplace._arguments import choice, warn
 from kronlaplace._precision import in_full_precision
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Block
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.data.loader import warn_of_share
@@ -138,6 +139,7 @@ def estimate_while_watched(
     draws = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
     if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
         raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
+    model = unwrapped(model)
     check_model(model)
     warn_of_share(data)
     unsupported = choice(Unsupported, unsupported, "unsupported")

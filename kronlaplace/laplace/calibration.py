@@ -103,11 +103,13 @@ class _Marginals:
         mean: ``f``, shape ``(n, C)``; ``C`` is 1 for yes/no outputs.
         covariance: ``C``, shape ``(n, C, C)``.
         labels: Probabilities of the classes, ``(n, C)``, mostly zeros and ones.
+        weights: The factors of the examples' negative log-likelihoods, ``(n,)``.
     """
 
     mean: Tensor
     covariance: Tensor
     labels: Tensor
+    weights: Tensor
 
     @property
     def probabilities(self) -> Tensor:
@@ -116,16 +118,16 @@ class _Marginals:
 
     @property
     def leverages(self) -> Tensor:
-        """``tr(Λ C)`` with the Fisher information of the logits ``Λ = diag(π) − ππᵀ``, shape ``(n,)``."""
+        """``tr(Λ C)`` with the Fisher information of the logits ``Λ = w (diag(π) − ππᵀ)``, shape ``(n,)``."""
         pi = self.probabilities
         variances = (pi * self.covariance.diagonal(dim1=1, dim2=2)).sum(1)
-        return variances - torch.einsum("nc,ncd,nd->n", pi, self.covariance, pi)
+        return self.weights * (variances - torch.einsum("nc,ncd,nd->n", pi, self.covariance, pi))
 
     def without_their_labels(self, factor: float) -> _Marginals:
         """Return the marginals of the other examples' posterior, whose covariance is ``factor`` times as large."""
         covariance = factor * self.covariance
         shift = torch.einsum("ncd,nd->nc", covariance, self.probabilities - self.labels)
-        return _Marginals(self.mean + shift, covariance, self.labels)
+        return _Marginals(self.mean + self.weights.unsqueeze(1) * shift, covariance, self.labels, self.weights)
 
 
 def calibrated_logit_scale(predictor: Predictor, examples: KeptExamples, layout: Layout) -> float:
@@ -176,7 +178,7 @@ class _CrossEntropy:
 
     def __init__(self, likelihood: Likelihood) -> None:
         self._likelihood = likelihood
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, marginals: _Marginals, labels: Tensor) -> None:
         """Take labels ``(n, C)`` and the marginals that are to predict them, of which only variances are kept."""
@@ -185,7 +187,7 @@ class _CrossEntropy:
             variances = margin_variances(mean, covariance)
         else:
             variances = covariance.diagonal(dim1=1, dim2=2)
-        self._parts.append((mean, variances, labels))
+        self._parts.append((mean, variances, labels, marginals.weights))
 
     def log_of_best_scale(self) -> float:
         """Return the logarithm of the scale of at least 1 where it is least."""
@@ -195,14 +197,14 @@ class _CrossEntropy:
     def _at(self, log_scale: float) -> float:
         link = self._likelihood.links[0]
         total = 0.0
-        for mean, variances, labels in self._parts:
+        for mean, variances, labels, weights in self._parts:
             p = self._likelihood.predictive(math.exp(log_scale) * mean, variances, link, 0, None)
             assert isinstance(p, Tensor)
             tiny = torch.finfo(p.dtype).tiny
             terms = labels * p.clamp_min(tiny).log()
             if p.shape[1] == 1:
                 terms = terms + (1 - labels) * (1 - p).clamp_min(tiny).log()
-            total -= float(terms.sum())
+            total -= float((weights.unsqueeze(1) * terms).sum())
         return total
 
 
@@ -238,14 +240,14 @@ def _marginals(
             f, covariance = predictor.outputs_and_covariance(part.value, wanted)
             y = targets[start : start + step]
             if yes_or_no:
-                yield _Marginals(
-                    f.reshape(-1, 1).double(), covariance.reshape(-1, 1, 1).double(), y.reshape(-1, 1).double()
-                )
+                mean, labels = f.reshape(-1, 1).double(), y.reshape(-1, 1).double()
+                yield _Marginals(mean, covariance.reshape(-1, 1, 1).double(), labels, torch.ones_like(mean[:, 0]))
                 continue
+            assert isinstance(likelihood, Categorical)
             mean, covariance = classes_last(f, covariance, likelihood.class_axis_of(f))
             c = mean.shape[-1]
             counts = y.flatten().long() != likelihood.ignored_target
-            labels = torch.nn.functional.one_hot(y.flatten().long()[counts], c)
-            yield _Marginals(
-                mean.reshape(-1, c)[counts].double(), covariance.reshape(-1, c, c)[counts].double(), labels.double()
-            )
+            labels = likelihood.weighted_labels(y.flatten()[counts], c)
+            weights = labels.sum(1)
+            mean, covariance = mean.reshape(-1, c)[counts].double(), covariance.reshape(-1, c, c)[counts].double()
+            yield _Marginals(mean, covariance, labels / weights.unsqueeze(1), weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.data.device import device_of, preserved_random_state
-from kronlaplace.data.inputs import Inputs, tensors_of
+from kronlaplace.data.inputs import Inputs, is_record, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.network.preconditions import check_mode
 
@@ -29,7 +29,7 @@ def checked_inputs(model: nn.Module, x: Any, differentiable: bool = False) -> In
     """
     check_mode(model)
     inputs = Inputs(x)
-    tensors = tensors_of(inputs) if isinstance(x, (Tensor, tuple, list, Mapping)) else []
+    tensors = tensors_of(inputs) if isinstance(x, (Tensor, tuple, list, Mapping)) or is_record(x) else []
     if not tensors or tensors[0].numel() == 0:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(

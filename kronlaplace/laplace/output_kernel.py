@@ -105,9 +105,10 @@ def output_kernel(
             def receive(gradients: LayerGradients) -> None:
                 parts[gradients.layer.name].add(gradients)
 
+            whitening = (torch.ones_like(outputs[0]) / metadata.likelihood.relative_to(outputs)).flatten()
             for element in range(width):
                 direction = outputs.new_zeros(count, width)
-                direction[:, element] = 1
+                direction[:, element] = whitening[element]
                 observer.backward(outputs, direction, receive, retain_graph=element < width - 1)
             seen += outputs.numel()
             if not all(part.end_of_batch() for part in parts.values()):

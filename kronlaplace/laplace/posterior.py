@@ -13,6 +13,7 @@ from torch import nn
 
 from kronlaplace._arguments import choice, positive_number, seed_number
 from kronlaplace._precision import in_full_precision
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Truncation
 from kronlaplace.blocks.truncation import checked_truncation
 from kronlaplace.damping import DampedInverse
@@ -64,7 +65,9 @@ class KronLaplace(PosteriorTuning):
     The model is held by reference and never changed (except by `to`); keep its weights as they were at `fit`.
 
     Args:
-        model: The trained network, in the mode in which it predicts (``model.eval()``).
+        model: The trained network, in the mode in which it predicts (``model.eval()``). Of a wrapper (`torch.compile`,
+            ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel``) it is the network inside, by whose names the
+            layers are called.
         likelihood: `Categorical`, `Bernoulli`, `Gaussian`, `HeteroscedasticGaussian`, or ``"classification"``,
             ``"binary"``, ``"regression"``, ``"heteroscedastic"``.
         estimator: How the Fisher's blocks are computed, such as `KFAC`, or its shorthand.
@@ -106,6 +109,7 @@ class KronLaplace(PosteriorTuning):
         unsupported: Unsupported | str = Unsupported.DIAGONAL,
         truncation: Truncation | None = _DEFAULT_TRUNCATION,
     ) -> None:
+        model = unwrapped(model)
         check_model(model)
         self.model = model
         self.estimator = resolve_estimator(estimator)
@@ -423,6 +427,7 @@ class KronLaplace(PosteriorTuning):
             ValueError: If the file is damaged or something else, or if it is of another network: the first layer that
                 differs is named, or the first parameter or buffer.
         """
+        model = unwrapped(model)
         check_model(model)
         stored = files.read(path, model)
         posterior = cls(

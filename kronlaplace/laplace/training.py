@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from kronlaplace._arguments import choice, positive_integer
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.data.deferred_checks import DeferredChecks
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.loader import Rewind, iterate, warn_of_share
@@ -156,6 +157,7 @@ def train_by_evidence(
         )
     if any(group.get("weight_decay") for group in optimizer.param_groups):
         raise ValueError("the optimizer has weight decay, and the prior would count twice; set weight_decay=0.")
+    model = unwrapped(model)
     model.eval()
     posterior = KronLaplace(
         model,

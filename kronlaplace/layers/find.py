@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kronlaplace._arguments import Choice
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.layers.base import Layer
 from kronlaplace.layers.families import LAYERS, Family, family_of, linear_family, written_out
 from kronlaplace.layers.names import NOT_WANTED_BY_EXCLUDE, NOT_WANTED_BY_LAYERS, entries_of, matching
@@ -99,6 +100,7 @@ def search_layers(
         NotImplementedError: If a module with trainable parameters cannot get a block, naming every such module. With
             ``Unsupported.DIAGONAL``, these are modules whose outputs have no derivative.
     """
+    model = unwrapped(model)
     owners = {name: m for name, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
     if names is None and not owners:
         raise ValueError(

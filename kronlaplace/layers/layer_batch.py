@@ -24,11 +24,17 @@ class LayerCall:
         x: The input, with examples first.
         fold: Number of rows on the first axis that belong to one example: 1 unless the network folds positions into it.
         autocast: The dtype in which float32 products were computed under autocast, or None without autocast.
+        mask: Which positions are no padding, ``(N, T)``, zero for those that are; None if all count.
     """
 
     x: Tensor
     fold: int = 1
     autocast: torch.dtype | None = None
+    mask: Tensor | None = None
+
+    def rows(self, rows: slice) -> LayerCall:
+        """Return the call with some of the rows on its first axis, as views."""
+        return replace(self, x=self.x[rows], mask=None if self.mask is None else self.mask[rows])
 
 
 class LayerBatch:
@@ -66,7 +72,12 @@ class LayerBatch:
 
     def first(self, n_examples: int) -> LayerBatch:
         """Return the batch with only its first examples, as views."""
-        return LayerBatch(self.layer, [replace(c, x=c.x[: n_examples * c.fold]) for c in self.calls])
+        return LayerBatch(self.layer, [c.rows(slice(n_examples * c.fold)) for c in self.calls])
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which positions are no padding, ``(N, T)``; None if all count, or if the layer is called more than once."""
+        return self.calls[0].mask if len(self.calls) == 1 else None
 
     def activations(self) -> Tensor:
         """Return ``a``, shape ``(K, N, T, p)``."""
@@ -211,7 +222,7 @@ class LayerGradients:
             calls, tensors = [], []
             for call, grad in self._pairs():
                 rows = slice(start * call.fold, (start + count) * call.fold)
-                calls.append(replace(call, x=call.x[rows]))
+                calls.append(call.rows(rows))
                 tensors.append(grad[rows])
             yield LayerGradients(LayerBatch(layer, calls), tensors)
 

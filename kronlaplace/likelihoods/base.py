@@ -464,7 +464,10 @@ class Likelihood(ABC):
         return LIKELIHOODS.from_json({**_OF_EARLIER_FILES.get(values.get("name", ""), {}), **values})
 
 
-_OF_EARLIER_FILES: Mapping[str, Mapping[str, Any]] = {"Gaussian": {"noise_known": False}}
+_OF_EARLIER_FILES: Mapping[str, Mapping[str, Any]] = {
+    "Gaussian": {"noise_known": False, "relative_noise": None},
+    "Categorical": {"class_weights": None, "label_smoothing": 0.0},
+}
 """By class what files may lack that were written before it had the field."""
 
 

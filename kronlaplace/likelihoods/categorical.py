@@ -25,7 +25,7 @@ from kronlaplace.likelihoods.links import (
     probit_scaled,
 )
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
-from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements
+from kronlaplace.likelihoods.tensors import drop_axis, log_at_least_tiny, output_elements, positive_numbers
 
 __all__ = ["Categorical"]
 
@@ -43,9 +43,18 @@ class Categorical(Likelihood):
         class_axis: Axis of the classes if the outputs have more than two axes: 1, or the last one, as -1 or by its number.
             None infers it from the shape of the targets; without targets, it is ambiguous for three axes, and 1 for four
             or more.
+        class_weights: Weights ``w`` of the classes, positive numbers, as a sequence or tensor of length ``C``: the negative
+            log-likelihood of an example and its Fisher are multiplied by the weight of its target, which every batch must
+            therefore have. Means over targets divide by the sum of these factors.
+        label_smoothing: ``ε``, at least 0 and less than 1: the target of an example is ``q = (1 − ε) e_y + ε/C`` instead of
+            the one-hot ``e_y``, and its negative log-likelihood ``−Σ_c w_c q_c log π_c``. Its Hessian is the Fisher of the
+            unsmoothed one, times ``Σ_c w_c q_c``.
+
+    Weighted or smoothed, the likelihood is not that of a normalized distribution of the targets: evidences can be compared
+    between posteriors with the same weights and the same smoothing only.
 
     Raises:
-        ValueError: For any other axis.
+        ValueError: For any other axis, weights that are not positive, or another ``label_smoothing``.
         TypeError: For an ``ignore_index`` that is not an integer.
     """
 
@@ -53,6 +62,8 @@ class Categorical(Likelihood):
     accepts_log_softmax: ClassVar[bool] = True
     ignore_index: int = -100
     class_axis: int | None = None
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.ignore_index) is not int:
@@ -63,6 +74,16 @@ class Categorical(Likelihood):
                 "class_axis must be 1 for outputs (N, C, ...), -1 for outputs (N, ..., C) or the number of their last axis, "
                 f"such as 2 for (N, T, C), or None to infer it from the targets; got {axis!r}."
             )
+        if self.class_weights is not None:
+            weights = positive_numbers(self.class_weights)
+            if weights is None or len(weights) < 2:
+                raise ValueError(
+                    f"class_weights must be one positive number per class; got {self.class_weights!r}. To leave a class "
+                    "out, mark its targets with ignore_index."
+                )
+            object.__setattr__(self, "class_weights", weights)
+        if not (isinstance(self.label_smoothing, (int, float)) and 0 <= self.label_smoothing < 1):
+            raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing!r}.")
 
     def __repr__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -78,12 +99,17 @@ class Categorical(Likelihood):
         axes = (1, -1) if self.class_axis is None else (self._axis(outputs),)
         if max(outputs.shape[axis] for axis in axes) < 2:
             raise self._too_few_classes(outputs)
+        if self.class_weights is not None and all(outputs.shape[axis] != len(self.class_weights) for axis in axes):
+            shape = tuple(outputs.shape)
+            raise ValueError(f"there are {len(self.class_weights)} class_weights, for outputs of shape {shape}.")
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, str]:
         axis = self._axis(outputs, targets)
         c = outputs.shape[axis]
         if c < 2:
             raise self._too_few_classes(outputs)
+        if self.class_weights is not None and c != len(self.class_weights):
+            raise ValueError(f"there are {len(self.class_weights)} class_weights, for {c} classes; pass one per class.")
         integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
         if targets.shape != drop_axis(outputs.shape, axis) or not integer:
             raise self._bad_targets(outputs, targets, [axis])
@@ -96,15 +122,51 @@ class Categorical(Likelihood):
         return ((labels >= 0) & (labels < c) | (labels == self.ignore_index)).all(), message
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the summed negative log-likelihood and the number of targets, both without the ignored targets."""
+        """Compute the summed negative log-likelihood and the number (weighted: the weights) of targets not ignored."""
         axis = self._axis(outputs, targets)
         return self._nll(F.log_softmax(wide(outputs), dim=axis), targets, axis)
 
     def _nll(self, log_pi: Tensor, targets: Tensor, axis: int) -> Tensor:
         """Compute minus the sum of the targets' log-probabilities and the number of targets, without the ignored ones."""
+        if self.class_weights is not None or self.label_smoothing:
+            labels = self.weighted_labels(targets, log_pi.shape[axis]).movedim(-1, axis)
+            terms = (labels * log_pi.double()).masked_fill(labels == 0, 0)
+            return torch.stack([-terms.sum(), labels.sum()])
         nll = -log_pi.gather(axis, _index(targets, log_pi.shape[axis]).unsqueeze(axis)).squeeze(axis)
         ignored = self._ignored(targets)
         return torch.stack([nll.masked_fill(ignored, 0).double().sum(), (~ignored).double().sum()])
+
+    def weighted_labels(self, targets: Tensor, n_classes: int) -> Tensor:
+        """Compute ``w ∘ q``, the weights times the smoothed one-hot targets.
+
+        Args:
+            targets: Class indices of any shape.
+            n_classes: ``C``.
+
+        Returns:
+            A tensor of the targets' shape with a last axis for the classes, float64, zero where targets are ignored. Its sum
+            over the classes is the factor of the example's Fisher.
+        """
+        labels = F.one_hot(_index(targets, n_classes), n_classes).double()
+        labels = (1 - self.label_smoothing) * labels + self.label_smoothing / n_classes
+        if self.class_weights is not None:
+            labels = labels * labels.new_tensor(self.class_weights)
+        return labels.masked_fill(self._ignored(targets).unsqueeze(-1), 0)
+
+    def _factors(self, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor | None:
+        """Return the factor of the Fisher at every position, of the targets' shape, or None if all are 1.
+
+        Raises:
+            ValueError: If there are class weights but no targets.
+        """
+        if self.class_weights is None:
+            return None
+        if targets is None:
+            raise ValueError(
+                "class_weights need the targets of every batch, which say what weight an example has: pass batches of "
+                "(inputs, targets). The optimizers, which do without targets, take a Categorical without class_weights."
+            )
+        return self.weighted_labels(targets, outputs.shape[axis]).sum(-1).to(wide(outputs).dtype)
 
     def log_likelihood(self, statistics: Tensor) -> Tensor:
         return -statistics[0]
@@ -124,6 +186,7 @@ class Categorical(Likelihood):
         log_pi_everywhere = F.log_softmax(wide(outputs), dim=axis).clamp_min(-1e30).movedim(axis, -1)
         log_tail_everywhere = log_pi_everywhere.flip(-1).logcumsumexp(-1).flip(-1)
         ignored = None if targets is None else self._ignored(targets)
+        factors = self._factors(outputs, targets, axis)
         for position in output_elements(log_pi_everywhere.shape[:-1]):
             log_pi, log_tail = log_pi_everywhere[position], log_tail_everywhere[position]  # (N, C)
             for j in range(log_pi.shape[1] - 1):
@@ -131,6 +194,8 @@ class Categorical(Likelihood):
                 half = 0.5 * (log_pi[:, j] - log_tail[:, j])
                 column[:, j] = torch.exp(half + 0.5 * log_tail[:, j + 1])
                 column[:, j + 1 :] = -torch.exp(log_pi[:, j + 1 :] + (half - 0.5 * log_tail[:, j + 1]).unsqueeze(1))
+                if factors is not None:
+                    column = column * factors[position].sqrt().unsqueeze(1)
                 if ignored is not None:
                     column = column.masked_fill(ignored[position].unsqueeze(1), 0)
                 direction = torch.zeros_like(outputs)
@@ -143,18 +208,27 @@ class Categorical(Likelihood):
         pi = F.softmax(wide(outputs), dim=axis)
         mean = (pi * vectors).sum(axis - outputs.ndim, keepdim=True)
         product = pi * (vectors - mean)
+        factors = self._factors(outputs, targets, axis)
+        if factors is not None:
+            product = product * factors.unsqueeze(axis)
         if targets is not None:
             product = product.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
         return product.to(vectors.dtype)
 
     def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
-        divergence = softmax_divergence(outputs, new_outputs, self._axis(outputs, targets))
+        axis = self._axis(outputs, targets)
+        divergence = softmax_divergence(outputs, new_outputs, axis)
+        factors = self._factors(outputs, targets, axis)
+        if factors is not None:
+            divergence = divergence * factors
         return (divergence if targets is None else divergence.masked_fill(self._ignored(targets), 0)).sum()
 
     def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
-        return gradient.argmin(self.class_axis_of(outputs))
+        return None if self.class_weights is not None else gradient.argmin(self.class_axis_of(outputs))
 
     def _gradient_error(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        if self.class_weights is not None:  # the weights of unknown targets explain any
+            return super()._gradient_error(outputs, gradient)
         axis = self._axis(outputs)
         return distance_to_simplex(F.softmax(outputs, dim=axis), gradient, axis)
 
@@ -165,10 +239,16 @@ class Categorical(Likelihood):
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
         gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
         drawn = (logits + gumbel).argmax(axis)
-        return self._gradient_at(outputs, drawn, None if targets is None else self._ignored(targets), axis)
+        direction = self._gradient_at(outputs, drawn, None if targets is None else self._ignored(targets), axis)
+        factors = self._factors(outputs, targets, axis)
+        return direction if factors is None else (direction * factors.sqrt().unsqueeze(axis)).to(outputs.dtype)
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         axis = self._axis(outputs, targets)
+        if self.class_weights is not None or self.label_smoothing:
+            labels = self.weighted_labels(targets, outputs.shape[axis]).movedim(-1, axis)
+            pi = F.softmax(wide(outputs), dim=axis)
+            return (labels.sum(axis, keepdim=True) * pi - labels).to(outputs.dtype)
         return self._gradient_at(outputs, _index(targets, outputs.shape[axis]), self._ignored(targets), axis)
 
     @staticmethod
@@ -266,10 +346,13 @@ class Categorical(Likelihood):
         """
         metric, normalizer = average_softmax(mean, covariance, generator)
         if targets is None:
+            self._factors(mean, None, -1)
             return Averages(metric, None)
         ignored = self._ignored(targets)
-        of_target = mean.double().gather(-1, _index(targets, mean.shape[-1]).unsqueeze(-1)).squeeze(-1)
-        log_likelihood = (of_target - normalizer).masked_fill(ignored, 0).sum()
+        labels = self.weighted_labels(targets, mean.shape[-1])
+        factors = labels.sum(-1)
+        log_likelihood = ((labels * mean.double()).sum(-1) - factors * normalizer).masked_fill(ignored, 0).sum()
+        metric = metric * factors[..., None, None].to(metric.dtype)
         return Averages(metric.masked_fill(ignored[..., None, None], 0), log_likelihood)
 
     def sample_mean(self, outputs: Tensor) -> Tensor:
@@ -291,7 +374,7 @@ class Categorical(Likelihood):
         return laplace_bridge(mean, covariance)
 
     def predictive_nll(self, prediction: Tensor | Prediction, targets: Tensor) -> Tensor:
-        """Compute the sum and the count over the targets that are not ignored."""
+        """Compute the sum and the count (weighted: the weights) over the targets that are not ignored."""
         pi = require_probabilities(self, prediction)
         self.check_targets(pi, targets)  # for the shapes
         return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))

@@ -19,7 +19,8 @@ class Prediction:
         mean: Predicted mean, shape ``(N, C)`` (or ``(N,)`` if the network returns that shape).
         variance: Variance of the *function value*, same shape as ``mean``. It does **not** include the noise.
         noise_variance: Variance of the observation noise: a 0-dim tensor ``σ²`` if it is the same everywhere
-            (`Gaussian`), or of the shape of ``mean`` if the network predicts it (`HeteroscedasticGaussian`).
+            (`Gaussian`), or of the shape of ``mean`` if the outputs have noises of their own or the network predicts it
+            (`HeteroscedasticGaussian`).
     """
 
     mean: Tensor

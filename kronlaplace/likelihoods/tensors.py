@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = [
     "log_at_least_tiny",
     "one_element_at_a_time",
     "output_elements",
+    "positive_numbers",
     "standard_normal",
     "sum_and_count",
 ]
@@ -23,6 +25,17 @@ __all__ = [
 def drop_axis(shape: torch.Size, axis: int) -> torch.Size:
     """Return ``shape`` without one axis."""
     return shape[:axis] + shape[axis + 1 :]
+
+
+def positive_numbers(given: Any) -> tuple[float, ...] | None:
+    """Return the numbers of a sequence or tensor with one axis, or None if they are not all positive and finite."""
+    try:
+        numbers = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if numbers.ndim != 1 or not len(numbers) or not ((numbers > 0) & torch.isfinite(numbers)).all():
+        return None
+    return tuple(numbers.tolist())
 
 
 def output_elements(shape: torch.Size) -> Iterator[tuple[slice | int, ...]]:

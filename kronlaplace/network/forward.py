@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronlaplace._precision import alike, in_full_precision
 from kronlaplace._replica import Replica
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of, with_one_more
 from kronlaplace.layers import Layer, NetworkLayer, UnusableLayersError, find_layers
@@ -121,7 +122,7 @@ class NetworkForward:
             The outputs as the network returns them, with examples on the first axis.
 
         Raises:
-            TypeError: If the output is neither a tensor nor an object with a tensor ``logits``.
+            TypeError: If it is not clear which tensor is the output.
             ValueError: If the first axis of the output does not index the examples.
             UnusableLayersError: If a layer did not run, ran without gradients, or is used in a way that is not supported.
             RuntimeError: If the outputs carry no gradients, or if the network changes its inputs in some passes but not in
@@ -344,6 +345,7 @@ def find_layout(model: nn.Module, inputs: Any, layers: Sequence[Layer] | None = 
         UnusableLayersError: If a layer is used in a way that is not supported.
         ValueError: If the outputs do not have one row per example.
     """
+    model = unwrapped(model)
     layers = find_layers(model) if layers is None else layers
     with preserved_random_state(device_of(model)), NetworkForward(model, layers) as forward:
         forward._replica.model.eval()

@@ -7,14 +7,16 @@ the inputs' shapes and dtypes, and the module that could not handle them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from kronlaplace.data.inputs import leaves
 
 __all__ = ["explained_errors"]
 
@@ -63,7 +65,7 @@ def _explained(error: Exception, model: nn.Module, inputs: Any) -> Exception | N
     ours = _PACKAGE in where.parents and _PACKAGE / "layers" not in where.parents  # layers run modules written out
     if not modules or ours:
         return None
-    tensors = list(_tensors(inputs))
+    tensors = [tensor for _, tensor in leaves(inputs)]
     given = ", ".join(f"{tuple(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in tensors)
     if isinstance(error, TypeError):
         if isinstance(inputs, (list, tuple)) and modules[-1] is root and "positional argument" in str(error):
@@ -109,11 +111,3 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 def _short(module: nn.Module) -> str:
     return repr(module) if not list(module.children()) else f"a {type(module).__name__}"
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,12 @@ from torch import nn
 from kronlaplace.layers import Layer, UnusableLayersError
 
 __all__ = ["Hook", "WrittenOut"]
+
+
+def _outside_of_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that the graphs of `torch.compile` must not contain; it is not imported if nobody else did."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
 
 
 class Hook:
@@ -32,6 +39,9 @@ class Hook:
         return self._observer is not None and self._observer() is not None
 
     def __call__(self, *args: Any) -> Any:
+        return _outside_of_graphs(self._call, *args)
+
+    def _call(self, *args: Any) -> Any:
         observer = None if self._observer is None else self._observer()
         return None if observer is None else getattr(observer, self._method)(*self._args, *args)
 
@@ -84,6 +94,9 @@ class WrittenOut:
                 attributes["forward"] = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _outside_of_graphs(self._call, *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         observer = self._observer()
         if observer is None or not observer.observes():
             return type(self._module).forward(self._module, *args, **kwargs)

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronlaplace._memory_layout import with_contiguous_gradient
 from kronlaplace._precision import autocast_dtype
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.layers import (
     BatchGradient,
@@ -38,10 +39,12 @@ from kronlaplace.layers import (
     UnusableLayersError,
     written_out,
 )
+from kronlaplace.layers.base import LinearLayer
 from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.network.hooks import Hook, WrittenOut
 from kronlaplace.network.last_layer import LOG_SOFTMAX, can_be_last, maker_of
+from kronlaplace.network.padding import padding_mask
 
 __all__ = ["NetworkObserver", "PerExampleGradients", "Receiver"]
 
@@ -110,6 +113,7 @@ class NetworkObserver:
         differentiable: bool = False,
         module_of: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
+        model = unwrapped(model)
         self.layers = list(layers)
         """The observed layers."""
         self.layout = Layout() if layout is None else layout
@@ -376,7 +380,9 @@ class NetworkObserver:
         for index, call in enumerate(self._pass.calls[layer.name]):
             if indices is None or index in indices:
                 axis, rows = self._pass.places[layer.name, index] or (0, 1)
-                calls.append(LayerCall(call.x.movedim(axis, 0), rows, call.autocast))
+                x = call.x.movedim(axis, 0)
+                mask = padding_mask(self._pass.arguments, x) if rows == 1 and isinstance(layer, LinearLayer) else None
+                calls.append(LayerCall(x, rows, call.autocast, mask))
         return LayerBatch(layer, calls)
 
     def _take(self, call: _ObservedCall, observed: _Pass, grad: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import positive_integer
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Block
 from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.data.arriving import Arriving
@@ -136,7 +137,7 @@ class AdaptiveKFAC(CurvatureOptimizer):
         self._candidates: list[tuple[float, InverseInProgress]] = []
         self._choice: Arriving | None = None
         super().__init__(
-            model,
+            unwrapped(model),
             likelihood,
             params=params,
             defaults={"lr": lr, "weight_decay": weight_decay, "momentum": 0.9, "natural": True},

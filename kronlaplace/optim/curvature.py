@@ -32,7 +32,8 @@ _WHOLE = Part(1.0)
 
 _NO_PASS = (
     "no forward pass of the model was observed: call the model itself, with gradients enabled, once before every call of "
-    "update_curvature."
+    "update_curvature. A model that was compiled and called before the optimizer was made runs without its hooks: call "
+    "torch.compiler.reset() once."
 )
 
 

@@ -19,7 +19,8 @@ from torch.func import functional_call
 from kronlaplace._precision import callers_autocast, wide
 from kronlaplace._replica import Replica
 from kronlaplace.data.device import preserved_random_state
-from kronlaplace.data.inputs import Inputs, output_tensor, tensors_of
+from kronlaplace.data.inputs import Inputs, tensors_of
+from kronlaplace.data.outputs import output_tensor
 from kronlaplace.layers import family_of
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.network.forward import differentiable_attention

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kronlaplace._precision import wide
+from kronlaplace._wrappers import unwrapped
 
 __all__ = ["IterateAverage"]
 
@@ -109,6 +110,7 @@ class IterateAverage:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    model = unwrapped(model)
     buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     return {name: tensor.detach() for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
 

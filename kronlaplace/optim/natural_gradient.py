@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace._arguments import Choice, choice, positive_number, warn
+from kronlaplace._wrappers import unwrapped
 from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.data.arriving import Arriving
@@ -204,7 +205,7 @@ class NaturalGradient(CurvatureOptimizer):
             structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
             structure = DampedBlockDiagonal(structure, estimator, rule, lambda: cast(Decays, decays())())
         super().__init__(
-            model,
+            unwrapped(model),
             likelihood,
             params=params,
             defaults={"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "natural": True},

@@ -1,5 +1,8 @@
 """What a batch may look like, and which axis its examples are on: right or refused, with a message that helps."""
 
+import collections
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -143,17 +146,6 @@ def test_outputs_with_logits(make):
     assert_close(actual.to_dense(), expected.to_dense(), 1e-12)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda f: (f,), lambda f: {"scores": f}, lambda f: Output((f,))], ids=["tuple", "dict", "nested"]
-)
-def test_outputs_without_logits(make):
-    x = torch.randn(5, 5).double()
-    with pytest.raises(
-        TypeError, match=r"the model must return a tensor of outputs \(or an object with a tensor `logits`\)"
-    ):
-        fisher_of(WithLogits(make), [x])
-
-
 @pytest.mark.parametrize("form", ["leaf", "inside a graph"])
 def test_inputs_that_require_gradients(form):
     x, y = torch.randn(5, 5).double(), torch.randint(3, (5,))
@@ -182,6 +174,115 @@ def test_integer_inputs(dtype):
     model, x, y = Pixels(), torch.randint(2, (5, 5)).to(dtype), torch.randint(3, (5,))
     expected = fisher_of(model.inner, [(x.double() / 3, y)])
     assert_close(fisher_of(model, [(x, y)]).to_dense(), expected.to_dense(), 1e-12)
+
+
+# -- batches of other forms ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    a: torch.Tensor
+    b: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    a: torch.Tensor
+    b: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+
+class Encoding(collections.UserDict):
+    """As the ``BatchEncoding`` of transformers: a mapping that is no dict, with a method `to`."""
+
+    def to(self, device):
+        return Encoding({key: value.to(device) for key, value in self.data.items()})
+
+
+class Moving(OneArgument):
+    """Moves its inputs itself."""
+
+    def forward(self, batch):
+        return super().forward(batch.to("cpu"))
+
+
+@pytest.mark.parametrize("kind", [Record, Slots])
+def test_a_dataclass_is_one_input(kind):
+    model, expected, data = joined(OneArgument)
+    assert_same(fisher_of(model, [(kind(a, b), y) for a, b, y in data]), expected)
+    assert_same(fisher_of(model, [kind(a, b, y) for a, b, y in data]), expected)
+    posterior = kl.KronLaplace(model, "classification", "tkfac").fit([kind(a, b, y) for a, b, y in data])
+    a, b, y = data[0]
+    torch.testing.assert_close(posterior.predict(kind(a, b)), posterior.predict({"a": a, "b": b}))
+    torch.testing.assert_close(posterior.predict([kind(a, b, y)]), posterior.predict({"a": a, "b": b}))
+    with pytest.raises(ValueError, match="the inputs contain NaN or infinite values"):
+        posterior.predict(kind(a / 0, b))
+
+
+def test_a_mapping_of_another_class_keeps_it():
+    model, expected, data = joined(Moving)
+    assert_same(fisher_of(model, [(Encoding(a=a, b=b), y) for a, b, y in data]), expected)
+    batches = [Encoding(a=a, b=b, labels=y) for a, b, y in data]
+    assert_same(fisher_of(model, batches), expected)
+    assert all(set(batch) == {"a", "b", "labels"} for batch in batches)  # as they were
+
+
+def test_a_function_of_each_batch():
+    """In several passes, over a shuffling loader, which is rewound."""
+    x, y = torch.randn(5, 5).double(), torch.randint(3, (5,))
+    loader = DataLoader(TensorDataset(x[:, :2], x[:, 2:], y), batch_size=2, shuffle=True)
+    model, twin = Positional(), OneTensor()
+    twin.load_state_dict(model.state_dict())
+    data = kl.ConvertedLoader(loader, lambda batch: ((batch[0], batch[1]), batch[2]))
+    assert len(data) == len(loader) and data.dataset is loader.dataset
+    for estimator in ("tkfac", "ekfac"):
+        assert_same(fisher_of(model, data, estimator), fisher_of(twin, [(x, y)], estimator), 1e-9)
+    posterior = kl.KronLaplace(model, "classification").fit(data)
+    assert posterior.predict(data).shape == (5, 3)
+    with pytest.warns(UserWarning, match="the data are one of 2 shares"):
+        fisher_of(OneTensor(), kl.ConvertedLoader(share(1), lambda batch: tuple(batch)))
+
+
+class Graphs:
+    """As torch_geometric's ``Batch``: the nodes of all graphs one after the other, and the graph of each."""
+
+    def __init__(self, sizes):
+        self.batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        self.x, self.y = torch.randn(sum(sizes), 5).double(), torch.arange(len(sizes)) % 3
+
+
+class GraphNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x, batch):
+        sums = x.new_zeros(int(batch.max()) + 1, 4).index_add(0, batch, torch.tanh(self.node(x)))
+        return self.head(sums)
+
+
+def test_graphs_are_refused():
+    """An example is a graph, and a layer has as many rows as there are nodes."""
+    model, data = GraphNetwork(), [Graphs([2, 3, 1])]
+    with pytest.raises(TypeError, match=r"batch 0: expected a pair.* got Graphs\..*kl\.ConvertedLoader"):
+        fisher_of(model, data)
+    with pytest.raises(ValueError, match="the model must return one row of outputs per example; for inputs of shape"):
+        fisher_of(model, kl.ConvertedLoader(data, lambda graphs: ((graphs.x, graphs.batch), graphs.y)))
+
+
+@pytest.mark.parametrize("loader", [iter([1]), 3])
+def test_what_cannot_be_converted(loader):
+    with pytest.raises(TypeError, match=r"loader must be a loader that can be read again and again.*got"):
+        kl.ConvertedLoader(loader, len)
+    with pytest.raises(TypeError, match="convert must be a function of a batch, got 1"):
+        kl.ConvertedLoader([], 1)
 
 
 # -- refusals, as a newcomer reads them ----------------------------------------------------------------------
