@@ -154,9 +154,10 @@ def test_penalty_belongs_to_the_sum_over_the_tasks_examples(permuted):
         return 1e6 * (weight - start - 1).pow(2).sum()
 
     weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
-    args = SimpleNamespace(lr=1e-3, epochs=2, batch_size=2)
-    observe = lambda: seen.append(weight.grad.clone())  # noqa: E731
-    sequence.learn(model, permuted.examples(0), args, 0, penalty=penalty, observe=observe, n_examples=4)
+    args = SimpleNamespace(optimizer="adam", lr=1e-3, epochs=2, batch_size=2)
+    memory = SimpleNamespace(penalty=penalty)
+    observe = lambda memory: seen.append(weight.grad.clone())  # noqa: E731
+    sequence.learn(model, permuted.examples(0), args, 0, memory=memory, observe=observe, n_examples=4)
     assert len(seen) == 4
     assert seen[0].abs().max() < 100
     torch.testing.assert_close(gradients[1], torch.full_like(start, -2e6 / 4), rtol=1e-4, atol=0)
@@ -165,6 +166,7 @@ def test_penalty_belongs_to_the_sum_over_the_tasks_examples(permuted):
 def arguments(n_tasks=3):
     return SimpleNamespace(
         tasks=n_tasks,
+        optimizer="adam",
         lr=1e-2,
         epochs=2,
         batch_size=10,
@@ -323,6 +325,16 @@ def test_there_are_only_so_many_classes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--problem", "split-digits", "--tasks", "6", "--out", str(tmp_path)])
     assert "--tasks 6: split-digits has 1 to 5 tasks" in capsys.readouterr().err
+
+
+def test_natural_gradients_train_with_the_penalty(tmp_path, capsys):
+    options = [*SMALL, "--tasks", "2", "--optimizer", "natural-gradient", "--strengths", "1", "--out", str(tmp_path)]
+    main([*options, "--methods", "EWC", "K-FAC, kfoc", "joint"])
+    accuracies = [float(row["accuracy"]) for row in lines(tmp_path / "tasks.csv")]
+    assert len(accuracies) == 6 and all(0 <= value <= 1 for value in accuracies)
+    with pytest.raises(SystemExit):
+        main([*options, "--methods", "Synaptic Intelligence"])
+    assert "use Adam" in capsys.readouterr().err
 
 
 def test_methods_of_the_default_are_there():
