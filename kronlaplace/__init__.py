@@ -4,7 +4,7 @@
     >>> posterior = kl.KronLaplace(model, "classification").fit(train_loader).tune()  # doctest: +SKIP
     >>> probabilities = posterior.predict(x)                                          # doctest: +SKIP
 
-The public names are those in ``__all__``; DESIGN in the docs explains the conventions.
+The public names are those in ``__all__``; docs/conventions.md explains the conventions.
 """
 
 from importlib.metadata import PackageNotFoundError, version
