@@ -10,7 +10,7 @@ import torch
 from experiments.cifar_files import BYTES
 from experiments.continual import files, problems, report, sequence
 from experiments.continual.__main__ import main
-from experiments.continual.methods import BY_DEFAULT, METHODS
+from experiments.continual.methods import BY_DEFAULT, METHODS, Method
 from experiments.continual.problems import OWN, PROBLEMS, SHARED, Network, Tasks, problem_of
 from experiments.continual.sequence import Run
 from tests.support.tables import lines
@@ -156,8 +156,8 @@ def test_penalty_belongs_to_the_sum_over_the_tasks_examples(permuted):
     weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
     args = SimpleNamespace(optimizer="adam", lr=1e-3, epochs=2, batch_size=2)
     memory = SimpleNamespace(penalty=penalty)
-    observe = lambda memory: seen.append(weight.grad.clone())  # noqa: E731
-    sequence.learn(model, permuted.examples(0), args, 0, memory=memory, observe=observe, n_examples=4)
+    method = Method(None, None, None, observe=lambda memory: seen.append(weight.grad.clone()))
+    sequence.learn(model, permuted.examples(0), args, 0, memory=memory, method=method)
     assert len(seen) == 4
     assert seen[0].abs().max() < 100
     torch.testing.assert_close(gradients[1], torch.full_like(start, -2e6 / 4), rtol=1e-4, atol=0)
@@ -193,7 +193,16 @@ def dying_in(task):
 
 
 @pytest.mark.parametrize(
-    "name", ["none", "EWC", "Synaptic Intelligence", "K-FAC, kfoc rank 2", "TKFAC, factors", "joint"]
+    "name",
+    [
+        "none",
+        "EWC",
+        "Synaptic Intelligence",
+        "K-FAC, kfoc rank 2",
+        "TKFAC, factors",
+        "K-FAC, kfoc by evidence",
+        "joint",
+    ],
 )
 def test_a_killed_sequence_goes_on_with_the_same_numbers(tmp_path, digits, name):
     problem = problem_of(PROBLEMS["split-digits"], digits, OWN, 3, 40, seed=0)
@@ -329,7 +338,8 @@ def test_there_are_only_so_many_classes(tmp_path, capsys):
 
 def test_natural_gradients_train_with_the_penalty(tmp_path, capsys):
     options = [*SMALL, "--tasks", "2", "--optimizer", "natural-gradient", "--strengths", "1", "--out", str(tmp_path)]
-    main([*options, "--methods", "EWC", "K-FAC, kfoc", "joint"])
+    main([*options, "--methods", "EWC", "K-FAC, kfoc by evidence", "joint"])
+    assert "kfoc by evidence, average" not in capsys.readouterr().out
     accuracies = [float(row["accuracy"]) for row in lines(tmp_path / "tasks.csv")]
     assert len(accuracies) == 6 and all(0 <= value <= 1 for value in accuracies)
     with pytest.raises(SystemExit):

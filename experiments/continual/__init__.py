@@ -18,7 +18,8 @@ has a penalty.
 
 Every method is run with each strength of the same grid, and the best is the one with the largest average accuracy after the
 last task, on test images, a mean over the seeds: a comparison of what the methods can do, not of what one gets without
-looking at test images.
+looking at test images. With "by evidence", the strength is set after each epoch by the evidence of the new task
+(`ContinualLaplace.tune_strength`), in one run that looks at no test image.
 
 A program that was killed goes on where it was when it is started again: finished runs are read back, and an unfinished one
 goes on after its last task, with the same numbers as without the break. So a grid may be extended with other methods,

@@ -15,7 +15,7 @@ import kronlaplace as kl
 from experiments import continual
 from experiments.arguments import add_machine, prepare_machine
 from experiments.continual.files import ChangedSettingsError, RunFiles, prepare_folder
-from experiments.continual.methods import BY_DEFAULT, METHODS, STRENGTHS, SYNAPTIC, has_penalty
+from experiments.continual.methods import BY_DEFAULT, METHODS, STRENGTHS, SYNAPTIC, has_grid, has_penalty
 from experiments.continual.problems import HEADS, PROBLEMS, images, problem_of
 from experiments.continual.report import (
     best_of,
@@ -76,8 +76,8 @@ def settings_of(args):
 
 
 def runs_of(data, args, folder):
-    """By method and strength a run for each seed; methods without a penalty have strength 0."""
-    todo = [(m, s) for m in args.methods for s in (args.strengths if has_penalty(m) else [0.0])]
+    """By method and strength a run for each seed; methods for which none is tried have 0, or 1 to begin with."""
+    todo = [(m, s) for m in args.methods for s in (args.strengths if has_grid(m) else [float(has_penalty(m))])]
     runs = {key: [] for key in todo}
     with tqdm(total=len(todo) * len(args.seeds) * args.tasks, desc="tasks", disable=None) as bar:
         for seed in args.seeds:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from experiments.continual.methods import JOINT, METHODS, NONE, has_penalty
+from experiments.continual.methods import BY_EVIDENCE, JOINT, METHODS, NONE, has_grid, has_penalty
 from experiments.continual.sequence import average_accuracy
 from kronlaplace.demo.report import Column, Table, mean_and_error
 
@@ -42,10 +42,10 @@ def best_of(runs):
 
 
 def grid_lines(runs, best):
-    """For each method with a penalty, its average accuracy after the last task with each strength."""
+    """For each method with a grid of strengths, its average accuracy after the last task with each of them."""
     lines = []
     for method, (chosen, _) in best.items():
-        if not has_penalty(method):
+        if not has_grid(method):
             continue
         last = {s: last_accuracy(seeds) for (m, s), seeds in runs.items() if m == method}
         edge = ", at the edge of the grid" if len(last) > 1 and chosen in (min(last), max(last)) else ""
@@ -82,7 +82,7 @@ def tables_of(best, n_tasks):
     last = {}
     for method, (strength, seeds) in best.items():
         ends = [[values[-1] for values in run.series().values()] for run in seeds]
-        last[method] = np.array([[strength if has_penalty(method) else np.nan, *end] for end in ends])
+        last[method] = np.array([[strength if has_grid(method) else np.nan, *end] for end in ends])
     shown = [t for t in MILESTONES if t < n_tasks] + [n_tasks]
     by_tasks = {}
     for name, decimals in SERIES.items():
@@ -127,13 +127,16 @@ def draw(best, path, title):
         "bytes": "memory, bytes",
         "consolidation_seconds": "seconds of a consolidation",
     }
-    colors = dict(zip(METHODS, colormaps["tab20"].colors, strict=False))
+    with_grid = [method for method in METHODS if has_grid(method)]
+    styles = {method: (color, "-") for method, color in zip(with_grid, colormaps["tab20"].colors, strict=False)}
+    styles |= {name: (styles[name.removesuffix(BY_EVIDENCE)][0], ":") for name in METHODS if name.endswith(BY_EVIDENCE)}
+    styles |= {NONE: ("0.6", "-"), JOINT: ("black", "--")}
     for axes, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         for method, (_, seeds) in best.items():
             values = np.array([run.series()[name] for run in seeds])
             mean, error = np.array([mean_and_error(column) for column in values.T]).T
             tasks = range(1, len(mean) + 1)
-            color, line = {NONE: ("0.6", "-"), JOINT: ("black", "--")}.get(method, (colors[method], "-"))
+            color, line = styles[method]
             axes.plot(tasks, mean, color=color, linestyle=line, marker=".", label=method)
             if len(seeds) > 1:
                 axes.fill_between(tasks, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)

@@ -86,10 +86,16 @@ def optimizer_of(model, args, memory):
     return kl.NaturalGradient(model, "classification", params=parameters, lr=args.lr, prior=prior, seed=args.seeds[0])
 
 
-def learn(model, data, args, seed, *, memory=None, observe=None, n_examples=None):
+def learn(model, data, args, seed, *, memory=None, method=None):
     """Train on the batches of `data`, and return the seconds that it took.
 
-    `observe` is called in every step between the backward pass of the loss and that of the memory's penalty by `n_examples`.
+    Args:
+        model: The network.
+        data: The examples of one task or more.
+        args: The settings.
+        seed: Of the order of the batches.
+        memory: Has the penalty, if there is one.
+        method: That of the memory.
     """
     optimizer = optimizer_of(model, args, memory)
     n_steps = args.epochs * -(-len(data) // args.batch_size)
@@ -98,6 +104,7 @@ def learn(model, data, args, seed, *, memory=None, observe=None, n_examples=None
 
     def train():
         for _ in range(args.epochs):
+            model.train()
             for task, x, y in data.shuffled(args.batch_size, generator):
                 model.task = task
                 optimizer.zero_grad()
@@ -106,15 +113,15 @@ def learn(model, data, args, seed, *, memory=None, observe=None, n_examples=None
                     optimizer.update_curvature(outputs)
                 F.cross_entropy(outputs, y).backward()
                 if memory is not None:
-                    observe(memory)
-                    (memory.penalty() / n_examples).backward()
+                    method.observe(memory)
+                    (memory.penalty() / len(data)).backward()
                 optimizer.step()
                 schedule.step()
+            model.eval()
+            if memory is not None:
+                method.after_epoch(memory, data, args)
 
-    model.train()
-    taken = seconds(train, next(model.parameters()).device)
-    model.eval()
-    return taken
+    return seconds(train, next(model.parameters()).device)
 
 
 def run_sequence(problem, name, strength, seed, args, files, advance):
@@ -141,8 +148,7 @@ def run_sequence(problem, name, strength, seed, args, files, advance):
             taken = learn(model, examples, args, seed + t)
         else:
             model.freeze_other_heads(t)
-            options = {"memory": memory, "observe": method.observe, "n_examples": len(examples)}
-            taken = learn(model, examples, args, seed + t, **options)
+            taken = learn(model, examples, args, seed + t, memory=memory, method=method)
         run.training_seconds[t] = taken
         is_finished = diverged(model, examples)
         if not is_finished:
