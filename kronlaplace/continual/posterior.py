@@ -26,7 +26,7 @@ from kronlaplace.priors.prior import IsotropicPrior, LayerwisePrior, Prior
 if TYPE_CHECKING:
     from kronlaplace.laplace.posterior import KronLaplace
 
-__all__ = ["as_few", "posterior_of"]
+__all__ = ["as_few", "posterior_of", "warn_of_nearest"]
 
 
 def posterior_of(
@@ -57,12 +57,7 @@ def posterior_of(
             parts[name], exact = as_few([term.block for term in state.layers[name].terms], pairs)
         if not exact:
             approximate.append(name)
-    if approximate:
-        warn(
-            f"the curvature of the layers {approximate} is a sum of several Kronecker products, of which the posterior has "
-            f"the nearest single one. Sums are exact for up to {LARGEST_DENSE:,} weights, for diagonal blocks, and for "
-            'one or two tasks; with merge="kfoc" or "factors" the penalty is that of the posterior.'
-        )
+    warn_of_nearest(approximate, "the posterior")
     latest = {name: blocks[-1].scaled(1 / state.n_examples) for name, blocks in parts.items()}
     if any(len(blocks) > 1 for blocks in parts.values()):
         prior = _with_first_parts(parts, state, prior)
@@ -70,6 +65,16 @@ def posterior_of(
     fisher = with_metadata(fisher, model, likelihood, estimator)
     options: dict[str, Any] = {"prior_precision": prior, "layers": list(latest), "truncation": None}
     return KronLaplace(model, likelihood, estimator, **options).fit(fisher=fisher)
+
+
+def warn_of_nearest(layers: Sequence[str], consumer: str) -> None:
+    """Warn that the sum of products of these layers, if any, is not what a consumer has."""
+    if layers:
+        warn(
+            f"the curvature of the layers {layers} is a sum of several Kronecker products, of which {consumer} has the "
+            f"nearest single one. Sums are exact for up to {LARGEST_DENSE:,} weights and for diagonal blocks; with "
+            'merge="kfoc" or "factors" a single product is kept from the start.'
+        )
 
 
 def as_few(blocks: Sequence[Block], pairs: bool) -> tuple[list[Block], bool]:

@@ -18,7 +18,7 @@ import torch
 from kronlaplace.blocks import Block
 from kronlaplace.continual.options import PenaltyMode
 from kronlaplace.continual.penalty import SeenNetwork
-from kronlaplace.continual.posterior import as_few
+from kronlaplace.continual.posterior import as_few, warn_of_nearest
 from kronlaplace.continual.state import MemoryState
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.priors.kronecker import KroneckerPrior
@@ -43,6 +43,9 @@ def evidence_of_strength(network: SeenNetwork, fisher: KroneckerFisher) -> Evide
     Raises:
         ValueError: If no layer is shared, or the Fisher saw no targets.
         NotImplementedError: If the likelihood has no evidence, or blocks of large layers are of kinds whose sum has none.
+
+    Warns:
+        UserWarning: If the precision of a large layer is an approximation.
     """
     from kronlaplace.laplace.evidence import Evidence  # only here does the memory need the evidence
 
@@ -53,11 +56,14 @@ def evidence_of_strength(network: SeenNetwork, fisher: KroneckerFisher) -> Evide
         )
     blocks: dict[str, Block] = {}
     plus, centers = {}, {}
+    approximate: list[str] = []
     for layer in shared:
         memory, of_prior = network.memories[layer.name], layer_precision(network.prior, layer.name)
-        few, _ = as_few([*(term.block for term in memory.terms), *of_prior.blocks], pairs=False)
+        few, is_exact = as_few([*(term.block for term in memory.terms), *of_prior.blocks], pairs=False)
+        approximate += [] if is_exact else [layer.name]
         blocks[layer.name], plus[layer.name] = few[0], of_prior.identity
         centers[layer.name] = memory.center
+    warn_of_nearest(approximate, "the evidence")
     earlier = KroneckerFisher(blocks, network.state.n_examples)
     prior = KroneckerPrior(earlier, mean=centers, scale=1.0, plus=plus).over(shared)
     weights = {layer.name: layer.matrix().to(layer.dtype) for layer in shared}

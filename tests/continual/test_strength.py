@@ -98,3 +98,11 @@ def test_errors_leave_the_strength_alone():
     with pytest.raises(NotImplementedError, match='mode="latest"'):
         per_task.tune_strength(task)
     assert memory.strength == per_task.strength == 3.0
+
+
+def test_a_sum_of_large_products_is_said_to_be_approximated(monkeypatch):
+    monkeypatch.setattr("kronlaplace.continual.posterior.LARGEST_DENSE", 1)
+    memory, _ = memory_of(merge="sum")
+    ((x, y),) = data()
+    with pytest.warns(UserWarning, match="the evidence has the nearest single one"):
+        memory.tune_strength([(x, y)])
