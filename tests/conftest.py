@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
-    """Mark with ``grid`` what is not in the quick tier."""
+    """Mark with ``grid`` what is not in the quick tier, and with ``slow`` what is not in the grid either."""
     from tests.support import tiers  # behind `register_assert_rewrite`
 
     for test, group in itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0]):
@@ -25,10 +25,11 @@ def pytest_collection_modifyitems(items):
         values = [tiers.values(case) for case in cases]
         quick = cases[0].get_closest_marker("quick")
         most = quick.args[0] if quick else tiers.CASES if len(values[0]) > 1 else len(cases)
-        chosen = set(tiers.choose(values, most, test))
+        in_grid = set(tiers.choose(values, test, quick.kwargs.get("grid") if quick else None))
+        chosen = set(tiers.choose(values, test, most))
         for i, case in enumerate(cases):
             if i not in chosen:
-                case.add_marker("grid")
+                case.add_marker("grid" if i in in_grid else "slow")
 
 
 @pytest.fixture(autouse=True)

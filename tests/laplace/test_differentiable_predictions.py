@@ -24,7 +24,7 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(2, grid=40)
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("network", DIFFERENTIABLE)
 def test_derivatives_by_the_inputs(network, question, monkeypatch):

@@ -23,7 +23,7 @@ from tests.support.posteriors import some_prior
 ENDS_WITH_LAYER = ["linear", "mlp", "cnn", "sequence", "residual", "transformer", "lstm", "norms", "tokens", "gru"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(1, grid=20)
 @pytest.mark.parametrize("structure", ["scalar", "vector"])
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac", "diagonal", "exact"])
 @pytest.mark.parametrize("network", ENDS_WITH_LAYER)

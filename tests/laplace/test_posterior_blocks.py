@@ -103,7 +103,7 @@ def test_evidence_and_functional_variance_equal_dense(name, network, likelihood)
     torch.testing.assert_close(diagonal, expected.diagonal(dim1=1, dim2=2), rtol=RTOL, atol=1e-14)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(1, grid=20)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_functional_variance_does_not_depend_on_chunks(name, network, monkeypatch):
@@ -115,7 +115,7 @@ def test_functional_variance_does_not_depend_on_chunks(name, network, monkeypatc
         assert_close(posterior.functional_variance(made.inputs, diagonal), expected, 1e-10)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(3, grid=20)
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -171,7 +171,7 @@ def test_redundant_biases_stay(network):
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(2, grid=20)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_posteriors_are_saved_and_loaded(name, network, tmp_path):

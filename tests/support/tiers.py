@@ -1,6 +1,8 @@
-"""The quick tier: a few cases of every test, chosen so that they differ as much as possible.
+"""Which cases of a test run when, chosen so that they differ as much as possible.
 
-`choose` decides for one test which of its cases those are; all others get the marker ``grid`` in ``conftest.py``.
+The quick tier has a few cases of every test. The grid, which CI runs, has every pair of values of two parameters, or as many
+as the test says; all other cases are in the slow tier. `choose` decides for one test which of its cases those are, and
+``conftest.py`` gives them the markers ``grid`` and ``slow``.
 """
 
 import itertools
@@ -25,16 +27,19 @@ def _comparable(value):
     return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def choose(cases, most, seed):
+def choose(cases, seed, most=None):
     """Indices of at most ``most`` of the cases: first all single values, then as many pairs of values as possible.
+
+    Without ``most``, as many cases as it takes to have all pairs.
 
     Ties are broken by a hash of the seed, so that tests with the same parameters have different pairs of them.
     """
     singles = [{(i, value) for i, value in enumerate(case)} for case in cases]
     pairs = [set(itertools.combinations(enumerate(case), 2)) for case in cases]
     left, seen = list(range(len(cases))), set()
+    everything = set().union(*singles, *pairs)
     chosen = []
-    while left and len(chosen) < most:
+    while left and (len(chosen) < most if most is not None else seen != everything):
         best = max(
             left, key=lambda j: (len(singles[j] - seen), len(pairs[j] - seen), zlib.crc32(f"{seed}{j}".encode()))
         )
