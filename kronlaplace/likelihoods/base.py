@@ -302,6 +302,21 @@ class Likelihood(ABC):
         self.check_targets(outputs, targets)  # for the shapes
         return explainable(str(self), equal_gradients(gradient, self._gradient(outputs, targets)), gradient)
 
+    def largest_decrease(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return by how much the negative log-likelihood of the examples can decrease at most, or None for no known bound.
+
+        For canonical outputs the gradient tells the target mean, and this is the divergence of the prediction from it. It
+        is None also where no bound is needed, because the loss is its own second-order expansion, as for `Gaussian`.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``.
+            gradient: Gradient of each example's loss, of the same shape.
+
+        Returns:
+            A sum over the examples, 0-dim, float64, at least 0.
+        """
+        return None
+
     def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         """Return the only hard targets that gradients at the outputs can come from, or None if any targets are possible.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages
 from kronlaplace.likelihoods.base import Likelihood
-from kronlaplace.likelihoods.divergence import softmax_divergence
+from kronlaplace.likelihoods.divergence import explained_by_sigmoid, softmax_divergence
 from kronlaplace.likelihoods.links import Link, mean_over_samples, probit_scaled
 from kronlaplace.likelihoods.logistic import logistic_curvature
 from kronlaplace.likelihoods.prediction import Prediction, require_probabilities
@@ -56,6 +56,9 @@ class Bernoulli(Likelihood):
     def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
         first, second = (torch.stack([logits, torch.zeros_like(logits)]) for logits in (outputs, new_outputs))
         return softmax_divergence(first, second, axis=0).sum()
+
+    def largest_decrease(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        return explained_by_sigmoid(outputs, gradient)
 
     def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         return (gradient < 0).to(outputs.dtype)

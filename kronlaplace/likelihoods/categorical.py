@@ -14,7 +14,7 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages, average_softmax
 from kronlaplace.likelihoods.base import Likelihood
-from kronlaplace.likelihoods.divergence import softmax_divergence
+from kronlaplace.likelihoods.divergence import explained_by_softmax, softmax_divergence
 from kronlaplace.likelihoods.gradient_check import distance_to_simplex
 from kronlaplace.likelihoods.links import (
     Link,
@@ -222,6 +222,10 @@ class Categorical(Likelihood):
         if factors is not None:
             divergence = divergence * factors
         return (divergence if targets is None else divergence.masked_fill(self._ignored(targets), 0)).sum()
+
+    def largest_decrease(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Compute ``Σ KL(t ‖ π)``, see `Likelihood.largest_decrease`; with class weights, only approximately."""
+        return explained_by_softmax(outputs, gradient, self.class_axis_of(outputs))
 
     def likely_targets(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         return None if self.class_weights is not None else gradient.argmin(self.class_axis_of(outputs))

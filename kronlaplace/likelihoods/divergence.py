@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["exponential_excess", "softmax_divergence"]
+__all__ = ["exponential_excess", "explained_by_sigmoid", "explained_by_softmax", "softmax_divergence"]
 
 _SERIES = 1e-2  # largest argument at which the series is used; its relative error there is 3e-11
 _LARGEST = 1e30  # stands for infinity, so that infinite logits do not give NaN
@@ -35,3 +35,34 @@ def softmax_divergence(logits: Tensor, new_logits: Tensor, axis: int) -> Tensor:
     change = change - (pi * change).sum(axis, keepdim=True)
     near = torch.log1p((pi * exponential_excess(change.clamp_max(1))).sum(axis))
     return torch.where(change.amax(axis) > 1, torch.logsumexp(log_pi + change, axis), near)
+
+
+def explained_by_softmax(logits: Tensor, gradient: Tensor, axis: int) -> Tensor:
+    """Compute ``Σ KL(t ‖ π)``, 0-dim, float64, for the target probabilities ``t = π − r`` that explain gradients ``r``.
+
+    Args:
+        logits: Logits, whose softmax is ``π``.
+        gradient: Gradient ``r`` of each cross-entropy, of the same shape.
+        axis: Axis of the classes.
+    """
+    log_pi = F.log_softmax(logits.double(), dim=axis)
+    target = (log_pi.exp() - gradient).clamp(0, 1)
+    return _relative_entropy(target, log_pi).sum(axis).clamp_min(0).sum()
+
+
+def explained_by_sigmoid(logits: Tensor, gradient: Tensor) -> Tensor:
+    """Compute ``Σ KL(t ‖ π)``, 0-dim, float64, for the probabilities ``t = π − r`` of ones that explain gradients ``r``.
+
+    Args:
+        logits: Logits, whose logistic function is ``π``.
+        gradient: Gradient ``r`` of each cross-entropy, of the same shape.
+    """
+    logits = logits.double()
+    target = (torch.sigmoid(logits) - gradient).clamp(0, 1)
+    ones, zeros = (_relative_entropy(t, F.logsigmoid(f)) for t, f in ((target, logits), (1 - target, -logits)))
+    return (ones + zeros).clamp_min(0).sum()
+
+
+def _relative_entropy(p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ``p (log p − log q)``, which is 0 where ``p`` is, also if ``q`` is."""
+    return torch.special.xlogy(p, p) - torch.where(p > 0, p * log_q, 0.0)

@@ -1,7 +1,7 @@
 """Length and momentum of natural-gradient steps, from measurements of the quadratic model that are made now and then.
 
 A measurement is the model over the preconditioned gradient ``Δ = −F̂⁻¹∇h`` and the last step ``δ₀``, with the exact Fisher of
-part of the batch. It has its minimum at ``(α, μ)`` (KFC Eq. 36). Three things are added to that, all for gradients and
+part of the batch. It has its minimum at ``(α, μ)`` (KFC Eq. 36). Four things are added to that, all for gradients and
 curvatures of single batches, which are noisy:
 
 **Confirmation.** The minimum is that of one batch. The next batch tells how far the step ``δ`` should have gone for it: with
@@ -14,6 +14,11 @@ progress adds up over many steps (short-horizon bias, Wu et al. 2018).
 **The ratio κ** of the exact curvature along ``Δ`` to ``ΔᵀF̂Δ = −∇hᵀΔ``, which is 1 for an exact ``F̂``. A gradient finds the
 directions in which ``F̂`` is too small, and ``κ`` tells by how much. A part of a batch may miss them, so ``κ`` is taken to be
 at least its mean over the recent measurements. Where that is large, ``F̂`` needs more damping.
+
+**The loss that there is.** Where a softmax or a logistic function is saturated at a wrong class, the gradient is large and
+the curvature nearly zero, so the model promises more than the whole loss of the batch. A step is therefore no longer than
+promises that loss to first order, which is half of it at the model's minimum. Above all, noise (dropout, small batches)
+cannot carry the weights away: what a step can lose is bounded by the loss, too.
 
 **Between measurements** the model is carried on with scalars: the curvature along ``Δ`` is ``−κ ∇hᵀΔ``, that between ``Δ``
 and ``δ₀`` is ``−κ ∇hᵀδ₀``, and that along ``δ₀`` is known from the step before. The step with the last ``(α, μ)`` goes no
@@ -75,6 +80,8 @@ class AdaptiveSteps:
         """``δ₀ᵀ(F + (λ + η)I)δ₀``, 0-dim."""
         self.longest: Tensor | None = None
         """The same of the last measured step that was made, for the learning rate 1, 0-dim."""
+        self.is_bounded: Tensor | None = None
+        """Whether the last measured step had to be shorter than its model's minimum, for the loss to be enough, 0-dim."""
         self.factor: Tensor | None = None
         """By which factor the loss is larger than the mean negative log-likelihood, 0-dim."""
 
@@ -115,16 +122,26 @@ class AdaptiveSteps:
         self.ratio = torch.where(ratio.isfinite(), mean, before)  # one step that overflows does not stay
         model.raise_curvature(self.ratio * decrease)
         coefficients = model.minimum()[0][0] * self.scale
+        share = model.share_of_loss(coefficients)
+        self.is_bounded = share < 1
+        coefficients = coefficients * share
         if self.longest is not None:
             longest = torch.where(self.longest > 0, _GROWTH * self.longest, torch.inf)
             coefficients = coefficients * _within(longest, _form(model.curvature[0], coefficients))
         return coefficients
 
-    @property
-    def needs_damping(self) -> Tensor:
-        """Whether ``F̂`` needs more damping, 0-dim, boolean."""
-        assert self.ratio is not None
-        return self.ratio > _LARGEST_RATIO
+    def ratio_for_damping(self, confirmed: Tensor, upper: float) -> Tensor:
+        """Return the ratio by which the damping adapts after `choose`, 0-dim: -1 if ``F̂`` needs more damping.
+
+        Args:
+            confirmed: What `confirm` returned.
+            upper: The largest ratio at which the damping stays as it is; not more than this where nothing is known, and
+                where the loss bounds the step, which less damping would make longer.
+        """
+        assert self.ratio is not None and self.is_bounded is not None
+        ratio = torch.where(confirmed.isnan(), upper, confirmed)
+        ratio = torch.where(self.is_bounded, ratio.clamp_max(upper), ratio)
+        return torch.where(self.ratio > _LARGEST_RATIO, -1.0, ratio)
 
     def keep(self, model: StepModel, coefficients: Tensor, accepted: Tensor, rate: float) -> None:
         """Keep what the steps until the next measurement need.

@@ -123,6 +123,14 @@ class BatchModel:
         right, message = self._likelihood.check_gradient(self.outputs, residuals, self._targets)
         return right & (self.factor < _LARGEST_FACTOR), message
 
+    def largest_decrease(self) -> Tensor | None:
+        """Return by how much the mean negative log-likelihood can decrease at most, 0-dim; after `products`.
+
+        None as `Likelihood.largest_decrease`.
+        """
+        total = self._likelihood.largest_decrease(self.outputs, self._residuals)
+        return None if total is None else total / self.n_examples
+
     def _slope(self, image: Tensor) -> Tensor:
         part = self._residuals[: self._count]
         return (part * wide(image)).sum(dtype=torch.float64) / self._count

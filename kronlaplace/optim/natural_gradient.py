@@ -317,9 +317,7 @@ class NaturalGradient(CurvatureOptimizer):
         combine(step, last, coefficients)
         accepted = model.change_of_objective(step, coefficients) < 0
         steps.keep(model, coefficients, accepted, rate)
-        unchanged = torch.full_like(confirmed, cast(LevenbergMarquardt, self._rule).upper)
-        ratio = torch.where(confirmed.isnan(), unchanged, confirmed)
-        ratio = torch.where(steps.needs_damping, -1.0, ratio)
+        ratio = steps.ratio_for_damping(confirmed, cast(LevenbergMarquardt, self._rule).upper)
         self._ratio = Arriving(torch.where(accepted, ratio, torch.nan))
         self._accepted = Arriving(accepted)
         return {p: torch.where(accepted, v, 0.0) * rates[p] for p, v in step.items()}

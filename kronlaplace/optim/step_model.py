@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronlaplace.optim.batch_model import BatchModel
 from kronlaplace.optim.penalty_in_loss import PenaltyInLoss
-from kronlaplace.optim.quadratic_model import minimize, predicted_change, reduction_ratio
+from kronlaplace.optim.quadratic_model import minimize, predicted_change, quotient, reduction_ratio
 from kronlaplace.optim.vectors import Vector, dot
 
 __all__ = ["StepModel"]
@@ -67,6 +67,8 @@ class StepModel:
         """``C_ij = v_iᵀ(F + P)v_j + (λ + η) v_iᵀv_j`` of each model, ``P`` that of the penalty, shape ``(m, k, k)``."""
         self.slopes = _parts(whole / batch.factor, members)
         """``d_i = ∇hᵀv_i`` of each model with the gradient of the whole batch, shape ``(m, k)``."""
+        rest = torch.stack([self._slope_of_rest(v) for v in vectors])
+        self._slopes_of_likelihood = self.slopes - _parts(rest, members)
         self._part_slopes = _parts(slopes, members)
         self.factor = batch.factor
         """By which factor the loss is larger than the mean negative log-likelihood, 0-dim."""
@@ -92,6 +94,21 @@ class StepModel:
         beyond = self._batch.change(self._by_name(step)) - self._part_slopes[0] @ coefficients
         bent = self._weighted(step, step) + coefficients @ self._of_penalty[0] @ coefficients
         return self.slopes[0] @ coefficients + beyond + bent / 2
+
+    def share_of_loss(self, coefficients: Tensor) -> Tensor:
+        """Return the largest factor, at most 1, with which the slope of a step does not promise more than there is to gain.
+
+        A linear model with this step lowers the negative log-likelihood of the batch by at most as much as any outputs
+        could; the quadratic one has its minimum at half of that. It is 1 if the likelihood has no such bound.
+
+        Args:
+            coefficients: The coefficients of the step in the first model, shape ``(k,)``.
+        """
+        promised = -self._slopes_of_likelihood[0] @ coefficients
+        largest = self._batch.largest_decrease()
+        if largest is None:
+            return torch.ones_like(promised)
+        return torch.where(promised > largest, quotient(largest, promised), 1.0)
 
     def raise_curvature(self, least: Tensor) -> None:
         """Raise the first model's curvature along ``Δ`` to a least value, 0-dim."""

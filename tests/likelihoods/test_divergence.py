@@ -11,6 +11,8 @@ import kronlaplace as kl
 from kronlaplace.likelihoods import Euclidean, HeteroscedasticGaussian
 from tests.support.likelihoods import CATEGORICAL, NOISE, cases, class_axis, draw, loss, make
 
+INFERRED = "inferred"  # without targets its class axis may be ambiguous
+
 
 def expected_divergence(name, f, g, y):
     if name in CATEGORICAL:
@@ -81,6 +83,44 @@ def test_what_a_loss_changes_by_without_targets(name, shape):
     torch.testing.assert_close(loss(name, g, y, axis), (before + change).detach())
 
 
+@cases
+def test_the_most_by_which_a_loss_can_decrease(name, shape):
+    """The loss without the entropy of soft targets, which outputs can meet; a square loss needs no bound."""
+    f, y = draw(name, shape)
+    axis = class_axis(name, shape) if name in CATEGORICAL else None
+    f.requires_grad_()
+    before = loss(name, f, y, axis)
+    (r,) = torch.autograd.grad(before, f)
+    if name in ("gaussian", "euclidean", "heteroscedastic"):
+        assert make(name).largest_decrease(f.detach(), r) is None
+    elif name != INFERRED:
+        entropy = 0.0 if name in CATEGORICAL else -(torch.xlogy(y, y) + torch.xlogy(1 - y, 1 - y)).sum()
+        torch.testing.assert_close(make(name).largest_decrease(f.detach(), r), before.detach() - entropy)
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(0.1, 50))
+def test_soft_targets_keep_their_entropy(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    f, t = (size * torch.randn(6, 4, generator=generator).double() for _ in range(2))
+    t = t.softmax(1)
+    expected = F.kl_div(f.log_softmax(1), t, reduction="sum")
+    torch.testing.assert_close(kl.Categorical().largest_decrease(f, f.softmax(1) - t), expected, rtol=1e-7, atol=1e-9)
+    two, ones = f[:, :1], t[:, :1]
+    both = torch.cat([torch.zeros_like(two), two], 1)
+    expected = F.kl_div(both.log_softmax(1), torch.cat([1 - ones, ones], 1), reduction="sum")
+    actual = kl.Bernoulli().largest_decrease(two, two.sigmoid() - ones)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_an_impossible_class_and_rounding_leave_a_number():
+    f = torch.tensor([[0.0, -torch.inf, 1.0], [1e4, 0.0, -1e4]])
+    y = torch.tensor([2, 0])
+    r = f.softmax(1) - F.one_hot(y, 3)
+    actual = kl.Categorical().largest_decrease(f, r)
+    torch.testing.assert_close(actual, F.cross_entropy(f, y, reduction="sum").double(), rtol=1e-5, atol=1e-6)
+    assert float(kl.Bernoulli().largest_decrease(torch.tensor([[1e4]]), torch.tensor([[1.0]]))) == pytest.approx(1e4)
+
+
 # -- gradients -----------------------------------------------------------------------------------------------
 
 
@@ -98,9 +138,6 @@ def gradient(name, f, y, dtype):
     axis = class_axis(name, f.shape) if name in CATEGORICAL else None
     y = y.to(dtype) if y.is_floating_point() else y
     return f.detach(), torch.autograd.grad(loss(name, f, y, axis), f)[0], y
-
-
-INFERRED = "inferred"  # without targets its class axis may be ambiguous
 
 
 @cases

@@ -103,6 +103,14 @@ class Dense:
         self.seen |= {"raised"} if kappa < self.kappa * (1 - 1e-9) else set()
         curvature[0, 0] = max(curvature[0, 0], -self.kappa * slopes[0])
         c = -self.scale * torch.linalg.solve(curvature, slopes)
+        with torch.no_grad():
+            loss = float(mean_loss(self.likelihood, self.model(x), y))
+        promised = float((self.decay * flat(copies(self.model)) - g) @ (V @ c))
+        is_bounded = self.likelihood == "classification" and promised > loss
+        if is_bounded:
+            self.seen.add("bounded by the loss")
+            c = c * loss / promised
+            damped = min(damped, 0.5)
         size = float(c @ curvature @ c)
         if self.longest and size > 10 * self.longest:
             self.seen.add("capped")
@@ -200,12 +208,35 @@ def test_adaptive_steps_follow_the_rule(every, likelihood, rate, decay, initial)
 
 def test_the_rule_is_followed_in_all_of_its_cases():
     seen = set()
-    for likelihood, seed in (("classification", 2), ("classification", 4), ("regression", 4)):
+    for likelihood, seed in (("classification", 2), ("regression", 3), ("regression", 4)):
         torch.manual_seed(seed)
         seen |= assert_rule(likelihood, 1.0, 0.0, INITIAL["tiny"])
-    damping, steps = {"shrinks", "stays", "grows", "grows faster"}, {"accepted", "rejected", "capped", "scale < 1"}
+    damping = {"shrinks", "stays", "grows", "grows faster"}
+    steps = {"accepted", "rejected", "capped", "scale < 1", "bounded by the loss"}
     between = {"momentum kept", "bounded", "raised", "ends at the minimum", "not longer"}
     assert seen == damping | steps | between
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_heavy_dropout_does_not_carry_the_weights_away(batch_size):
+    """Where steps are not bounded by the loss, that of this network rises above a million."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 20)
+    y = (x[:, :3].sum(1) > 0).long() + 2 * (x[:, 3] > 0)
+    parts = [[nn.Linear(n, 60), nn.GELU(), nn.Dropout(0.5)] for n in (20, 60)]
+    model = nn.Sequential(*parts[0], *parts[1], nn.Linear(60, 4))
+    losses = []
+    with kl.NaturalGradient(model, "classification") as optimizer:
+        for _ in range(120):
+            rows = torch.randint(512, (batch_size,))
+            optimizer.zero_grad()
+            outputs = model(x[rows])
+            optimizer.update_curvature(outputs)
+            loss = nn.functional.cross_entropy(outputs, y[rows])
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert sum(losses[-40:]) / 40 < 1
 
 
 def test_the_first_damping_is_the_curvature_along_the_gradient():
@@ -398,6 +429,7 @@ def model_of(curvature, slopes):
     model = StepModel.__new__(StepModel)
     model.curvature, model.slopes = vector([curvature]), vector([slopes])
     model.factor = torch.ones(())
+    model.share_of_loss = lambda coefficients: torch.ones(())
     return model
 
 
