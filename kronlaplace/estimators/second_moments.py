@@ -58,20 +58,21 @@ def add_pair_sums(
     activation_out, gradient_out = (gradients.layer.sum_of(sums, key) for key in ("activation", "gradient"))
     if gradients.once_per_example:
         a, g = gradients.activations()[:, :, 0], gradients.gradients()[:, :, 0]
-        weight = _quadratic_form(g, gradient_factor)
-        sums[_PENDING] = weight if _PENDING not in sums else sums[_PENDING] + weight
+        pending = _quadratic_form(g, gradient_factor)
+        sums[_PENDING] = pending if _PENDING not in sums else sums[_PENDING] + pending
         gradient_out.baddbmm_((g * _quadratic_form(a, activation_factor).unsqueeze(2)).mT, g)
         return
+    gradients, weight = gradients.sampled()
     for part in gradients.parts():
         g = part.gradients()
         if g.shape[2] <= g.shape[3]:
             a = part.activations()
-            activation_out += _mixed(a, g, gradient_factor)
-            gradient_out += _mixed(g, a, activation_factor)
+            activation, gradient = _mixed(a, g, gradient_factor), _mixed(g, a, activation_factor)
         else:
             x = part.weight_gradients()
-            activation_out += activation_sum(x, gradient_factor)
-            gradient_out += gradient_sum(x, activation_factor)
+            activation, gradient = activation_sum(x, gradient_factor), gradient_sum(x, activation_factor)
+        activation_out.add_(activation, alpha=weight)
+        gradient_out.add_(gradient, alpha=weight)
 
 
 def add_row_sums(sums: dict[str, Any], batch: LayerBatch) -> None:

@@ -19,7 +19,15 @@ from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.layers import Layer, LayerBatch, LayerGradients, NetworkLayer, Unsupported, UnusableLayersError
+from kronlaplace.layers import (
+    Layer,
+    LayerBatch,
+    LayerGradients,
+    MomentExamples,
+    NetworkLayer,
+    Unsupported,
+    UnusableLayersError,
+)
 from kronlaplace.layers.unusable import NO_EFFECT
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
@@ -49,7 +57,7 @@ def accumulate_batch(
     index: int = 0,
     retain_graph: bool = False,
     n_examples: int | None = None,
-    moment_examples: Callable[[LayerBatch], int] | None = None,
+    moment_examples: Callable[[LayerBatch], MomentExamples] | None = None,
 ) -> None:
     """Add one batch to an accumulation, from a forward pass that the observer has seen.
 
@@ -66,8 +74,7 @@ def accumulate_batch(
         index: Number of the batch or of the training step; label draws depend only on it and on the seed.
         retain_graph: Whether the graph of the outputs is needed afterwards.
         n_examples: Number of examples, the first ones of the batch, that count; None means all.
-        moment_examples: Function that returns from how many of these the moment of a layer's inputs is taken; None means
-            all.
+        moment_examples: Function that returns from how many of these a layer's moments are taken; None means from all.
 
     Raises:
         RuntimeError: If no forward pass was observed.
@@ -78,15 +85,16 @@ def accumulate_batch(
     detached = outputs.detach()
     likelihood.check_outputs(detached)
     batches = observer.layer_batches(len(outputs))
-    receive = accumulation.add_gradients
     if n_examples is not None and n_examples < len(outputs):
         batches = {name: batch.first(n_examples) for name, batch in batches.items()}
-
-        def receive(gradients: LayerGradients) -> None:
-            accumulation.add_gradients(gradients.first(n_examples))
-
     if moment_examples is not None:
-        batches = {name: batch.with_moment_of(moment_examples(batch)) for name, batch in batches.items()}
+        batches = {name: batch.with_moments_of(moment_examples(batch)) for name, batch in batches.items()}
+
+    def receive(gradients: LayerGradients) -> None:
+        if n_examples is not None and n_examples < len(outputs):
+            gradients = gradients.first(n_examples)
+        accumulation.add_gradients(gradients.with_moments_of(batches[gradients.layer.name].moment_examples))
+
     accumulation.begin_batch(batches)
     n_directions = sampling.count(likelihood, detached, targets)
     signs = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kronlaplace.layers.base import Layer, Sums
 
-__all__ = ["BatchGradient", "LayerBatch", "LayerCall", "LayerGradients"]
+__all__ = ["BatchGradient", "LayerBatch", "LayerCall", "LayerGradients", "MomentExamples"]
 
 _SMALL = 2**20
 """Size, in numbers, that a temporary may always have."""
@@ -37,20 +39,28 @@ class LayerCall:
         return replace(self, x=self.x[rows], mask=None if self.mask is None else self.mask[rows])
 
 
+class MomentExamples(NamedTuple):
+    """From how many of a batch's examples, the first ones, sums over all of them are taken, times the quotient."""
+
+    inputs: int
+    """For the moment of the inputs."""
+    weight_gradients: int
+    """For products of weight gradients ``X``."""
+
+
 class LayerBatch:
     """The inputs of one layer in one batch: its calls in one forward pass, all of whose positions share the weights.
 
     Args:
         layer: The layer.
         calls: The calls of the layer.
-        moment_examples: Number of examples, the first ones, from which `add_activation_moment` takes the sum over all; None
-            means all.
+        moment_examples: From how many examples sums over all are taken; None means from all.
     """
 
-    def __init__(self, layer: Layer, calls: Sequence[LayerCall], moment_examples: int | None = None) -> None:
+    def __init__(self, layer: Layer, calls: Sequence[LayerCall], moment_examples: MomentExamples | None = None) -> None:
         self.layer = layer
         self.calls = list(calls)
-        self._moment_examples = moment_examples
+        self.moment_examples = moment_examples
 
     @property
     def n_examples(self) -> int:
@@ -66,9 +76,9 @@ class LayerBatch:
         """The number ``T`` as far as the inputs alone tell it."""
         return sum(call.fold * self.layer.input_positions(call.x) for call in self.calls)
 
-    def with_moment_of(self, n_examples: int) -> LayerBatch:
-        """Return the batch with the moment of its inputs from only its first examples."""
-        return LayerBatch(self.layer, self.calls, n_examples)
+    def with_moments_of(self, examples: MomentExamples | None) -> LayerBatch:
+        """Return the batch with moments from only its first examples, or from all for None."""
+        return LayerBatch(self.layer, self.calls, examples)
 
     def first(self, n_examples: int) -> LayerBatch:
         """Return the batch with only its first examples, as views."""
@@ -92,8 +102,9 @@ class LayerBatch:
 
         If only some of the examples are used, this is the sum over them, times ``N`` over their number.
         """
-        n, some = self.n_examples, self._moment_examples
-        if some is None or some >= n:
+        n = self.n_examples
+        some = n if self.moment_examples is None else self.moment_examples.inputs
+        if some >= n:
             for call in self.calls:
                 self.layer.add_activation_moment(call.x, sums)
             return
@@ -169,6 +180,19 @@ class LayerGradients:
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
+
+    def with_moments_of(self, examples: MomentExamples | None) -> LayerGradients:
+        """Return the same with moments from only the first examples, or from all for None."""
+        result = copy.copy(self)
+        result.batch = self.batch.with_moments_of(examples)
+        return result
+
+    def sampled(self) -> tuple[LayerGradients, float]:
+        """Return the examples from which sums of products of ``X`` are taken, and ``N`` over their number."""
+        n, examples = self.n_examples, self.batch.moment_examples
+        if examples is None or examples.weight_gradients >= n:
+            return self, 1.0
+        return self.first(examples.weight_gradients), n / examples.weight_gradients
 
     def vectors(self) -> Tensor:
         """Return ``vec(X)`` of each example, shape ``(N, q·p)``, in the row order of ``W̄``."""

@@ -181,7 +181,7 @@ class TrainingCurvature:
             index=self.updates,
             retain_graph=True,
             n_examples=counted,
-            moment_examples=self._part.moment_count,
+            moment_examples=self._part.moment_examples,
         )
         self.updates += 1
         self._passes += 1

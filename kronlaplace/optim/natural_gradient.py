@@ -15,7 +15,7 @@ from kronlaplace.damping import Damping, LevenbergMarquardt
 from kronlaplace.damping.inversion import SingularBlockError
 from kronlaplace.data.arriving import Arriving
 from kronlaplace.data.device import device_of
-from kronlaplace.estimators import Estimator, resolve_estimator
+from kronlaplace.estimators import KFAC, TKFAC, Estimator, resolve_estimator
 from kronlaplace.likelihoods import Likelihood, Sampling
 from kronlaplace.optim.adaptive_steps import AdaptiveSteps
 from kronlaplace.optim.base import CurvatureOptimizer
@@ -26,7 +26,7 @@ from kronlaplace.optim.parameters import PlainSGD, step_plainly
 from kronlaplace.optim.part import Part, part_of
 from kronlaplace.optim.period import Period, period_of
 from kronlaplace.optim.step_model import StepModel
-from kronlaplace.optim.structure import Structure, structure_of
+from kronlaplace.optim.structure import BlockDiagonal, Structure, structure_of
 from kronlaplace.optim.vectors import Vector, combine, dot
 from kronlaplace.priors.penalty import QuadraticPenalty
 
@@ -104,9 +104,10 @@ class NaturalGradient(CurvatureOptimizer):
         lr: Learning rate.
         momentum: Momentum, from 0 to 1. None means that it adapts if the damping does, and otherwise 0.9.
         weight_decay: The factor ``η`` of ``½‖θ‖²`` in the objective. It is in the gradient and in the damping (KFC Eq. 28).
-        estimator: Estimator of the blocks, as in `estimate_fisher`. Those with several passes over the data go on by one
-            step per batch (`Estimator.online`): `KFOC` with one warm-started iteration, `EKFAC` with eigenvalues in a basis
-            that is renewed with every inverse.
+        estimator: Estimator of the blocks, as in `estimate_fisher`. None means ``"tkfac"`` without a ``damping``, and
+            otherwise ``"kfac"``, as for the block-tridiagonal structure. Those with several passes over the data go on by
+            one step per batch (`Estimator.online`): `KFOC` with one warm-started iteration, `EKFAC` with eigenvalues in a
+            basis that is renewed with every inverse.
         structure: ``"block-diagonal"``, or ``"block-tridiagonal"`` for chains of linear layers (K-FAC section 3.3).
         damping: A damping, or a rule that adapts one, `kronlaplace.damping.LevenbergMarquardt`. None is that rule with
             `FactoredTikhonov`, started at the curvature along the first gradient, with a decay of 0.7 with each
@@ -126,8 +127,9 @@ class NaturalGradient(CurvatureOptimizer):
         layers: Names or patterns of the modules that get a block; None means all.
         others: Rule for parameters without a Kronecker block: ``"diagonal"``, a diagonal block, or `PlainSGD`.
         curvature_fraction: Fraction of each batch that counts in the averages. None means 1/4 (K-FAC section 8), but at
-            least 32 examples, if the batch has as many; and for the moment of the inputs of a layer that each example uses
-            at several positions a quarter of these, at least eight examples and ``p`` positions.
+            least 32 examples, if the batch has as many. Where each example uses a layer at several positions, ``"kfac"``
+            then takes the moment of the inputs from a quarter of these, at least eight examples and ``p`` positions, and
+            ``"tkfac"`` and ``"kfoc"`` take theirs from half of these, at least 16.
         model_fraction: Fraction of each batch on which exact products with the Fisher are computed. None means 1/8 for
             adaptive steps (K-FAC), and 1/4 for the clip (KFC). They are at least 24 examples, if the batch has as many.
         invert_async: Whether inverses are computed beside the training, in a thread or on a CUDA stream of their own, and
@@ -154,7 +156,7 @@ class NaturalGradient(CurvatureOptimizer):
         lr: float = 1.0,
         momentum: float | None = None,
         weight_decay: float = 0.0,
-        estimator: Estimator | str = "kfac",
+        estimator: Estimator | str | None = None,
         structure: Structure | str = "block-diagonal",
         damping: Damping | LevenbergMarquardt | None = None,
         kl_clip: float | None = _KL_CLIP,
@@ -200,9 +202,12 @@ class NaturalGradient(CurvatureOptimizer):
         self._last_model: int | None = None
         self._adaptive = AdaptiveSteps()
         self._accepted: Arriving | None = None
+        structure = structure_of(structure)
+        if estimator is None:
+            estimator = TKFAC() if damping is None and isinstance(structure, BlockDiagonal) else KFAC()
         if choice(Averaging, averaging, "averaging") is Averaging.DAMPED:
             decays = weakref.WeakMethod(self._weight_decays)  # the optimizer is closed when nobody else holds it
-            structure, estimator = structure_of(structure), resolve_estimator(estimator).online()
+            estimator = resolve_estimator(estimator).online()
             structure = DampedBlockDiagonal(structure, estimator, rule, lambda: cast(Decays, decays())())
         super().__init__(
             unwrapped(model),
@@ -218,7 +223,9 @@ class NaturalGradient(CurvatureOptimizer):
             curvature_every=curvature_every,
             invert_every=invert_every,
             ema_decay=ema_decay,
-            curvature_part=part_of(curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32, fewer_inputs=True)),
+            curvature_part=part_of(
+                curvature_fraction, "curvature_fraction", Part(1 / 4, fewest=32, fewer_for_moments=True)
+            ),
             model_part=part_of(
                 model_fraction, "model_fraction", Part(1 / 8 if self._adapts_steps else 1 / 4, fewest=24)
             ),

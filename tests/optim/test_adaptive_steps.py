@@ -30,7 +30,14 @@ def optimizer_of(model, likelihood, initial=None, strategy=kl.damping.FactoredTi
     rule = None
     if initial is not None:
         rule = kl.damping.LevenbergMarquardt(strategy, initial=initial, every=1, decay=0.7, lower=0.0, upper=0.5)
-    defaults = {"curvature_every": 1, "invert_every": 1, "ema_decay": 0.0, "sampling": "exact", "damping": rule}
+    defaults = {
+        "estimator": "kfac",
+        "curvature_every": 1,
+        "invert_every": 1,
+        "ema_decay": 0.0,
+        "sampling": "exact",
+        "damping": rule,
+    }
     return kl.NaturalGradient(model, likelihood, **{**defaults, **options})
 
 

@@ -52,46 +52,49 @@ def test_the_averages_have_a_quarter_of_a_large_batch_unless_told_otherwise(n, f
 
 
 @pytest.mark.parametrize(
-    ("module", "shape", "n", "count"),
+    ("module", "shape", "n", "counts"),
     [
-        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 32, 8),
-        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 128, 32),
-        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 5, 5),
-        (nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8), 32, 10),  # 577 columns, 64 positions
-        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (64, 8, 8), 32, 32),
-        (nn.Linear(70, 3), (10, 70), 64, 16),
-        (nn.Linear(90, 3), (5, 90), 64, 19),
-        (nn.Linear(2, 3), (2,), 64, 64),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 32, (8, 16)),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 128, (32, 64)),
+        (nn.Conv2d(16, 16, 3, padding=1), (16, 32, 32), 5, (5, 5)),
+        (nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8), 32, (10, 16)),  # 577 columns, 64 positions
+        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (64, 8, 8), 30, (30, 16)),
+        (nn.Linear(70, 3), (10, 70), 64, (16, 32)),
+        (nn.Linear(90, 3), (5, 90), 64, (19, 32)),
+        (nn.Linear(2, 3), (2,), 64, (64, 64)),
     ],
 )
-def test_many_positions_allow_for_fewer_examples_of_the_inputs(module, shape, n, count):
-    """At least a quarter of them, eight, and as many positions as the moment has columns."""
+def test_many_positions_allow_for_fewer_examples(module, shape, n, counts):
+    """Of the inputs at least a quarter, eight, and as many positions as columns; of weight gradients half, and 16."""
     (layer,) = find_layers(nn.Sequential(module))
     batch = LayerBatch(layer, [LayerCall(torch.zeros(n, *shape))])
-    assert Part(1 / 4, fewer_inputs=True).moment_count(batch) == count
-    assert Part(1 / 4).moment_count(batch) == n
+    assert Part(1 / 4, fewer_for_moments=True).moment_examples(batch) == counts
+    assert Part(1 / 4).moment_examples(batch) == (n, n)
 
 
+@pytest.mark.parametrize("estimator", ["kfac", "tkfac"])
 @pytest.mark.parametrize("fraction", [None, 1.0])
-def test_a_moment_of_inputs_is_the_mean_over_its_examples(fraction):
-    """Of gradients it is over the part: here 40 of 48 examples, or all, if the user says so."""
+def test_a_moment_is_the_mean_over_its_examples(fraction, estimator):
+    """Without a word from the user, some are over fewer examples than the 40 of 160 that count."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)).double()
     batches = [torch.randn(160, 2, 4, 4).double() for _ in range(2)]
-    with kl.NaturalGradient(
-        model, "classification", sampling="exact", curvature_every=1, curvature_fraction=fraction
-    ) as optimizer:
+    settings = {"sampling": "exact", "curvature_every": 1, "curvature_fraction": fraction}
+    with kl.NaturalGradient(model, "classification", estimator=estimator, **settings) as optimizer:
         for x in batches:
             outputs = model(x)
             optimizer.update_curvature(outputs)
         blocks = optimizer.blocks
-    counted, inputs = (160, 160) if fraction else (40, 10)
+    counted = 160 if fraction else 40
+    gradients, inputs = (counted, counted) if fraction else (40, 10) if estimator == "kfac" else (20, 20)
 
-    def mean_of(n):
-        return kl.estimate_fisher(model, [x[:n] for x in batches], "classification", sampling="exact")
+    def mean_of(n, name):
+        examples = [x[:n] for x in batches]
+        return kl.estimate_fisher(model, examples, "classification", estimator, sampling="exact")[name]
 
-    for name, n in (("0", inputs), ("3", counted)):
+    for name, numbers in (("0", (gradients, inputs)), ("3", (counted, counted))):
+        of_gradients, of_inputs = (mean_of(n, name) for n in numbers)
         # The scale of factors is free: that of the optimizer's blocks has the least trace.
-        expected = torch.kron(mean_of(counted)[name].gradient_factor, mean_of(n)[name].activation_factor)
+        expected = of_inputs.scale * torch.kron(of_gradients.gradient_factor, of_inputs.activation_factor)
         assert_close(blocks[name].to_dense(), expected, 1e-12)
 
 
