@@ -24,7 +24,7 @@ CODE = {
 BLOCKS = [
     pytest.param(code, id=f"{page}-{i}") for page, blocks in CODE.items() for i, code in enumerate(blocks, start=1)
 ]
-RUN_ELSEWHERE = {"needs-avalanche": "tests/integrations/test_avalanche.py"}
+RUN_ELSEWHERE = {"needs-avalanche": "tests/integrations/test_avalanche.py", "example": "tests/test_examples.py"}
 
 
 @pytest.fixture

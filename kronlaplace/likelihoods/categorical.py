@@ -344,10 +344,7 @@ class Categorical(Likelihood):
     def averages(
         self, mean: Tensor, covariance: Tensor, targets: Tensor | None, generator: torch.Generator
     ) -> Averages:
-        """Compute both averages over 64 draws of the outputs, in pairs that mirror each other; see `Likelihood.averages`.
-
-        Ignored positions have a metric of zero.
-        """
+        """Compute both averages over 64 mirrored draws, see `Likelihood.averages`; ignored positions have no metric."""
         metric, normalizer = average_softmax(mean, covariance, generator)
         if targets is None:
             self._factors(mean, None, -1)
@@ -367,12 +364,9 @@ class Categorical(Likelihood):
     ) -> Tensor:
         """Compute class probabilities by ``link``, of the shape of ``mean``, in at least float32."""
         mean, covariance = wide(mean), wide(covariance)
-        if link is Link.MARGIN:
-            return F.softmax(margin_scaled(mean, covariance), dim=-1)
-        if link is Link.PROBIT:
-            return F.softmax(probit_scaled(mean, covariance), dim=-1)
-        if link is Link.CENTERED_PROBIT:
-            return F.softmax(centered_probit_scaled(mean, covariance), dim=-1)
+        scaled = {Link.MARGIN: margin_scaled, Link.PROBIT: probit_scaled, Link.CENTERED_PROBIT: centered_probit_scaled}
+        if link in scaled:
+            return F.softmax(scaled[link](mean, covariance), dim=-1)
         if link is Link.MC:
             return mean_over_samples(F.softmax, mean, covariance, n_samples, generator)
         return laplace_bridge(mean, covariance)

@@ -195,8 +195,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._clip = None if kl_clip is None else positive_number(kl_clip, "kl_clip")
         self._lambda: float | None = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
         self._ratio: Arriving | None = None
-        self._last_adapted = 0
-        self._rejected = 0
+        self._last_adapted = self._rejected = 0
         self._clip_ratio: Tensor | None = None
         self._model_every = period_of(model_every, "model_every")
         self._last_model: int | None = None

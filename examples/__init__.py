@@ -1,0 +1,1 @@
+"""Short programs on small data, each with a table and a picture: run ``python -m examples.NAME`` in a checkout."""
