@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test test-all test-slow lint docs wheel-check clean
+.PHONY: demo test test-all test-slow lint docs results results-full wheel-check release-check clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/kronlaplace demo --out $(OUT)
@@ -30,6 +30,13 @@ lint: $(VENV)/.test-installed
 docs: $(VENV)/.test-installed
 	$(PIP_INSTALL) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+# The documentation's tables: `results` tries their commands, small, and writes them from the committed CSV; `results-full` measures again.
+results: $(VENV)/.test-installed
+	$(BIN)/python -m experiments.results --run quick
+
+results-full: $(VENV)/.test-installed
+	$(BIN)/python -m experiments.results --run full
 
 # The built wheel, installed where no checkout is in sight, runs the main job.
 wheel-check: $(VENV)/.test-installed
