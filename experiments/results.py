@@ -159,7 +159,9 @@ def main(argv=None):
                     raise SystemExit(f"{name}: the columns are {rows[0]}, those of {path} are {_read(path)[0]}.")
                 continue
             _write(path, rows)
-            where = json.loads((ROOT / ENVIRONMENTS).read_text(encoding="utf-8")) | {name: environment(measured.threads)}
+            where = json.loads((ROOT / ENVIRONMENTS).read_text(encoding="utf-8")) | {
+                name: environment(measured.threads)
+            }
             (ROOT / ENVIRONMENTS).write_text(json.dumps(where, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for page in pages():
         text = page.read_text(encoding="utf-8")
