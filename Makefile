@@ -45,6 +45,23 @@ wheel-check: $(VENV)/.test-installed
 	$(PIP_INSTALL) --no-deps --target build/wheel-check/site build/wheel-check/*.whl
 	cd build/wheel-check && PYTHONPATH=$(CURDIR)/build/wheel-check/site $(abspath $(BIN))/python -m kronlaplace demo --dataset diabetes --out results
 
+# Before a release: metadata of sdist and wheel, and the demo with each in a clean environment, outside the checkout.
+# RELEASE_PYTHONS and RELEASE_TORCHES are lists: the oldest and the newest that are claimed, as far as they are there.
+RELEASE_PYTHONS ?= $(PYTHON)
+RELEASE_TORCHES ?= 2.13.0
+release-check: $(VENV)/.test-installed
+	$(PIP_INSTALL) twine
+	rm -rf build/release-check && mkdir -p build/release-check
+	$(BIN)/python -m build --outdir build/release-check/dist . >/dev/null
+	$(BIN)/python -m twine check --strict build/release-check/dist/*
+	set -e; cd build/release-check; for python in $(RELEASE_PYTHONS); do for torch in $(RELEASE_TORCHES); do for dist in dist/*; do \
+		echo "== $$dist with $$python, torch $$torch"; \
+		rm -rf clean && "$$python" -m venv clean; \
+		PIP_CONSTRAINT= clean/bin/python -m pip install --quiet "torch==$$torch" "$$dist"; \
+		clean/bin/python -c "import kronlaplace as kl; print(kl.__version__, kl.__file__)" | grep clean; \
+		clean/bin/kronlaplace demo --dataset diabetes --out results; \
+	done; done; done
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
