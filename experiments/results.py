@@ -33,7 +33,6 @@ ROOT = Path(__file__).parent.parent
 DATA = Path("docs/results/data")
 ENVIRONMENTS = DATA / "environments.json"
 REGION = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end of table -->", re.DOTALL)
-UNRECORDED = "before environments were recorded"
 DEMO = ("digits", "moons", "breast-cancer", "wine", "sine", "diabetes")
 PACKAGES = ("torch", "numpy", "scikit-learn")
 

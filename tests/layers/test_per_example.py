@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import kronlaplace as kl
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.likelihoods import Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.observer import NetworkObserver
