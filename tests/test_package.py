@@ -70,6 +70,7 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
     order = [
         "_arguments",
         "_registry",
+        "_log",
         "_precision",
         "_storage",
         "_memory_layout",
