@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["logged"]
 
@@ -16,7 +16,7 @@ _R = TypeVar("_R")
 _LOGGER = logging.getLogger("kronlaplace")
 
 
-def logged(describe: Callable[[_R], str]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def logged(describe: Callable[[Any], str]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function: each call that succeeds is a line of level INFO, with its seconds.
 
     Nothing is described, and no device waited for, unless the logger ``"kronlaplace"`` takes lines of this level. The
