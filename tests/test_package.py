@@ -71,6 +71,7 @@ def test_consumers_do_not_import_one_another_and_parts_look_down_only():
         "_arguments",
         "_dense",
         "_registry",
+        "_log",
         "_precision",
         "_storage",
         "_memory_layout",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kronlaplace._arguments import choice, warn
+from kronlaplace._log import logged
 from kronlaplace._precision import in_full_precision
 from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Block
@@ -119,6 +120,7 @@ def estimate_fisher(
 
 
 @in_full_precision
+@logged(lambda fisher: f"estimated the Fisher of {fisher.n_examples} examples: {fisher.coverage().summary()}")
 def estimate_while_watched(
     model: nn.Module,
     data: Iterable[Any],

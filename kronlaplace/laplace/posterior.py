@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kronlaplace._arguments import choice, positive_number, seed_number
+from kronlaplace._log import logged
 from kronlaplace._precision import in_full_precision
 from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Truncation
@@ -158,6 +159,7 @@ class KronLaplace(PosteriorTuning):
 
     @told_of
     @in_full_precision
+    @logged(lambda posterior: f"fitted the posterior; {posterior.fisher.coverage().summary()}")
     def fit(
         self,
         data: Iterable[Any] | None = None,
