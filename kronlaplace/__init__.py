@@ -16,6 +16,7 @@ from kronlaplace.blocks import (
     DiagonalBlock,
     EigenBlock,
     KroneckerBlock,
+    Sketch,
     TruncatedBlock,
     Truncation,
 )
@@ -29,9 +30,9 @@ from kronlaplace.estimators.kfoc.nearest import nearest_kronecker
 from kronlaplace.fisher.accumulation import Accumulation
 from kronlaplace.fisher.approximation_error import RelativeError, relative_error
 from kronlaplace.fisher.coverage import Coverage, CoverageRow
-from kronlaplace.fisher.curvature_pass import accumulate_batch
 from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.laplace import (
     Comparison,
     Draws,
@@ -112,6 +113,7 @@ __all__ = [
     "Likelihood",
     "register_likelihood",
     "Sampling",
+    "Sketch",
     "KronLaplace",
     "Truncation",
     "Prior",

@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 __all__ = ["ClassRegistry", "Registry"]
@@ -137,7 +137,8 @@ class ClassRegistry(Registry[str, type[_Object]]):
     def to_json(self, value: _Object) -> dict[str, Any]:
         """Return the name of an object's class, its fields' values, and for a user's own class, where it is defined.
 
-        A field may hold another object of the same registry.
+        A field may hold another object of the same registry, or a dataclass of numbers and strings; the class must also take
+        that as a dict.
 
         Raises:
             TypeError: If a field holds a value that JSON cannot represent.
@@ -146,6 +147,8 @@ class ClassRegistry(Registry[str, type[_Object]]):
         values: dict[str, Any] = {_NAME: self._name_of(cls)}
         for field in fields(value):  # type: ignore[arg-type]  # all registered classes are dataclasses
             content = getattr(value, field.name)
+            if is_dataclass(content) and not isinstance(content, (self._base, type)):
+                content = asdict(content)
             if isinstance(content, self._base):
                 values[field.name] = self.to_json(content)
                 continue

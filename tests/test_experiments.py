@@ -1,6 +1,7 @@
 """The experiments run, at sizes at which they measure nothing."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import kronlaplace as kl
 from experiments import (
     classification_tasks,
     fit_cost,
+    huge_layers,
     inversion_cost,
     large_factors,
     main_path,
@@ -214,3 +216,19 @@ def test_small_tables_measure_what_they_say():
     by_rows, gains = small_tables.tables_of({50: {"toy": [one, other]}}, ["toy"])
     np.testing.assert_allclose(by_rows[50].scores["no option set"], [[-1.9], [-1.8]])
     np.testing.assert_allclose(gains.scores["50 rows"], [[1.1], [-0.8]])  # to the MAP, whose mean is the largest
+
+
+def test_huge_layers(tmp_path, monkeypatch):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is read from /proc")
+    for name in ("words", "inputs"):
+        monkeypatch.setattr(huge_layers, "ROWS", 60)
+        assert len(huge_layers.cost(name, 60)) == len(huge_layers.COST)
+    matrix = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1)
+    monkeypatch.setattr(huge_layers, "sides", lambda data_dir: [("m", matrix, 10)])
+    assert huge_layers.main(["--networks", "--out", str(tmp_path)]) == 0
+    found = table(tmp_path / "accuracy.csv")
+    assert set(found) == {
+        f"m: {kind}" for kind in ("diagonal", "32 columns", "128 columns", "512 columns", "what is taken")
+    }
+    assert float(found["m: what is taken"]["error 1.0"]) < 0.01

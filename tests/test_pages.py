@@ -133,3 +133,13 @@ def test_entries_show_inherited_members():
     """The methods of a block, likelihood, or estimator are documented on its base class."""
     options = (ROOT / "mkdocs.yml").read_text()
     assert "inherited_members: true" in options and "griffe_inherited_docstrings" in options
+
+
+def test_every_paper_can_be_cited():
+    """The first authors and years of docs/papers.md are in CITATION.cff."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = set(re.findall(r"authors: \[\{ family-names: (\w+).*\n +year: (\d+)", citation))
+    table = "".join(line for line in TEXTS["docs/papers.md"].splitlines(keepends=True) if line.startswith("|"))
+    named = re.findall(r"(?:\| |; )(\w+)(?: et al\.| and \w+|, .*, and \w+)? (\d{4})", table)
+    assert len(named) >= 13
+    assert set(named) <= cited

@@ -779,7 +779,7 @@ def test_many_threads_register_at_once_while_others_look():
 
 def test_public_objects_show_what_they_are():
     block = replace(kl.damping.Tikhonov(0.001)).invert(kl.DiagonalBlock(torch.ones(50, 13), "0"))
-    assert repr(block) == "DampedInverse('0', 50x13, diagonal, Tikhonov(0.001))"
+    assert repr(block) == "DiagonalInverse('0', 50x13, diagonal, Tikhonov(0.001))"
     assert repr(kl.damping.Tikhonov(torch.ones(2, 3))) == "Tikhonov(2x3 numbers)"
     assert repr(kl.damping.FactoredTikhonov(torch.tensor(0.5))) == "FactoredTikhonov(0.5)"
     assert repr(kl.damping.TraceRestrictedAuto(0.5)) == "TraceRestrictedAuto(minimum=0.5)"

@@ -6,6 +6,7 @@ from kronlaplace.blocks.diagonal import DiagonalBlock
 from kronlaplace.blocks.eigen import EigenBlock
 from kronlaplace.blocks.kronecker import KroneckerBlock
 from kronlaplace.blocks.registry import BLOCKS, block_from_tensors
+from kronlaplace.blocks.sketch import Sketch
 from kronlaplace.blocks.truncated import TruncatedBlock, truncated
 from kronlaplace.blocks.truncation import Truncation
 
@@ -17,6 +18,7 @@ __all__ = [
     "EigenBlock",
     "KroneckerBlock",
     "RotatedBlock",
+    "Sketch",
     "TruncatedBlock",
     "Truncation",
     "block_from_tensors",

@@ -29,6 +29,7 @@ from torch import Tensor
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks.basis import Basis
 from kronlaplace.blocks.eigendecomposition import Eigen, Named, eigendecompose_moments
+from kronlaplace.data.deferred_checks import all_finite
 
 __all__ = ["Block", "RotatedBlock", "ValuesBlock", "decompose", "finite_values", "shown_size", "two_sided"]
 
@@ -99,6 +100,13 @@ class Block(ABC):
             ValueError: If the block has NaN or infinite entries.
         """
 
+    def spectrum(self) -> tuple[Tensor, Tensor | None]:
+        """Return `eigenvalues` and `multiplicities` to sum over; None where all are one.
+
+        Where eigenvalues are stored they are these, in the block's dtype: a copy in float64 may be larger than the network.
+        """
+        return self.eigenvalues(), self.multiplicities() if self.truncated else None
+
     @property
     def truncated(self) -> bool:
         """Whether some of the `eigenvalues` stand for several eigenvectors."""
@@ -139,7 +147,7 @@ class Block(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Block:
         """Return a copy on another device, optionally in another dtype; decompositions are not copied."""
         dtype = self.dtype if dtype is None else dtype
-        tensors = {key: t.to(device, dtype) if t.is_floating_point() else t for key, t in self._tensors().items()}
+        tensors = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in self._tensors().items()}
         block = type(self)._from_tensors(tensors, self.name)
         block.shares_weights_over_space = self.shares_weights_over_space
         block.least_trace = None if self.least_trace is None else self.least_trace.to(device, dtype)
@@ -219,7 +227,8 @@ class RotatedBlock(Block):
 
     def diagonal_of(self, weights: Tensor) -> Tensor:
         gradient, activation = self.bases()
-        return two_sided(gradient.squares, weights, activation.squares.mT)
+        by_column = activation.to_rows(weights.unflatten(0, (len(gradient), -1)))
+        return gradient.to_rows(by_column.mT).mT.flatten(0, 1)
 
     def projected_diagonal(self, values: Tensor) -> Tensor:
         """Return the diagonal of ``Uᵀ diag(d) U``, for ``d`` of shape ``(q, p)``, in the shape of `eigenvalues`.
@@ -227,7 +236,8 @@ class RotatedBlock(Block):
         It is averaged over the eigenvectors that share an eigenvalue.
         """
         gradient, activation = self.bases()
-        total = two_sided(gradient.squares.mT, values, activation.squares)
+        by_column = activation.from_rows(values.unflatten(0, (len(gradient), -1)))
+        total = gradient.from_rows(by_column.mT).mT.flatten(0, 1)
         return total / self.multiplicities().to(total.dtype) if self.truncated else total
 
 
@@ -260,6 +270,9 @@ class ValuesBlock(Block):
     def eigenvalues(self) -> Tensor:
         return finite_values(self.values, self.name).double()
 
+    def spectrum(self) -> tuple[Tensor, Tensor | None]:
+        return finite_values(self.values, self.name), None
+
 
 def finite_values(values: Tensor, name: str) -> Tensor:
     """Check that the values are finite and return them.
@@ -267,7 +280,7 @@ def finite_values(values: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: If they are not finite, naming the layer.
     """
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise ValueError(
             f"NaN or infinite entries in the block of layer {name!r}, which therefore cannot be inverted. They come from "
             "activations or gradients that overflowed; look at the network's outputs on this data."

@@ -7,6 +7,9 @@ columns are ``U`` up to signs. So products with ``Q`` cost ``n k`` per vector, a
 
 The rest comes first in the order of the columns, since eigenvalues ascend. Values by eigenvector (eigenvalues, weights) have
 one entry for the whole rest, then one for each column of ``U``: the **compact** form, of size ``k + 1``.
+
+A side may also be diagonal, ``diag(d)``, with ``k`` different eigenvalues (`CoordinateBasis`). Its basis is the identity,
+and its compact form has one entry for each of them.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kronlaplace._dense import check_size
 from kronlaplace._precision import in_full_precision
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "CoordinateBasis"]
 
 
 class Basis:
@@ -34,6 +38,10 @@ class Basis:
     def __len__(self) -> int:
         """Return the number ``K`` of groups."""
         return len(self.vectors)
+
+    def equals(self, other: Basis) -> bool:
+        """Return whether another basis has the same columns."""
+        return not isinstance(other, CoordinateBasis) and torch.equal(self.vectors, other.vectors)
 
     @property
     def size(self) -> int:
@@ -92,6 +100,7 @@ class Basis:
         """Return ``Q`` as a matrix, shape ``(K, n, n)``: ``n²`` numbers even if the side is truncated."""
         if not self.truncated:
             return self.vectors
+        check_size(self.size, "this operation needs a whole eigenbasis")
         V, T = self._reflections
         whole = -(V @ T) @ V.mT
         whole.diagonal(dim1=-2, dim2=-1).add_(1)
@@ -123,6 +132,45 @@ class Basis:
         rest = (1 - 1 / self.size - known.sum(1, keepdim=True)).clamp_min(0)
         return torch.cat([rest, known], dim=1).to(self.vectors.dtype)
 
+    def to_rows(self, values: Tensor) -> Tensor:
+        """Return ``Σ_i Q_ci² s_i`` for compact values ``s`` on the last axis: ``(..., K, m, k')`` to ``(..., K, m, n)``."""
+        return _times(values, self.squares.mT)
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        """Return ``Σ_c Q_ci² s_c``, ``(..., K, m, n)`` to ``(..., K, m, k')``, summed over the rest."""
+        return _times(values, self.squares)
+
+    # -- Covariances Q diag(s) Qᵀ of one group's rows, for compact values s on the last axis -----------------------
+
+    def covariances(self, values: Tensor) -> Tensor:
+        """Return ``Q diag(s) Qᵀ``, ``(..., k')`` to ``(..., n, n)``."""
+        rest, leading = self.split(values)
+        (Q,) = self.vectors
+        if rest is None:
+            return (Q * leading.unsqueeze(-2)) @ Q.T
+        covariance = (Q * (leading - rest).unsqueeze(-2)) @ Q.T
+        return covariance + torch.diag_embed(rest.expand(*rest.shape[:-1], len(Q)))
+
+    def margin_variances(self, values: Tensor, centered: Tensor, top: Tensor) -> Tensor:
+        """Return the variances of the rows less one of them, ``(..., n)``.
+
+        All three terms are of centered rows: a shift common to all would drown the margins in rounding.
+
+        Args:
+            values: ``s``, shape ``(..., k')``.
+            centered: The variances of the rows less their mean, ``(..., n)``.
+            top: The index of the row that is subtracted, ``(...)``.
+        """
+        (Q,) = self.vectors
+        shift = Q.mean(0)
+        rest, leading = self.split(values)
+        of_top = (leading if rest is None else leading - rest) * (Q[top] - shift)
+        with_top = of_top @ Q.T - (of_top @ shift).unsqueeze(-1)
+        if rest is not None:  # times the inner product of both rows' unit vectors, less their mean
+            n = len(Q)
+            with_top = (with_top - rest / n).scatter_add(-1, top.unsqueeze(-1), rest)
+        return (centered + centered.gather(-1, top.unsqueeze(-1)) - 2 * with_top).clamp_min(0)
+
     @cached_property
     def _precise(self) -> Tensor:
         """``U`` in float64, orthonormal to its rounding, so that what is left of a row's length is exact."""
@@ -152,3 +200,78 @@ def _times(x: Tensor, matrices: Tensor) -> Tensor:
     if len(matrices) == 1:
         return x @ matrices[0]
     return x @ matrices
+
+
+class CoordinateBasis(Basis):
+    """The coordinates themselves, as the basis of a diagonal side; groups of them share an eigenvalue.
+
+    Args:
+        index: The number of the eigenvalue that belongs to each coordinate, shape ``(n,)``, integers from 0 to ``k − 1``.
+        count: ``k``.
+        groups: The number ``K`` of groups of rows, which all have the same index.
+        dtype: The dtype of the identity, if it is made.
+    """
+
+    def __init__(self, index: Tensor, count: int, groups: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        self.index = index
+        self._count = count
+        self._groups = groups
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return self._groups
+
+    def equals(self, other: Basis) -> bool:
+        return isinstance(other, CoordinateBasis) and self.size == other.size
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    @property
+    def truncated(self) -> bool:
+        return True
+
+    @property
+    def rest(self) -> int:
+        return 0
+
+    @property
+    def multiplicities(self) -> Tensor:
+        return torch.bincount(self.index, minlength=self._count).double()
+
+    def expand(self, values: Tensor) -> Tensor:
+        return values.index_select(-1, self.index)
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values.new_zeros(*values.shape[:-1], self._count).index_add(-1, self.index, values)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return x
+
+    def combined(self, coordinates: Tensor) -> Tensor:
+        return coordinates
+
+    def full(self) -> Tensor:
+        check_size(self.size, "this operation needs a whole eigenbasis")
+        return torch.eye(self.size, dtype=self._dtype, device=self.index.device).expand(self._groups, -1, -1)
+
+    def to_rows(self, values: Tensor) -> Tensor:
+        return self.expand(values)
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        return self.gather(values)
+
+    def covariances(self, values: Tensor) -> Tensor:
+        return torch.diag_embed(self.expand(values))
+
+    def centered_variances(self, values: Tensor) -> Tensor:
+        """Return the variances of the rows less their mean, ``(..., k)`` to ``(..., n)``."""
+        n = self.size
+        total = (values * self.multiplicities.to(values.dtype)).sum(-1, keepdim=True)
+        return self.expand(values) * (1 - 2 / n) + total / n**2
+
+    def margin_variances(self, values: Tensor, centered: Tensor, top: Tensor) -> Tensor:
+        variances = self.expand(values)
+        margins = variances + variances.gather(-1, top.unsqueeze(-1))
+        return margins.scatter(-1, top.unsqueeze(-1), 0.0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from kronlaplace.blocks.base import ValuesBlock, shown_size
 
 __all__ = ["DiagonalBlock"]
+
+_CHUNK = 2**18
+"""Numbers that are converted to float64 at a time."""
 
 
 class DiagonalBlock(ValuesBlock):
@@ -33,6 +38,11 @@ class DiagonalBlock(ValuesBlock):
         block = DiagonalBlock(self.values * factor, self.name)
         block._take_layer_facts(self, factor)
         return block
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yield ``λ`` in float64, some rows at a time: a whole copy of a large table may be larger than the network."""
+        for rows in self.values.split(max(1, _CHUNK // max(self.shape[1], 1))):
+            yield rows.double()
 
     def to_eigenbasis(self, matrices: Tensor) -> Tensor:
         return matrices

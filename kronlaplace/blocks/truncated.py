@@ -1,4 +1,4 @@
-"""Kronecker products whose large factors are known by their leading eigenpairs and one value for the rest."""
+"""Kronecker products with large factors that are known by leading eigenpairs and one value for the rest, or are diagonal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kronlaplace._dense import check_size
 from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks.base import Block, finite_values
-from kronlaplace.blocks.basis import Basis
+from kronlaplace.blocks.basis import Basis, CoordinateBasis
 from kronlaplace.blocks.eigendecomposition import Eigen, Named, eigendecompose_moments
 from kronlaplace.blocks.kronecker import KroneckerBlock
-from kronlaplace.blocks.truncation import Truncation, leading_eigenpairs
+from kronlaplace.blocks.truncation import Truncation, kept_count, leading_eigenpairs
 
 __all__ = ["TruncatedBlock", "truncated"]
 
@@ -22,12 +23,15 @@ _SIDES = ("gradient", "activation")
 class TruncatedBlock(KroneckerBlock):
     """A block ``scale · G ⊗ A`` whose factors are given by eigenpairs, ``Q diag(d) Qᵀ`` or ``U diag(d) Uᵀ + α (I − U Uᵀ)``.
 
-    It is exactly this matrix: all its operations agree with one another. `KroneckerFisher.truncated` makes such blocks. The
-    dense factors are not stored; `gradient_factor` and `activation_factor` make them when they are asked for.
+    A factor may also be diagonal, with few different entries. The block is exactly this matrix: all its operations agree
+    with one another. `KroneckerFisher.truncated` and estimators with a `Sketch` make such blocks. The dense factors are not
+    stored; `gradient_factor` and `activation_factor` make them when they are asked for.
 
     Args:
         gradient: Eigenpairs of ``G`` for each of ``K`` groups: vectors of shape ``(K, q/K, k)``, and ascending values of
-            shape ``(K, q/K)`` if ``k = q/K``; otherwise of shape ``(K, k + 1)``, with ``α`` in front.
+            shape ``(K, q/K)`` if ``k = q/K``; otherwise of shape ``(K, k + 1)``, with ``α`` in front. Of a diagonal factor:
+            the different entries as values, ``(K, k)``, and in place of vectors the number of the entry for each row,
+            ``(q/K,)``, integers.
         activation: Those of ``A``, likewise, with ``p`` in place of ``q/K``.
         scale: A factor in front: a number, a 0-dim tensor, or one value per group, shape ``(K,)``.
         name: The layer's name, for errors.
@@ -38,7 +42,7 @@ class TruncatedBlock(KroneckerBlock):
     def __init__(self, gradient: Eigen, activation: Eigen, scale: Tensor | float = 1.0, name: str = "block") -> None:
         Block.__init__(self, name)
         self._eigen: list[Eigen] = [_with_unresolved(gradient), _with_unresolved(activation)]
-        self._bases = Basis(gradient.vectors), Basis(activation.vectors)
+        self._bases = _basis(gradient), _basis(activation)
         self.scale = torch.as_tensor(scale, dtype=self.dtype, device=self.device)
 
     def __repr__(self) -> str:
@@ -50,7 +54,9 @@ class TruncatedBlock(KroneckerBlock):
         """What is kept of which factor, for tables."""
         notes = []
         for side, basis, eigen in zip("GA", self._bases, self._eigen, strict=True):
-            if basis.truncated:
+            if isinstance(basis, CoordinateBasis):
+                notes.append(f"{side} is diagonal, with {eigen.values.shape[1]:,} different entries")
+            elif basis.truncated:
                 rest = eigen.values[:, 0].double() * basis.rest
                 share = 1 - float(rest.sum() / (eigen.values.double() @ basis.multiplicities).sum().clamp_min(1e-300))
                 notes.append(
@@ -94,11 +100,11 @@ class TruncatedBlock(KroneckerBlock):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._eigen[0].vectors.dtype
+        return self._eigen[0].values.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._eigen[0].vectors.device
+        return self._eigen[0].values.device
 
     def matmul(self, matrices: Tensor) -> Tensor:
         values = self.expand(self.eigenvalues()).to(self.dtype)
@@ -157,17 +163,21 @@ class TruncatedBlock(KroneckerBlock):
 def truncated(blocks: Sequence[Block], truncation: Truncation) -> list[Block]:
     """Return the blocks with all large factors of Kronecker blocks truncated; others are returned as they are.
 
-    Blocks that are truncated already are truncated further if a large factor has more eigenpairs than allowed.
+    Blocks that are truncated already are truncated further if a large factor has more eigenpairs than allowed. Diagonal
+    factors stay as they are.
 
     Raises:
         ValueError: If a factor of such a block has NaN or infinite entries, naming its layer.
     """
-    chosen = [i for i, block in enumerate(blocks) if isinstance(block, KroneckerBlock) and _is_large(block, truncation)]
-    named = [block.named_factors() for i in chosen if isinstance(block := blocks[i], KroneckerBlock)]
-    small = [one for sides in named for side in sides for one in side if len(one[1]) <= truncation.limit]
+    results = [_shortened(block, truncation) if isinstance(block, TruncatedBlock) else block for block in blocks]
+    chosen = {
+        i: block.named_factors()
+        for i, block in enumerate(blocks)
+        if isinstance(block, KroneckerBlock) and not isinstance(block, TruncatedBlock) and _is_large(block, truncation)
+    }
+    small = [one for sides in chosen.values() for side in sides for one in side if len(one[1]) <= truncation.limit]
     whole = iter(eigendecompose_moments(small))
-    results = list(blocks)
-    for i, sides in zip(chosen, named, strict=True):
+    for i, sides in chosen.items():
         block = blocks[i]
         assert isinstance(block, KroneckerBlock)
         parts = []
@@ -183,12 +193,41 @@ def truncated(blocks: Sequence[Block], truncation: Truncation) -> list[Block]:
 
 
 def _is_large(block: KroneckerBlock, truncation: Truncation) -> bool:
-    if isinstance(block, TruncatedBlock):
-        return any(
-            basis.size > truncation.limit and basis.size - basis.rest > truncation.rank for basis in block.bases()
-        )
     q, p = block.shape
     return max(q // block.groups, p) > truncation.limit
+
+
+def _shortened(block: TruncatedBlock, truncation: Truncation) -> TruncatedBlock:
+    """Return the block with no more eigenpairs of its large factors than allowed."""
+    parts = [
+        _cut_further(eigen, truncation)
+        if not isinstance(basis, CoordinateBasis)
+        and basis.size > truncation.limit
+        and basis.size - basis.rest > truncation.rank
+        else eigen
+        for basis, eigen in zip(block.bases(), block.eigen(), strict=True)
+    ]
+    if all(part is eigen for part, eigen in zip(parts, block.eigen(), strict=True)):
+        return block
+    result = TruncatedBlock(parts[0], parts[1], block.scale, block.name)
+    result._take_layer_facts(block, 1.0)
+    return result
+
+
+def _cut_further(eigen: Eigen, truncation: Truncation) -> Eigen:
+    """Keep the last pairs of each group, and put all others into the rest."""
+    parts = []
+    assert eigen.unresolved is not None
+    for values, vectors, unresolved in zip(eigen.values, eigen.vectors, eigen.unresolved, strict=True):
+        n, k = vectors.shape
+        leading = values[values.shape[0] - k :].double()
+        rest = values[0].double() if k < n else values.new_zeros((), dtype=torch.float64)
+        diagonal_sum = leading.sum() + rest * (n - k)
+        kept = kept_count(leading.flip(0), diagonal_sum, truncation)
+        alpha = (diagonal_sum - leading[k - kept :].sum()).clamp_min(0) / (n - kept)
+        new = torch.cat([alpha.unsqueeze(0), leading[k - kept :]]).to(values)
+        parts.append(Eigen(new, vectors[:, k - kept :], unresolved))
+    return _joined(parts)
 
 
 def _joined(parts: Sequence[Eigen]) -> Eigen:
@@ -208,9 +247,18 @@ def _joined(parts: Sequence[Eigen]) -> Eigen:
     return Eigen(torch.stack(values), torch.stack(vectors), torch.stack(unresolved))
 
 
+def _basis(eigen: Eigen) -> Basis:
+    if eigen.vectors.is_floating_point():
+        return Basis(eigen.vectors)
+    return CoordinateBasis(eigen.vectors, eigen.values.shape[1], len(eigen.values), eigen.values.dtype)
+
+
 @in_full_precision
 def _dense(basis: Basis, values: Tensor) -> Tensor:
     """Return ``Q diag(d) Qᵀ`` for each group, shape ``(K, n, n)``."""
+    check_size(basis.size, "this operation needs a whole factor")
+    if isinstance(basis, CoordinateBasis):
+        return torch.diag_embed(basis.expand(values))
     U = basis.vectors
     if not basis.truncated:
         return (U * values.unsqueeze(1)) @ U.mT

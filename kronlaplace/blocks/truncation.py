@@ -32,7 +32,7 @@ from kronlaplace.blocks.eigendecomposition import (
     used_rows,
 )
 
-__all__ = ["Truncation", "checked_truncation", "leading_eigenpairs"]
+__all__ = ["Truncation", "checked_truncation", "cut", "kept_count", "leading_eigenpairs"]
 
 _ITERATIONS = 2
 """Products with the matrix after the first, each of which makes the subspace more accurate."""
@@ -124,12 +124,13 @@ def leading_eigenpairs(matrices: Sequence[Named], truncation: Truncation) -> lis
         if not sizes[i]:
             results.append(_of_zeros(matrix))
         elif i in whole:
-            results.append(_cut(whole[i], whole[i].values.new_zeros(()), matrix, used[i], truncation))
+            floor = whole[i].values.new_zeros(())
+            results.append(_spread(cut(whole[i], floor, matrix.diagonal(), truncation), matrix, used[i]))
         else:
             found = _by_subspace(*parts[i], truncation)
             eps = torch.finfo(matrix.dtype).eps
             floor = rounding(found.values.double(), matrix.diagonal().amax(), eps, size=sizes[i])
-            results.append(_cut(found, floor, matrix, used[i], truncation))
+            results.append(_spread(cut(found, floor, matrix.diagonal(), truncation), matrix, used[i]))
     return results
 
 
@@ -193,32 +194,49 @@ def _of_zeros(matrix: Tensor) -> Eigen:
     return Eigen(matrix.new_zeros(2), vectors, matrix.new_zeros((), dtype=torch.float64))
 
 
-def _cut(found: Eigen, floor: Tensor, matrix: Tensor, used: Tensor, truncation: Truncation) -> Eigen:
+def cut(found: Eigen, floor: Tensor, diagonal: Tensor, truncation: Truncation) -> Eigen:
     """Keep the leading pairs of those that are more than rounding, and put all others into one value.
 
     Args:
-        found: Pairs of the used rows, ascending, at least one of them.
+        found: Pairs, ascending, at least one of them; the vectors may lack rows of zeros.
         floor: Size up to which eigenvalues may be rounding, 0-dim.
-        matrix: The whole matrix.
-        used: Which of its rows are used.
+        diagonal: The diagonal of the whole matrix, ``(n,)``, in the dtype in which it was accumulated.
         truncation: How many are kept.
     """
-    n, eps = len(matrix), torch.finfo(matrix.dtype).eps
-    diagonal = matrix.diagonal().double()
-    total = diagonal.sum()
+    n, eps = len(diagonal), torch.finfo(diagonal.dtype).eps
+    total = diagonal.double().sum()
     descending = found.values.double().flip(0)
-    before = descending.cumsum(0) - descending  # what the pairs in front of each hold
     certain = (descending > floor)[: min(truncation.rank, n - 1)]
-    k = max(int((certain & (before[: len(certain)] < truncation.share * total)).sum()), 1)
+    k = kept_count(descending[: len(certain)], total, truncation, certain)
     kept = descending[:k].clamp_min(0).flip(0)
     rest = total - kept.sum()
-    error = _ROUNDING_OF_PAIRS * rounding_of_sum(kept, diagonal.amax(), eps, size=n)
+    error = _ROUNDING_OF_PAIRS * rounding_of_sum(kept, diagonal.double().amax(), eps, size=n)
     rest = torch.where(rest > error, rest / (n - k), 0.0)
     unresolved = (
         torch.where(certain.all(), 0.0, torch.minimum(rest, floor.double()))
         if found.unresolved is None
         else found.unresolved
     )
-    vectors = matrix.new_zeros(n, k)
-    vectors[used_order(used)[: len(found.vectors)]] = found.vectors[:, -k:].to(matrix)
-    return Eigen(torch.cat([rest.unsqueeze(0), kept]).to(matrix), vectors, unresolved.double())
+    values = torch.cat([rest.unsqueeze(0), kept]).to(diagonal.dtype)
+    return Eigen(values, found.vectors[:, -k:].to(diagonal.dtype), unresolved.double())
+
+
+def kept_count(descending: Tensor, total: Tensor, truncation: Truncation, certain: Tensor | bool = True) -> int:
+    """Return how many of some eigenvalues are kept: at least one, at most the rank, and no more than hold the share.
+
+    Args:
+        descending: The largest eigenvalues.
+        total: The trace.
+        truncation: The rank and the share.
+        certain: Which of them are more than rounding.
+    """
+    before = descending.cumsum(0) - descending  # what the pairs in front of each hold
+    wanted = certain & (before < truncation.share * total)
+    return max(int(wanted[: truncation.rank].sum()), 1)
+
+
+def _spread(eigen: Eigen, matrix: Tensor, used: Tensor) -> Eigen:
+    """Give the vectors of the used rows their places in the whole matrix."""
+    vectors = matrix.new_zeros(len(matrix), eigen.vectors.shape[1])
+    vectors[used_order(used)[: len(eigen.vectors)]] = eigen.vectors.to(matrix)
+    return eigen._replace(vectors=vectors)

@@ -197,7 +197,7 @@ class ContinualLaplace(QuadraticPenalty):
         *,
         fisher: KroneckerFisher | None = None,
         task: str | None = None,
-        sampling: Sampling | str = Sampling.EXACT,
+        sampling: Sampling | str | None = None,
         mc_samples: int = 1,
         progress: bool = False,
     ) -> ContinualLaplace:
@@ -250,7 +250,7 @@ class ContinualLaplace(QuadraticPenalty):
         data: Iterable[Any] | None = None,
         *,
         fisher: KroneckerFisher | None = None,
-        sampling: Sampling | str = Sampling.EXACT,
+        sampling: Sampling | str | None = None,
         mc_samples: int = 1,
         progress: bool = False,
     ) -> ContinualLaplace:

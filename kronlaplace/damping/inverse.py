@@ -11,11 +11,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from kronlaplace._precision import in_full_precision
 from kronlaplace.blocks import Block, RotatedBlock
-from kronlaplace.blocks.basis import Basis
+from kronlaplace.blocks.basis import Basis, CoordinateBasis
 
-__all__ = ["DampedInverse"]
+__all__ = ["DampedInverse", "DiagonalInverse"]
 
 
 class DampedInverse:
@@ -91,20 +90,37 @@ class DampedInverse:
         """Return the diagonal of the inverse, as a ``(q, p)`` matrix."""
         return self.block.diagonal_of(self.weights)
 
-    @cached_property
-    def row_weights(self) -> Tensor:
-        """Eigenvalues of the inverse weighted for each row of ``W̄``: ``u_kj = Σ_i (Q_G)_ki² w_ij``, shape ``(q, p)``, with
-        compact columns.
+    def row_variances(self, squares: Tensor, *, centered: bool = False) -> Tensor:
+        """Return the variances of the outputs of a linear layer without groups, ``Σ_ij (Q_G)_ki² w_ij b_j²``.
 
-        For an input ``a`` and ``b = Q_Aᵀ a``, output ``k`` of a linear layer has variance ``Σ_j u_kj b_j²``.
+        Args:
+            squares: ``b²`` for ``b = Q_Aᵀ a``, compact, ``(..., p')``.
+            centered: Whether the outputs are taken less the mean of all outputs.
+
+        Returns:
+            Shape ``(..., q)``.
         """
         bases = self.bases()
         assert bases is not None
-        return _times_by_group(bases[0].squares, self.weights)
+        gradient = bases[0]
+        if isinstance(gradient, CoordinateBasis):
+            spread = squares @ self.weights.T
+            return gradient.centered_variances(spread) if centered else gradient.expand(spread)
+        if gradient.truncated and len(self.weights) < self.weights.shape[1]:  # the cheaper order
+            of_rows = gradient.centered_squares() if centered else gradient.squares[0]
+            return squares @ self.weights.T @ of_rows.T
+        return squares @ (self._centered_row_weights if centered else self._row_weights).T
 
     @cached_property
-    def centered_row_weights(self) -> Tensor:
-        """The `row_weights` of each row minus the mean of all rows, for blocks without groups."""
+    def _row_weights(self) -> Tensor:
+        """Eigenvalues of the inverse weighted for each row: ``u_kj = Σ_i (Q_G)_ki² w_ij``, ``(q, p)``, compact columns."""
+        bases = self.bases()
+        assert bases is not None
+        return bases[0].squares[0] @ self.weights
+
+    @cached_property
+    def _centered_row_weights(self) -> Tensor:
+        """The `_row_weights` of each row minus the mean of all rows."""
         bases = self.bases()
         assert bases is not None
         return bases[0].centered_squares() @ self.weights
@@ -122,7 +138,25 @@ class DampedInverse:
         return matrices
 
 
-@in_full_precision
-def _times_by_group(left: Tensor, matrix: Tensor) -> Tensor:
-    """Compute ``L M`` by groups of rows, for shapes ``(K, r, r')`` and ``(K·r', p)``."""
-    return (left @ matrix.unflatten(0, (len(left), -1))).flatten(0, 1)
+class DiagonalInverse(DampedInverse):
+    """Inverse of a damped diagonal block, of which only `weights` are kept, in the block's dtype.
+
+    The `eigenvalues` are made of them at every access, with their rounding.
+
+    Args:
+        block: The block, whose eigenbasis is the identity.
+        weights: Eigenvalues of the inverse, shape ``(q, p)``.
+        damping: Damping to show in the repr.
+    """
+
+    def __init__(self, block: Block, weights: Tensor, damping: object) -> None:
+        self.block = block
+        self.weights = weights
+        self._damping = damping
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.weights.double().reciprocal()
+
+    def logdet(self) -> Tensor:
+        return self.block.total(self.eigenvalues.log())

@@ -230,7 +230,7 @@ def _groups(block: Block, earlier: Block) -> int:
 
 def _same_bases(block: Block, earlier: Block) -> bool:
     assert isinstance(block, RotatedBlock) and isinstance(earlier, RotatedBlock)
-    return all(torch.equal(a.vectors, b.vectors) for a, b in zip(block.bases(), earlier.bases(), strict=True))
+    return all(a.equals(b) for a, b in zip(block.bases(), earlier.bases(), strict=True))
 
 
 class _Factors:

@@ -32,9 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronlaplace.blocks import Block, DenseBlock, EigenBlock, KroneckerBlock, decompose
+from kronlaplace.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    KroneckerBlock,
+    TruncatedBlock,
+    decompose,
+)
 from kronlaplace.damping.factor_rules import DampedFactors
-from kronlaplace.damping.inverse import DampedInverse
+from kronlaplace.damping.inverse import DampedInverse, DiagonalInverse
 from kronlaplace.damping.inversion import SolversInProgress
 from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from kronlaplace.damping.solvers import Solver, solver_of
@@ -118,7 +126,7 @@ class Damping(ABC):
         factored, others = {}, {}
         for name, block in blocks.items():
             _check_block(block)
-            numbers = self.damped_factors(block)
+            numbers = None if isinstance(block, TruncatedBlock) else self.damped_factors(block)
             if numbers is None:
                 others[name] = block
             else:
@@ -213,7 +221,8 @@ class Tikhonov(Damping):
 
     def invert(self, block: Block) -> DampedInverse:
         if not self._by_weight:
-            return super().invert(block)
+            weights = self._diagonal_weights(block, 1.0)
+            return super().invert(block) if weights is None else DiagonalInverse(block, weights, self)
         _check_block(block)
         assert isinstance(self.damping, Tensor)
         if self.damping.shape != block.shape:
@@ -225,6 +234,33 @@ class Tikhonov(Damping):
         if self.is_zero and isinstance(block, EigenBlock) and inverse.block is not block:
             _refuse_singular(block, inverse.eigenvalues, _rounding(block, inverse.eigenvalues).amax())
         return self._checked(inverse.block, inverse.eigenvalues)
+
+    def invert_multiple(self, block: Block, factor: Tensor | float) -> DampedInverse:
+        """Return the inverse of ``c F + γ I``, as ``invert(block.scaled(c))``; of a diagonal block without a copy of it.
+
+        Args:
+            block: Block ``F``.
+            factor: ``c``.
+
+        Raises:
+            TypeError, ValueError: As `invert`.
+        """
+        weights = None if self._by_weight else self._diagonal_weights(block, factor)
+        return self.invert(block.scaled(factor)) if weights is None else DiagonalInverse(block, weights, self)
+
+    @torch.no_grad()
+    def _diagonal_weights(self, block: Block, factor: Tensor | float) -> Tensor | None:
+        """Return the diagonal of the inverse of a multiple of a diagonal block, if it is regular and carries no gradient."""
+        with_gradient = any(isinstance(number, Tensor) and number.requires_grad for number in (self.damping, factor))
+        if not isinstance(block, DiagonalBlock) or block.values.requires_grad or self.is_zero or with_gradient:
+            return None
+        weights = torch.empty(block.shape, dtype=block.dtype, device=block.device)
+        done = 0
+        for rows in block.parts():
+            weights[done : done + len(rows)] = (rows * factor + self.damping).reciprocal()
+            done += len(rows)
+        least, largest = torch.aminmax(weights)
+        return weights if bool((least > 0) & torch.isfinite(largest)) else None
 
     def with_added(self, amount: float | Tensor) -> Tikhonov:
         return Tikhonov(self.damping + amount)

@@ -73,6 +73,13 @@ class Estimator(ABC):
     def start(self, layer: Layer) -> State:
         """Return the state before any data."""
 
+    def only_squares(self, layer: Layer) -> bool:
+        """Return whether of a layer whose outputs are the network's own only the squares of the gradients count.
+
+        Then it gets `SquaredGradients`, once, in place of its gradients along each direction.
+        """
+        return False
+
     def add_inputs(self, state: State, batch: LayerBatch) -> None:
         """Add a layer's inputs in one batch to its state."""
         return

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kronlaplace._dense import check_size
 from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.kfac import KFAC
@@ -53,6 +54,9 @@ class EKFAC(Estimator):
         return OnlineEKFAC(self.basis.online())
 
     def start(self, layer: Layer) -> State:
+        check_size(
+            max(layer.shape[0] // layer.groups, layer.shape[1]), f"EKFAC of layer {layer.name!r} needs an eigenbasis"
+        )
         return {"basis": self.basis.start(layer), "passes": 1}
 
     def add_inputs(self, state: State, batch: LayerBatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kronlaplace._dense import check_size
 from kronlaplace.blocks import Block, EigenBlock, KroneckerBlock
 from kronlaplace.estimators.base import Estimator, State
 from kronlaplace.estimators.rotated_squares import add_pending_squares, add_rotated_squares
@@ -35,6 +36,9 @@ class OnlineEKFAC(Estimator):
     basis: Estimator
 
     def start(self, layer: Layer) -> State:
+        check_size(
+            max(layer.shape[0] // layer.groups, layer.shape[1]), f"EKFAC of layer {layer.name!r} needs an eigenbasis"
+        )
         return {"basis": self.basis.start(layer)}
 
     def state_from(self, block: Block, layer: Layer, weight: float) -> State:

@@ -111,6 +111,10 @@ class Accumulation:
         if self._wants_data(name):
             self.estimators[name].add_gradients(self._states[name], gradients)
 
+    def only_squares(self, name: str) -> bool:
+        """Return whether a layer takes `SquaredGradients` where its outputs are the network's own."""
+        return self.estimators[name].only_squares(self._layers[name])
+
     def end_batch(self, batches: Mapping[str, LayerBatch], n_examples: int) -> None:
         """Finish a batch after its last direction; layers that received no gradient in it are left unchanged."""
         for name, state in self._states.items():

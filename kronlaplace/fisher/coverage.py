@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -113,6 +114,16 @@ class Coverage(Sequence[CoverageRow]):
         return "\n".join([*lines, f"{self.share:.1%} of the parameters have a block"])
 
     __repr__ = __str__
+
+    def summary(self) -> str:
+        """Return one line: how many blocks of each kind, of which estimators, for what share of the parameters."""
+        kinds = Counter(
+            " ".join(dict.fromkeys(word for word in (row.estimator, row.block) if word))
+            for row in self
+            if row.shape is not None
+        )
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+        return f"blocks: {counts}; {self.share:.1%} of the parameters"
 
     def reasons(self) -> dict[str, str]:
         """Return the reasons why layers or modules have no block, by name."""

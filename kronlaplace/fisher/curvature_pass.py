@@ -1,8 +1,4 @@
-"""Accumulation of a network's outputs: from one batch, and in passes over a whole data set.
-
-`accumulate_batch` is the building block for any code that runs the network: the passes below, an optimizer, the training
-loop of another library.
-"""
+"""Passes of a network over a whole data set, in which its outputs are accumulated."""
 
 from __future__ import annotations
 
@@ -13,111 +9,34 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kronlaplace._arguments import warn
 from kronlaplace._precision import in_full_precision
 from kronlaplace.data.deferred_checks import Batch, DeferredChecks, all_finite
 from kronlaplace.data.device import device_of, preserved_random_state
 from kronlaplace.data.inputs import Inputs, tensors_of
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.accumulation import Accumulation
+from kronlaplace.fisher.one_batch import accumulate_batch, squared_layer
 from kronlaplace.layers import (
     Layer,
-    LayerBatch,
-    LayerGradients,
-    MomentExamples,
     NetworkLayer,
     Unsupported,
     UnusableLayersError,
 )
 from kronlaplace.layers.unusable import NO_EFFECT
 from kronlaplace.likelihoods import Likelihood, Sampling
-from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.likelihoods.sampling import AutomaticSampling, DirectionSampling
 from kronlaplace.network.alignment import Alignment
 from kronlaplace.network.example_axes import Layout
 from kronlaplace.network.forward import NetworkForward
 from kronlaplace.network.forward_errors import explained_errors
 from kronlaplace.network.layer_checks import check_layers
-from kronlaplace.network.observer import NetworkObserver
 from kronlaplace.network.output_activation import check_outputs_are_logits
 
-__all__ = ["CurvaturePass", "Watch", "accumulate", "accumulate_batch", "check_batch"]
+__all__ = ["CurvaturePass", "Watch", "accumulate", "check_batch"]
 
 Watch: TypeAlias = Callable[[Batch, Layout], None]
 """What a caller does with every batch of the first pass: it is told the batch and where its examples are."""
-
-
-@in_full_precision
-def accumulate_batch(
-    observer: NetworkObserver,
-    outputs: Tensor,
-    likelihood: Likelihood,
-    sampling: DirectionSampling,
-    accumulation: Accumulation,
-    *,
-    targets: Tensor | None = None,
-    index: int = 0,
-    retain_graph: bool = False,
-    n_examples: int | None = None,
-    moment_examples: Callable[[LayerBatch], MomentExamples] | None = None,
-) -> None:
-    """Add one batch to an accumulation, from a forward pass that the observer has seen.
-
-    The gradients of the parameters are not touched. With ``retain_graph=True`` the caller can keep using the outputs, as
-    in ``loss(outputs, targets).backward()``.
-
-    Args:
-        observer: The observer of the forward pass.
-        outputs: Outputs of the network, with their graph; the first axis counts examples.
-        likelihood: The likelihood.
-        sampling: How directions are chosen.
-        accumulation: Accumulation for the observer's layers.
-        targets: Targets in the data, if there are any; required for ``"empirical"`` sampling.
-        index: Number of the batch or of the training step; label draws depend only on it and on the seed.
-        retain_graph: Whether the graph of the outputs is needed afterwards.
-        n_examples: Number of examples, the first ones of the batch, that count; None means all.
-        moment_examples: Function that returns from how many of these a layer's moments are taken; None means from all.
-
-    Raises:
-        RuntimeError: If no forward pass was observed.
-        UnusableLayersError: If a layer cannot have a block in the network as it runs. If the reason is that the outputs do
-            not depend on it, all other layers have been accumulated.
-        ValueError: If outputs or targets do not fit the likelihood.
-    """
-    detached = outputs.detach()
-    likelihood.check_outputs(detached)
-    batches = observer.layer_batches(len(outputs))
-    if n_examples is not None and n_examples < len(outputs):
-        batches = {name: batch.first(n_examples) for name, batch in batches.items()}
-    if moment_examples is not None:
-        batches = {name: batch.with_moments_of(moment_examples(batch)) for name, batch in batches.items()}
-
-    def receive(gradients: LayerGradients) -> None:
-        if n_examples is not None and n_examples < len(outputs):
-            gradients = gradients.first(n_examples)
-        accumulation.add_gradients(gradients.with_moments_of(batches[gradients.layer.name].moment_examples))
-
-    accumulation.begin_batch(batches)
-    n_directions = sampling.count(likelihood, detached, targets)
-    signs = None
-    if observer.sums_over_batch and sampling.kind is Sampling.EXACT:
-        signs = sampling.generator(index, outputs.device)
-    unused: UnusableLayersError | None = None
-    for v, direction in enumerate(sampling.directions(likelihood, detached, targets, index), start=1):
-        if signs is not None:  # which makes the examples independent, and changes nothing else
-            direction = direction * _random_signs(outputs, signs)
-        try:
-            observer.backward(outputs, direction, receive, retain_graph=retain_graph or v < n_directions)
-        except UnusableLayersError as error:  # some layers received no gradient; all others were accumulated
-            unused = error
-    accumulation.end_batch(batches, len(outputs) if n_examples is None else min(n_examples, len(outputs)))
-    if unused is not None:
-        raise unused
-
-
-def _random_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sign for each example."""
-    shape = (len(outputs), *[1] * (outputs.ndim - 1))
-    drawn = torch.randint(2, shape, generator=generator, device=outputs.device)
-    return (2 * drawn - 1).to(outputs.dtype)
 
 
 class CurvaturePass:
@@ -158,7 +77,8 @@ class CurvaturePass:
         """The layer whose output is the network's output, if it is one of the observed layers."""
         self._model = model
         self._accumulation = accumulation
-        self._sampling = sampling
+        self.sampling = sampling
+        """How directions are chosen; after the first batch never an `AutomaticSampling`."""
         self._unsupported = unsupported
         self._choose = choose
         self._forward = NetworkForward(model, accumulation.layers, checking=True)
@@ -202,10 +122,12 @@ class CurvaturePass:
                 self._accumulation.start(self._choose(batch.inputs))
             self._choose = None
             self._forward.observe(self._accumulation.layers)
-        sampling = self._sampling.of_batch(batch)
+        sampling = self.sampling.of_batch(batch)
         outputs = self._outputs(batch)
         detached = outputs.detach()
-        if batch.index == 0 and self._accumulation.passes > 1 and self._sampling.kind is Sampling.MC:
+        if isinstance(sampling, AutomaticSampling):
+            sampling = self.sampling = self._settled(outputs, batch.targets)
+        if batch.index == 0 and self._accumulation.passes > 1 and self.sampling.kind is Sampling.MC:
             self._first_outputs = detached if self._first_outputs is None else self._first_outputs
             self._checks.require(_same(self._first_outputs, detached), batch, _OTHER_ORDER)
         if self._pass == 1:
@@ -223,6 +145,24 @@ class CurvaturePass:
         except UnusableLayersError as error:
             self._replace_or_leave_out(error)
 
+    def _settled(self, outputs: Tensor, targets: Tensor | None) -> DirectionSampling:
+        """Return the rule for these outputs where none was given, and say so where it does not take all directions."""
+        detached = outputs.detach()
+        rule = self.sampling.settled(self.likelihood, detached, targets)
+        if rule.kind is Sampling.EXACT:
+            return rule
+        squared = squared_layer(self._forward.observer, outputs, self._accumulation)
+        if squared is not None and len(self._forward.layers) == 1:
+            return DirectionSampling(Sampling.EXACT, 1, rule.seed)
+        count = self.likelihood.n_directions(detached, Sampling.EXACT, 1, targets)
+        exact = "" if squared is None else f" The last layer, {squared.name!r}, needs none: its own curvature is exact."
+        warn(
+            f"each example's outputs have {count:,} directions, and each would take a backward pass. Drawn labels take "
+            f'their place, {rule.mc_samples} for each example.{exact} Give sampling="mc" (with mc_samples) to choose this '
+            'yourself, or sampling="exact" for all directions.'
+        )
+        return rule
+
     def _outputs(self, batch: Batch) -> Tensor:
         """Return the outputs of a batch, from a forward pass in which all remaining layers are usable."""
         several = batch.inputs.count(self.layout.input_axis) > 1
@@ -231,12 +171,12 @@ class CurvaturePass:
             try:
                 with explained_errors(self._model, batch.inputs.value, batch.index):
                     outputs = self._forward(batch.inputs)
-                check_batch(self.likelihood, outputs.detach(), batch, self._checks, self._sampling.kind)
+                check_batch(self.likelihood, outputs.detach(), batch, self._checks, self.sampling.kind)
                 if inputs_unchecked and self._forward.runs_one_by_one:  # which inputs must not be cut
                     self._forward.find_shared_inputs(batch.inputs, outputs.detach())
                     inputs_unchecked = False
                 if self._unchecked or (self._rows_unchecked and several):
-                    check_layers(self._forward, outputs, self._sampling.generator(0, outputs.device))
+                    check_layers(self._forward, outputs, self.sampling.generator(0, outputs.device))
                 break
             except UnusableLayersError as error:
                 self._replace_or_leave_out(error)

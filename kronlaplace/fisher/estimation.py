@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kronlaplace._arguments import choice, warn
+from kronlaplace._log import logged
 from kronlaplace._precision import in_full_precision
 from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Block
@@ -22,7 +23,7 @@ from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.provenance import FisherMetadata
 from kronlaplace.layers import Layer, LayerSearch, PerExampleLayer, Unsupported, rules_of, search_layers
 from kronlaplace.likelihoods import Likelihood, Sampling, resolve_likelihood
-from kronlaplace.likelihoods.sampling import DirectionSampling
+from kronlaplace.likelihoods.sampling import sampling_rule
 from kronlaplace.network.fingerprint import difference, fingerprint
 from kronlaplace.network.last_layer import LAST, check_last, find_last_layer
 from kronlaplace.network.preconditions import check_model
@@ -37,7 +38,7 @@ def estimate_fisher(
     likelihood: Likelihood | str,
     estimator: Estimator | str = "kfac",
     *,
-    sampling: Sampling | str = Sampling.EXACT,
+    sampling: Sampling | str | None = None,
     mc_samples: int = 1,
     layers: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str = (),
@@ -66,9 +67,10 @@ def estimate_fisher(
             shorthand: ``"kfac"``, ``"sua"``, ``"tkfac"``, ``"kfoc"``, ``"ekfac"``, ``"diagonal"``, ``"exact"``. The scale
             and shift of normalization layers, and embeddings, get a diagonal block from every estimator but the last.
         sampling: ``"exact"`` (Fisher type 2, the generalized Gauss-Newton matrix; about one backward pass per output),
-            ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample) or
-            ``"empirical"`` (the labels in the data; one backward pass, but the result is not the Fisher).
-        mc_samples: Number of label draws per example, in ``"mc"``.
+            ``"mc"`` (labels drawn from the model's predictive distribution; one backward pass per sample),
+            ``"empirical"`` (the labels in the data; one backward pass, but the result is not the Fisher). None is
+            ``"exact"`` where an example has up to 1,024 directions, and else ``"mc"``, with a warning.
+        mc_samples: Number of label draws per example, in ``"mc"``, also where None is that.
         layers: Modules that get a block, as a string or several: names, or patterns as in `fnmatch`, such as
             ``"encoder.*.query"`` (``*`` also matches dots). ``"last"`` is the linear layer or convolution whose output is
             the network's output, possibly after a reshape or a log-softmax; the first batch shows which. None means every
@@ -97,7 +99,8 @@ def estimate_fisher(
         NotImplementedError: For layers or outputs that are not supported; the message lists alternatives.
 
     Warns:
-        UserWarning: For ``sampling="empirical"``; for a loader that gives one process of several its share of the data.
+        UserWarning: For ``sampling="empirical"``; where None is ``"mc"``; for a loader that gives one process of
+            several its share of the data.
     """
     return estimate_while_watched(
         model,
@@ -117,13 +120,14 @@ def estimate_fisher(
 
 
 @in_full_precision
+@logged(lambda fisher: f"estimated the Fisher of {fisher.n_examples} examples: {fisher.coverage().summary()}")
 def estimate_while_watched(
     model: nn.Module,
     data: Iterable[Any],
     likelihood: Likelihood | str,
     estimator: Estimator | str,
     *,
-    sampling: Sampling | str,
+    sampling: Sampling | str | None,
     mc_samples: int,
     layers: Sequence[str] | str | None,
     exclude: Sequence[str] | str,
@@ -136,7 +140,7 @@ def estimate_while_watched(
     """Estimate a Fisher as `estimate_fisher` does, and show every batch to ``watch``."""
     likelihood = resolve_likelihood(likelihood)
     estimator = resolve_estimator(estimator)
-    draws = DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)
+    draws = sampling_rule(sampling, mc_samples, seed)
     if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
         raise ValueError(f"ema_decay must be a number from 0 to 1, or None for a plain mean; got {ema_decay!r}.")
     model = unwrapped(model)
@@ -180,8 +184,8 @@ def estimate_while_watched(
     metadata = FisherMetadata(
         likelihood=passed.likelihood,
         estimator=estimator.name,
-        sampling=draws.kind,
-        mc_samples=draws.mc_samples,
+        sampling=passed.sampling.kind,
+        mc_samples=passed.sampling.mc_samples,
         seed=draws.seed,
         parameters={layer.name: layer.parameter_names for layer in search.layers},
         weights=fingerprint(model),

@@ -71,7 +71,7 @@ class ContinualLaplacePlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanc
     """
 
     def __init__(
-        self, memory: ContinualLaplace, *, sampling: Sampling | str = Sampling.EXACT, mc_samples: int = 1
+        self, memory: ContinualLaplace, *, sampling: Sampling | str | None = None, mc_samples: int = 1
     ) -> None:
         super().__init__()
         if not isinstance(memory, ContinualLaplace):
@@ -79,7 +79,7 @@ class ContinualLaplacePlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanc
                 f"memory must be a kronlaplace.ContinualLaplace of the strategy's model, got a {type(memory).__name__}."
             )
         self.memory = memory
-        self.sampling = choice(Sampling, sampling, "sampling")
+        self.sampling = None if sampling is None else choice(Sampling, sampling, "sampling")
         self.mc_samples = positive_integer(mc_samples, "mc_samples")
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:

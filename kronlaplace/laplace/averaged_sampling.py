@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kronlaplace.data.deferred_checks import Batch
-from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictive import classes_last
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.likelihoods import Likelihood, Sampling
@@ -71,6 +71,9 @@ class OfOneBatch(DirectionSampling):
         metric, diagonal = self.metric
         root = _few_columns(metric) if self.kind is Sampling.EXACT and not diagonal else _smooth_root(metric, diagonal)
         object.__setattr__(self, "root", root)
+
+    def squares(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
+        return None  # the metric is not the likelihood's
 
     def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
         if self.kind is Sampling.MC:

@@ -38,7 +38,8 @@ from kronlaplace.data.inputs import Inputs
 from kronlaplace.data.kept_examples import KeptExamples
 from kronlaplace.data.loader import Rewind, iterate
 from kronlaplace.fisher.curvature_pass import Watch
-from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.features import FactoredCovariance
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictive import classes_last
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.likelihoods import Bernoulli, Categorical, Likelihood
@@ -56,8 +57,23 @@ _LARGEST_LEVERAGE = 0.95
 _BUDGET = 2**25
 """Entries of covariances to have at a time."""
 
+_LARGEST = 2**28
+"""Entries of the covariances of one example: 2 GiB in float64."""
+
 _WORK = 2**17
 """Outputs of all examples together whose covariances are computed: a backward pass for each, of one example."""
+
+_MANY = 1024
+"""Classes from which the covariances are not formed, where the features before the last layer allow it."""
+
+_PRODUCTS = 2**38
+"""Multiplications for the variances of all outputs of all examples, where covariances are not formed."""
+
+_OUTPUTS = 2**19
+"""Outputs of all examples, where covariances are not formed: about ten numbers are kept for each."""
+
+_AT_A_TIME = 2**18
+"""Outputs of the examples that are processed at a time, where covariances are not formed."""
 
 
 def has_logit_scale(likelihood: Likelihood) -> bool:
@@ -101,13 +117,13 @@ class _Marginals:
 
     Attributes:
         mean: ``f``, shape ``(n, C)``; ``C`` is 1 for yes/no outputs.
-        covariance: ``C``, shape ``(n, C, C)``.
+        covariance: ``C``, each ``(C, C)``.
         labels: Probabilities of the classes, ``(n, C)``, mostly zeros and ones.
         weights: The factors of the examples' negative log-likelihoods, ``(n,)``.
     """
 
     mean: Tensor
-    covariance: Tensor
+    covariance: _Covariance
     labels: Tensor
     weights: Tensor
 
@@ -120,14 +136,53 @@ class _Marginals:
     def leverages(self) -> Tensor:
         """``tr(Λ C)`` with the Fisher information of the logits ``Λ = w (diag(π) − ππᵀ)``, shape ``(n,)``."""
         pi = self.probabilities
-        variances = (pi * self.covariance.diagonal(dim1=1, dim2=2)).sum(1)
-        return self.weights * (variances - torch.einsum("nc,ncd,nd->n", pi, self.covariance, pi))
+        return self.weights * ((pi * self.covariance.diagonal).sum(1) - (pi * self.covariance.times(pi)).sum(1))
 
     def without_their_labels(self, factor: float) -> _Marginals:
         """Return the marginals of the other examples' posterior, whose covariance is ``factor`` times as large."""
-        covariance = factor * self.covariance
-        shift = torch.einsum("ncd,nd->nc", covariance, self.probabilities - self.labels)
+        covariance = self.covariance.scaled(factor)
+        shift = covariance.times(self.probabilities - self.labels)
         return _Marginals(self.mean + self.weights.unsqueeze(1) * shift, covariance, self.labels, self.weights)
+
+
+class _Covariance:
+    """Covariances of the logits of ``n`` positions, formed or in factors, times a number.
+
+    Args:
+        formed: Shape ``(n, C, C)``; or the `FactoredCovariance`.
+        factor: The number.
+    """
+
+    def __init__(self, formed: Tensor | FactoredCovariance, factor: float = 1.0) -> None:
+        self._formed = formed
+        self._factor = factor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The variances, ``(n, C)``, float64."""
+        formed = self._formed
+        variances = formed.diagonal(dim1=1, dim2=2) if isinstance(formed, Tensor) else formed.diagonal
+        return self._factor * variances.double()
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """Multiply each with a vector, ``(n, C)``."""
+        formed = self._formed
+        if isinstance(formed, Tensor):
+            return self._factor * torch.einsum("ncd,nd->nc", formed, vectors)
+        return self._factor * formed.times(vectors)
+
+    def scaled(self, factor: float) -> _Covariance:
+        """Return them times another number."""
+        return _Covariance(self._formed, self._factor * factor)
+
+    def margin_variances(self, mean: Tensor) -> Tensor:
+        """Return the variances of the margins to the most probable class, ``(n, C)``."""
+        if isinstance(self._formed, Tensor):
+            return self._factor * margin_variances(mean, self._formed)
+        top = mean.argmax(1, keepdim=True)
+        with_top = self.times(torch.zeros_like(mean).scatter_(1, top, 1.0))
+        variance = self.diagonal
+        return (variance + variance.gather(1, top) - 2 * with_top).clamp_min(0).scatter(1, top, 0.0)
 
 
 def calibrated_logit_scale(predictor: Predictor, examples: KeptExamples, layout: Layout) -> float:
@@ -146,15 +201,18 @@ def calibrated_logit_scale(predictor: Predictor, examples: KeptExamples, layout:
     Raises:
         OverflowError: If a single example has too many outputs.
     """
-    outputs = max((_outputs(predictor, inputs, layout).numel() for inputs, _ in examples.batches()), default=1)
-    if outputs > _WORK:
-        raise OverflowError(f"one example has {outputs:,} outputs, and their covariances take a backward pass each")
+    costs = [_cost(predictor, inputs, layout) for inputs, _ in examples.batches()]
+    most = min((cost.examples for cost in costs), default=1)
+    if not most:
+        outputs = max(cost.outputs for cost in costs)
+        raise OverflowError(
+            f"one example has {outputs:,} outputs, whose covariances take too much memory, or a backward pass each"
+        )
     batches = [
-        (inputs, targets, _size(predictor, inputs, layout))
-        for inputs, targets in examples.at_most(_WORK // outputs).batches()
+        (inputs, targets, _cost(predictor, inputs, layout)) for inputs, targets in examples.at_most(most).batches()
     ]
     kept = (
-        sum(len(targets) * size for _, targets, size in batches) <= _BUDGET
+        sum(len(targets) * cost.size for _, targets, cost in batches) <= _BUDGET
     )  # else the covariances are computed twice
     parts = list(_marginals(predictor, batches, layout)) if kept else None
 
@@ -183,10 +241,8 @@ class _CrossEntropy:
     def add(self, marginals: _Marginals, labels: Tensor) -> None:
         """Take labels ``(n, C)`` and the marginals that are to predict them, of which only variances are kept."""
         mean, covariance = marginals.mean, marginals.covariance
-        if self._likelihood.links[0] is Link.MARGIN:
-            variances = margin_variances(mean, covariance)
-        else:
-            variances = covariance.diagonal(dim1=1, dim2=2)
+        margins = self._likelihood.links[0] is Link.MARGIN
+        variances = covariance.margin_variances(mean) if margins else covariance.diagonal
         self._parts.append((mean, variances, labels, marginals.weights))
 
     def log_of_best_scale(self) -> float:
@@ -208,46 +264,74 @@ class _CrossEntropy:
         return total
 
 
-def _size(predictor: Predictor, inputs: Inputs, layout: Layout) -> int:
-    """Return the number of entries of one example's covariances."""
-    outputs = _outputs(predictor, inputs, layout)
+@dataclass(frozen=True)
+class _Cost:
+    """What the covariances of an example cost.
+
+    Attributes:
+        outputs: The number of its outputs.
+        size: The number of numbers that are kept.
+        examples: How many examples are not too many; 0 if one is.
+        factored: Whether covariances are not formed.
+    """
+
+    outputs: int
+    size: int
+    examples: int
+    factored: bool = False
+
+
+def _cost(predictor: Predictor, inputs: Inputs, layout: Layout) -> _Cost:
+    """Return what the covariances of examples such as the first one cost."""
+    one = inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value
+    outputs = predictor.outputs(one)
     axis = predictor.likelihood.class_axis_of(outputs)
-    return outputs.numel() * (1 if axis is None else outputs.shape[axis])
-
-
-def _outputs(predictor: Predictor, inputs: Inputs, layout: Layout) -> Tensor:
-    """Return the outputs of the first example."""
-    return predictor.outputs(inputs.examples(layout.input_axis, 0, 1, layout.shared_inputs).value)
+    classes = 1 if axis is None else outputs.shape[axis]
+    numel = outputs.numel()
+    if classes > _MANY and (features := predictor.n_features(one)) is not None:
+        positions = numel // classes
+        products = numel * features**2
+        examples = min(_WORK // (positions * features), max(1, min(_PRODUCTS // products, _OUTPUTS // numel)))
+        return _Cost(numel, numel * (_BUDGET // _AT_A_TIME), examples, factored=True)
+    return _Cost(numel, numel * classes, _WORK // numel if numel * classes <= _LARGEST else 0)
 
 
 def _marginals(
-    predictor: Predictor, batches: Iterable[tuple[Inputs, Tensor, int]], layout: Layout
+    predictor: Predictor, batches: Iterable[tuple[Inputs, Tensor, _Cost]], layout: Layout
 ) -> Iterator[_Marginals]:
     """Yield the marginals at all positions whose targets count, some examples at a time.
 
     Args:
         predictor: Predicts with the posterior.
-        batches: Inputs, targets, and the number of entries of one example's covariances.
+        batches: Inputs, targets, and what an example costs.
         layout: Where the examples are in the inputs.
     """
-    likelihood = predictor.likelihood
-    for inputs, targets, size in batches:
-        step = max(1, _BUDGET // size)
+    for inputs, targets, cost in batches:
+        step = max(1, _BUDGET // cost.size)
         for start in range(0, len(targets), step):
             part = inputs.examples(layout.input_axis, start, start + step, layout.shared_inputs)
-            yes_or_no = isinstance(likelihood, Bernoulli)
-            wanted = OutputCovariance.VARIANCES if yes_or_no else OutputCovariance.BY_POSITION
-            f, covariance = predictor.outputs_and_covariance(part.value, wanted)
-            y = targets[start : start + step]
-            if yes_or_no:
-                mean, labels = f.reshape(-1, 1).double(), y.reshape(-1, 1).double()
-                yield _Marginals(mean, covariance.reshape(-1, 1, 1).double(), labels, torch.ones_like(mean[:, 0]))
-                continue
-            assert isinstance(likelihood, Categorical)
-            mean, covariance = classes_last(f, covariance, likelihood.class_axis_of(f))
-            c = mean.shape[-1]
-            counts = y.flatten().long() != likelihood.ignored_target
-            labels = likelihood.weighted_labels(y.flatten()[counts], c)
-            weights = labels.sum(1)
-            mean, covariance = mean.reshape(-1, c)[counts].double(), covariance.reshape(-1, c, c)[counts].double()
-            yield _Marginals(mean, covariance, labels / weights.unsqueeze(1), weights)
+            yield _of_examples(predictor, part.value, targets[start : start + step], cost.factored)
+
+
+def _of_examples(predictor: Predictor, x: Any, y: Tensor, factored: bool) -> _Marginals:
+    likelihood = predictor.likelihood
+    if isinstance(likelihood, Bernoulli):
+        f, variances = predictor.outputs_and_covariance(x, OutputCovariance.VARIANCES)
+        mean, labels = f.reshape(-1, 1).double(), y.reshape(-1, 1).double()
+        return _Marginals(mean, _Covariance(variances.reshape(-1, 1, 1).double()), labels, torch.ones_like(mean[:, 0]))
+    assert isinstance(likelihood, Categorical)
+    counts = y.flatten().long() != likelihood.ignored_target
+    covariance: _Covariance
+    if factored:
+        found = predictor.outputs_and_factored_covariance(x)
+        assert found is not None
+        mean, covariance = found[0], _Covariance(found[1].rows(counts))
+    else:
+        f, formed = predictor.outputs_and_covariance(x, OutputCovariance.BY_POSITION)
+        mean, formed = classes_last(f, formed, likelihood.class_axis_of(f))
+        c = mean.shape[-1]
+        covariance = _Covariance(formed.reshape(-1, c, c)[counts].double())
+    c = mean.shape[-1]
+    labels = likelihood.weighted_labels(y.flatten()[counts], c)
+    weights = labels.sum(1)
+    return _Marginals(mean.reshape(-1, c)[counts].double(), covariance, labels / weights.unsqueeze(1), weights)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronlaplace._arguments import seed_number
 from kronlaplace._precision import in_full_precision, wide
-from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictive import Predictive
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.likelihoods import Likelihood

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from kronlaplace.priors.precision import multiples_by_layer
 from kronlaplace.priors.prior import Prior
 
 __all__ = ["Evidence", "check_has_evidence", "noise_exponent", "noise_rescaling"]
+
+_CHUNK = 2**18
+"""Eigenvalues that are converted to float64 at a time."""
 
 
 class Evidence:
@@ -58,15 +62,14 @@ class Evidence:
         self.likelihood = fisher.metadata.likelihood
         self.statistics = fisher.statistics
         self.blocks = list(fisher.values())
-        deviations = {name: prior.deviation(name, weights[name]) for name in fisher}
-        self.squares = [deviation.square() for deviation in deviations.values()]
         self._prior = prior
+        self._weights = {name: weights[name] for name in fisher}
         self._plus_diagonal = [PlusDiagonal(block) for block in self.blocks]
         self._fisher = fisher
         by_block = (prior.unit_eigenvalues(name, block) for name, block in fisher.items())
         self._eigenvalues = [_Spectrum.of(values, counts) for values, counts in by_block]
         self._all_eigenvalues = _Spectrum.joined(self._eigenvalues)
-        self._sums = torch.stack([prior.unit_penalty(deviation, name) for name, deviation in deviations.items()])
+        self._sums = torch.stack([prior.unit_penalty(w, name) for name, w in self._weights.items()])
 
     def with_eigenvalues(self, eigenvalues: Tensor) -> Evidence:
         """Return the evidence of another Fisher at the same weights, for one precision in all.
@@ -75,7 +78,7 @@ class Evidence:
             eigenvalues: Those of the other Fisher of all layers together, float64; zeros may be missing.
         """
         other = copy.copy(self)
-        other._all_eigenvalues = _Spectrum(eigenvalues[eigenvalues > 0].to(self.statistics.device))
+        other._all_eigenvalues = _Spectrum.of(eigenvalues.to(self.statistics.device), None)
         return other
 
     def effective_parameters(self, precision: Tensor, scale: Tensor) -> float:
@@ -85,8 +88,8 @@ class Evidence:
             precision: ``δ``, 0-dim.
             scale: ``c``, as `scale` gives it.
         """
-        ratio = self._all_eigenvalues.values * (scale / precision)
-        return float(self._all_eigenvalues.total(ratio / (ratio + 1)))
+        (total,) = self._all_eigenvalues.sums(lambda values: (_share(values * (scale / precision)),))
+        return float(total)
 
     def belongs_to(self, prior: Prior) -> bool:
         """Tell whether a prior differs from that of this evidence only in its multiples."""
@@ -105,7 +108,12 @@ class Evidence:
     @property
     def n_weights(self) -> int:
         """``P``."""
-        return sum(square.numel() for square in self.squares)
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def _squares(self) -> list[Tensor]:
+        """``(θ − m)²`` of every weight, by block; only for one precision per weight."""
+        return [self._prior.deviation(name, w).square() for name, w in self._weights.items()]
 
     @property
     def squared_norm(self) -> float:
@@ -163,9 +171,7 @@ class Evidence:
         scale = float(self.scale(noise, temperature))
         sums = []
         for eigenvalues, log in zip(groups, u.tolist(), strict=True):
-            ratio = eigenvalues.values * (scale / math.exp(log))
-            share = ratio / (ratio + 1)
-            log_det, gamma, squares = (eigenvalues.total(terms) for terms in (ratio.log1p(), share, share.square()))
+            log_det, gamma, squares = eigenvalues.sums(partial(_terms, ratio=scale / math.exp(log)))
             sums.append(torch.stack([log_det, gamma, gamma - squares]))
         log_det, gamma, bend = torch.stack(sums, dim=1).cpu()
         penalty = u.exp() * (self._sums.sum()[None] if shared else self._sums).cpu()
@@ -197,42 +203,59 @@ class Evidence:
             log_det_ratio = self._eigenvalues[index].log_det_ratio(scale / precision)
             return precision * self._sums[index] + log_det_ratio
         log_det_ratio = self._plus_diagonal[index].logdet(scale, precision) - precision.log().sum()
-        return (precision * self.squares[index]).sum() + log_det_ratio
+        return (precision * self._squares[index]).sum() + log_det_ratio
 
 
-@dataclass(frozen=True, eq=False)
+def _share(ratio: Tensor) -> Tensor:
+    return ratio / (ratio + 1)
+
+
+def _terms(values: Tensor, ratio: float) -> tuple[Tensor, ...]:
+    ratios = values * ratio
+    share = _share(ratios)
+    return ratios.log1p(), share, share.square()
+
+
 class _Spectrum:
-    """Eigenvalues other than zero, which add nothing to ``Σ log(1 + c λ / μ)``.
+    """Eigenvalues ``λ`` of one or several blocks, over which terms that are zero for ``λ = 0`` are summed.
 
-    Attributes:
-        values: ``λ``, shape ``(n,)``, float64.
-        counts: How often each counts, likewise; None for once.
+    The sums are in float64, of some eigenvalues at a time: all of them in float64 may be larger than the network.
+
+    Args:
+        parts: Eigenvalues, and how often each counts, float64, or None for once; of shape ``(n,)``.
     """
 
-    values: Tensor
-    counts: Tensor | None = None
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        self._parts = list(parts)
 
     @classmethod
     def of(cls, values: Tensor, counts: Tensor | None) -> _Spectrum:
-        """Make it from all eigenvalues and their multiplicities."""
+        """Make it from all eigenvalues and their multiplicities, and leave out zeros if they are many."""
+        values, counts = values.flatten(), None if counts is None else counts.flatten()
         some = values > 0
-        return cls(values[some], None if counts is None else counts[some])
+        if 2 * int(some.sum()) < len(values):
+            values, counts = values[some], None if counts is None else counts[some]
+        return cls([(values, counts)])
 
     @classmethod
     def joined(cls, parts: Sequence[_Spectrum]) -> _Spectrum:
-        """Join the eigenvalues of several blocks."""
-        values = torch.cat([part.values for part in parts])
-        if all(part.counts is None for part in parts):
-            return cls(values)
-        return cls(values, torch.cat([torch.ones_like(p.values) if p.counts is None else p.counts for p in parts]))
+        """Join the eigenvalues of several blocks, which are not copied."""
+        return cls([one for part in parts for one in part._parts])
 
-    def total(self, terms: Tensor) -> Tensor:
-        """Sum terms of each eigenvalue, shape ``(n,)``."""
-        return terms.sum() if self.counts is None else (terms * self.counts).sum()
+    def sums(self, terms: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Return the sums of terms of each eigenvalue, 0-dim; the terms are functions of the eigenvalues, elementwise."""
+        totals: list[Tensor] = []
+        for values, counts in self._parts:
+            times = repeat(None) if counts is None else counts.split(_CHUNK)
+            for part, count in zip(values.split(_CHUNK), times, strict=False):
+                found = terms(part.double())
+                sums = [term.sum() if count is None else (term * count).sum() for term in found]
+                totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+        return totals
 
     def log_det_ratio(self, ratio: Tensor) -> Tensor:
         """Return ``Σ log(1 + r λ)``."""
-        return self.total(torch.log1p(self.values * ratio))
+        return self.sums(lambda values: (torch.log1p(values * ratio),))[0]
 
 
 def check_has_evidence(likelihood: Likelihood) -> None:

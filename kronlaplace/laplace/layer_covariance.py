@@ -10,62 +10,33 @@ either ``R`` (``q·p`` numbers per example and output) or ``h`` (``T·q``) is ke
 is smaller, and in the second case ``R`` is formed a few rows at a time. Blocks with another eigenbasis ``U`` than a
 Kronecker product, and layers with groups of rows, have ``R_c = Uᵀ vec(X_c)``.
 
-Where the layer's output is the network's own, ``g_c`` is the unit vector ``e_c``: nothing is propagated back, and the
-variances are ``Σ_j u_cj b_j²`` with ``u_cj = Σ_i (Q_G)_ci² w_ij``, which is made once. With ``s_i = Σ_j w_ij b_j²`` the
-margin between ``c`` and ``t`` has the variance ``Σ_i ((Q_G)_ci − (Q_G)_ti)² s_i``.
-
 Where ``Q_A`` is truncated, all ``w_ij`` of its rest are equal, and only the inner products ``K = r rᵀ`` of the inputs' parts
 ``r`` in the rest matter: they add ``Σ_i w_i,rest h_c,iᵀ K h_c',i``. So there are ``k`` columns instead of ``p``.
 """
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kronlaplace.blocks import DiagonalBlock
 from kronlaplace.blocks.basis import Basis
 from kronlaplace.damping import DampedInverse
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.layers import LayerBatch, LayerGradients
+from kronlaplace.layers.embedding import EmbeddingLayer
 
-__all__ = ["BUDGET", "OutputCovariance", "LayerCovariance", "covariance_of_layer", "output_layer_part"]
+__all__ = ["BUDGET", "LayerCovariance", "LookUps", "covariance_of_layer", "projected"]
 
 BUDGET = 2**24
 """Numbers that one chunk of examples may keep at a time (64 MiB in float32)."""
 
 
-class OutputCovariance(Enum):
-    """Which covariances of the outputs are wanted."""
-
-    VARIANCES = auto()
-    """Variances only."""
-    CENTERED_VARIANCES = auto()
-    """Variances only, of the classes less the mean of all classes at their position."""
-    MARGIN_VARIANCES = auto()
-    """Variances only, of the classes less the most probable class at their position."""
-    BY_POSITION = auto()
-    """The classes at one position of one example."""
-    BY_EXAMPLE = auto()
-    """Covariances between all outputs of one example."""
-    JOINT = auto()
-    """Covariances between all outputs of all examples."""
-
-    @property
-    def variances(self) -> bool:
-        """Whether only variances are requested."""
-        return self is OutputCovariance.VARIANCES or self.relative
-
-    @property
-    def by_class(self) -> bool:
-        """Whether the classes at one position belong together."""
-        return self is OutputCovariance.BY_POSITION or self.relative
-
-    @property
-    def relative(self) -> bool:
-        """Whether the variances are of differences between classes."""
-        return self in (OutputCovariance.CENTERED_VARIANCES, OutputCovariance.MARGIN_VARIANCES)
+_FEW_GROUPS = 8
+"""Groups of rows that are taken one by one."""
 
 
 class LayerCovariance(Protocol):
@@ -87,75 +58,22 @@ class LayerCovariance(Protocol):
 def covariance_of_layer(inverse: DampedInverse, batch: LayerBatch, wanted: OutputCovariance) -> LayerCovariance:
     """Make the term of a layer from its inputs in the forward pass."""
     bases = inverse.bases()
-    if bases is None or batch.layer.groups > 1:
+    groups = batch.layer.groups
+    if bases is not None and 1 < groups <= _FEW_GROUPS and not any(basis.truncated for basis in bases):
+        return _Groups(inverse, bases, batch.project(bases[1].vectors), wanted)
+    if bases is None or groups > 1:
+        if _only_look_ups(batch) and isinstance(inverse.block, DiagonalBlock) and wanted is not OutputCovariance.JOINT:
+            return LookUps(inverse, wanted)
         return _AnyBlock(inverse, wanted)
     gradient_basis, activation_basis = bases
-    b = _projected(batch, activation_basis)
+    b = projected(batch, activation_basis)
     make = _SingleUse if b.shape[1] == 1 and wanted is not OutputCovariance.JOINT else _SharedWeights
-    return make(inverse, gradient_basis, activation_basis, b, wanted)
+    return make(inverse.weights, gradient_basis, activation_basis, b, wanted)
 
 
-def _projected(batch: LayerBatch, basis: Basis) -> Tensor:
+def projected(batch: LayerBatch, basis: Basis) -> Tensor:
     """Return ``b = a Q_A``, ``(N, T, p)``, for a layer without groups."""
     return (basis.coordinates(batch.activations()) if basis.truncated else batch.project(basis.vectors))[0]
-
-
-def output_layer_part(
-    inverse: DampedInverse, batch: LayerBatch, outputs: Tensor, wanted: OutputCovariance
-) -> Tensor | None:
-    """Return what a linear layer adds to the covariance of its own outputs, or None where that takes backward passes.
-
-    Args:
-        inverse: The layer's posterior covariance.
-        batch: The inputs of its one call.
-        outputs: Its outputs, ``(N, ..., C)``.
-        wanted: Which covariances are wanted.
-
-    Returns:
-        Variances of the shape of the outputs, or covariances ``(N, ..., C, C)`` between the last axis.
-    """
-    bases = inverse.bases()
-    positions = outputs.ndim > 2
-    if bases is None or wanted is OutputCovariance.JOINT or (positions and wanted is OutputCovariance.BY_EXAMPLE):
-        return None
-    gradient_basis, activation_basis = bases
-    squares = activation_basis.gather(_projected(batch, activation_basis).square())  # (N, T, p), compact
-    if wanted.variances:
-        weights = inverse.row_weights if wanted is OutputCovariance.VARIANCES else inverse.centered_row_weights
-        variances = squares @ weights.T  # (N, T, C)
-        if wanted is OutputCovariance.MARGIN_VARIANCES:
-            top = outputs.reshape(variances.shape).argmax(-1)
-            variances = _margin_variances(variances, squares @ inverse.weights.T, gradient_basis, top)
-        return variances.reshape(outputs.shape)
-    spread = (squares @ inverse.weights.T).reshape(*outputs.shape[:-1], -1)  # (N, ..., q), compact
-    rest, spread = gradient_basis.split(spread)
-    (basis,) = gradient_basis.vectors
-    if rest is None:
-        return (basis * spread.unsqueeze(-2)) @ basis.T
-    covariance = (basis * (spread - rest).unsqueeze(-2)) @ basis.T
-    return covariance + torch.diag_embed(rest.expand(*rest.shape[:-1], len(basis)))
-
-
-def _margin_variances(centered: Tensor, spread: Tensor, gradient_basis: Basis, top: Tensor) -> Tensor:
-    """Return the variances of the outputs less one of them, ``(N, T, q)``.
-
-    All three terms are of centered outputs: a shift common to all would drown the margins in rounding.
-
-    Args:
-        centered: Variances of the outputs less their mean, ``(N, T, q)``.
-        spread: ``Σ_j w_ij b_j²``, ``(N, T, q)``, compact.
-        gradient_basis: ``Q_G``.
-        top: The index of the output that is subtracted, ``(N, T)``.
-    """
-    (basis,) = gradient_basis.vectors
-    shift = basis.mean(0)
-    rest, spread = gradient_basis.split(spread)
-    spread_of_top = (spread if rest is None else spread - rest) * (basis[top] - shift)
-    with_top = spread_of_top @ basis.T - (spread_of_top @ shift).unsqueeze(-1)
-    if rest is not None:  # times the inner product of both outputs' unit vectors, less their mean
-        n = len(basis)
-        with_top = (with_top - rest / n).scatter_add(-1, top.unsqueeze(-1), rest)
-    return (centered + centered.gather(-1, top.unsqueeze(-1)) - 2 * with_top).clamp_min(0)
 
 
 class _SingleUse:
@@ -163,20 +81,24 @@ class _SingleUse:
 
     def __init__(
         self,
-        inverse: DampedInverse,
+        weights: Tensor,
         gradient_basis: Basis,
         activation_basis: Basis,
         b: Tensor,
         wanted: OutputCovariance,
     ) -> None:
-        spread = activation_basis.gather(b.squeeze(1).square()) @ inverse.weights.T
+        spread = activation_basis.gather(b.squeeze(1).square()) @ weights.T
         self._spread = gradient_basis.expand(spread)  # (N, q)
         self._basis = gradient_basis
         self._wanted = wanted
         self._rows: list[Tensor] = []
 
     def add(self, gradients: LayerGradients) -> None:
-        h = self._basis.coordinates(gradients.gradients())[0].squeeze(1)
+        self.add_rows(gradients.gradients())
+
+    def add_rows(self, g: Tensor) -> None:
+        """Take the gradients of the next output, ``(1, N, 1, q)``."""
+        h = self._basis.coordinates(g)[0].squeeze(1)
         self._rows.append((h.square() * self._spread).sum(1) if self._wanted.variances else h)
 
     def result(self) -> Tensor:
@@ -193,13 +115,13 @@ class _SharedWeights:
 
     def __init__(
         self,
-        inverse: DampedInverse,
+        weights: Tensor,
         gradient_basis: Basis,
         activation_basis: Basis,
         b: Tensor,
         wanted: OutputCovariance,
     ) -> None:
-        root = inverse.weights.sqrt()
+        root = weights.sqrt()
         if gradient_basis.truncated:
             root = gradient_basis.expand(root.T).T
         self._basis = gradient_basis
@@ -217,7 +139,10 @@ class _SharedWeights:
         self._rows: list[Tensor] = []
 
     def add(self, gradients: LayerGradients) -> None:
-        g = gradients.gradients()
+        self.add_rows(gradients.gradients())
+
+    def add_rows(self, g: Tensor) -> None:
+        """Take the gradients of the next output, ``(1, N, T, q)``."""
         if self._keep_h:
             self._rows.append(self._basis.coordinates(g)[0])
             return
@@ -241,19 +166,39 @@ class _SharedWeights:
         self._rows.clear()
         if not self._keep_h:
             return _products(rows, self._wanted)
-        n, n_outputs, _, q = rows.shape
+        _, c, positions, _ = rows.shape
         p = self._b.shape[2]
-        rows_at_a_time = max(1, min(q, BUDGET // (n * n_outputs * p)))
-        total: Tensor | None = None
+        by_kernel = positions * (positions * p + c * positions + c**2) < c * p * (positions + c)
+        total = (
+            self._by_kernel(rows) if by_kernel and self._wanted is not OutputCovariance.JOINT else self._by_rows(rows)
+        )
         if self._rest is not None:
             products, weights = self._rest
-            total = (products.unsqueeze(1) @ (rows * weights)).flatten(2) @ rows.flatten(2).mT
-        for i in range(0, q, rows_at_a_time):
-            part = slice(i, i + rows_at_a_time)
+            total += (products.unsqueeze(1) @ (rows * weights)).flatten(2) @ rows.flatten(2).mT
+        return total
+
+    def _by_rows(self, rows: Tensor) -> Tensor:
+        """Form ``R``, a few rows at a time, from ``h``, ``(N, C, T, q)``."""
+        n, n_outputs, _, q = rows.shape
+        p = self._b.shape[2]
+        total: Tensor | None = None
+        for part in _slices(q, n * n_outputs * p):
             r = torch.einsum("ncti,ntj->ncij", rows[..., part], self._b).mul_(self._root[part])
             products_of_rows = _products(r.flatten(2), self._wanted)
             total = products_of_rows if total is None else total + products_of_rows
         assert total is not None
+        return total
+
+    def _by_kernel(self, rows: Tensor) -> Tensor:
+        """Compute ``Σ_i h_cᵢᵀ K_i h_c'ᵢ`` with ``K_i = b diag(w_i) bᵀ``, ``(T, T)``: less work at few positions."""
+        n, n_outputs, positions, q = rows.shape
+        b = self._b.unsqueeze(1)  # (N, 1, T, p)
+        total = rows.new_zeros(n, n_outputs, n_outputs)
+        for part in _slices(q, n * positions * max(self._b.shape[2], n_outputs)):
+            kernel = b * self._root[part].square().unsqueeze(1) @ b.mT  # (N, i, T, T)
+            h = rows[..., part].permute(0, 3, 1, 2)  # (N, i, C, T)
+            weighted = (h @ kernel).transpose(1, 2).flatten(2)
+            total.baddbmm_(weighted, h.transpose(1, 2).flatten(2).mT)
         return total
 
     def kept_per_example(self, n_outputs: int) -> int:
@@ -262,6 +207,28 @@ class _SharedWeights:
         if self._wanted.variances:
             return positions * p + q * p
         return positions * (p if self._rest is None else p + positions) + n_outputs * q * min(positions, p)
+
+
+class _Groups:
+    """A layer with a few groups of rows, such as attention's input projections: each group is a layer by itself."""
+
+    def __init__(self, inverse: DampedInverse, bases: tuple[Basis, Basis], b: Tensor, wanted: OutputCovariance) -> None:
+        groups, _, positions, _ = b.shape
+        make = _SingleUse if positions == 1 and wanted is not OutputCovariance.JOINT else _SharedWeights
+        weights = inverse.weights.chunk(groups)
+        gradient, activation = (basis.vectors.split(1) for basis in bases)
+        self._terms = [make(weights[k], Basis(gradient[k]), Basis(activation[k]), b[k], wanted) for k in range(groups)]
+
+    def add(self, gradients: LayerGradients) -> None:
+        for term, g in zip(self._terms, gradients.gradients().split(1), strict=True):
+            term.add_rows(g)
+
+    def result(self) -> Tensor:
+        first, *others = [term.result() for term in self._terms]
+        return sum(others, first)
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        return sum(term.kept_per_example(n_outputs) for term in self._terms)
 
 
 class _AnyBlock:
@@ -288,6 +255,62 @@ class _AnyBlock:
 
     def kept_per_example(self, n_outputs: int) -> int:
         return self._root.numel() * (1 if self._wanted.variances else n_outputs)
+
+
+def _only_look_ups(batch: LayerBatch) -> bool:
+    """Return whether a layer is an embedding whose table multiplies no inputs."""
+    return isinstance(batch.layer, EmbeddingLayer) and not any(call.x.is_floating_point() for call in batch.calls)
+
+
+class LookUps:
+    """A diagonal block of an embedding: of an example's gradient only the rows of its own tokens are not zero."""
+
+    def __init__(self, inverse: DampedInverse, wanted: OutputCovariance) -> None:
+        self._weights = inverse.weights
+        self._wanted = wanted
+        self._rows: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._calls: set[tuple[int, ...]] = set()
+        self._size = 0
+
+    def add(self, gradients: LayerGradients) -> None:
+        layer = gradients.layer
+        assert isinstance(layer, EmbeddingLayer)
+        pairs = [(call.x, grad) for call, grad in zip(gradients.batch.calls, gradients.tensors, strict=True)]
+        found = layer.sums_by_token(pairs, gradients.n_examples)
+        assert found is not None
+        token, sums = found
+        r = sums * self._weights[token].sqrt()
+        self._size = r[0].numel()
+        if self._wanted.variances:
+            self._rows.append(r.square().sum((1, 2)))
+            return
+        self._rows.append(r)
+        self._tokens.append(token)
+        self._calls.add(tuple(x.data_ptr() for x, _ in pairs))
+
+    def result(self) -> Tensor:
+        rows = self._rows
+        if len(self._calls) > 1:  # not all outputs depend on all calls, so that their rows are of different tokens
+            rows = [self._in_table(token, r) for token, r in zip(self._tokens, rows, strict=True)]
+        stacked = torch.stack(rows if self._wanted.variances else [r.flatten(1) for r in rows], dim=1)
+        self._rows, self._tokens = [], []
+        self._calls.clear()
+        return _products(stacked, self._wanted)
+
+    def _in_table(self, token: Tensor, rows: Tensor) -> Tensor:
+        table = rows.new_zeros(len(rows), *self._weights.shape)
+        return table.scatter_add_(1, token.unsqueeze(2).expand_as(rows), rows)
+
+    def kept_per_example(self, n_outputs: int) -> int:
+        return self._size * (1 if self._wanted.variances else n_outputs)
+
+
+def _slices(size: int, numbers: int) -> Iterator[slice]:
+    """Yield slices of so many rows that each row times ``numbers`` stays within the budget."""
+    step = max(1, min(size, BUDGET // numbers))
+    for start in range(0, size, step):
+        yield slice(start, start + step)
 
 
 def _products(rows: Tensor, wanted: OutputCovariance) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kronlaplace._arguments import choice, positive_number, seed_number
+from kronlaplace._log import logged
 from kronlaplace._precision import in_full_precision
 from kronlaplace._wrappers import unwrapped
 from kronlaplace.blocks import Truncation
@@ -30,7 +31,7 @@ from kronlaplace.laplace.output_kernel import OutputKernel, output_kernel
 from kronlaplace.laplace.posterior_as_prior import posterior_as_prior
 from kronlaplace.laplace.posterior_tuning import PosteriorTuning, TuningMethod
 from kronlaplace.laplace.settings import ONE_CHANGE
-from kronlaplace.laplace.state import Fit, State
+from kronlaplace.laplace.state import Fit, FittedWeights, State
 from kronlaplace.laplace.variational import (
     LowerBound,
     VariationalFit,
@@ -152,19 +153,20 @@ class KronLaplace(PosteriorTuning):
             return moved
         fisher = state.fit.fisher.to(device_of(self.model), {layer.name: layer.dtype for layer in layers})
         fisher.metadata = replace(fisher.metadata, weights=fingerprint(self.model))
-        was, now = state.fit.mean[layers[0].name].dtype, layers[0].matrix().dtype
+        was, now = state.fit.mean.dtype, next(iter(layers[0].parameters.values())).dtype
         examples = state.fit.examples.to(device_of(self.model), None if was == now else now)
         return replace(moved, fit=self._fit_of(fisher, layers, state.fit.kernel, examples))
 
     @told_of
     @in_full_precision
+    @logged(lambda posterior: f"fitted the posterior; {posterior.fisher.coverage().summary()}")
     def fit(
         self,
         data: Iterable[Any] | None = None,
         *,
         fisher: KroneckerFisher | None = None,
         add: bool = False,
-        sampling: Sampling | str = Sampling.EXACT,
+        sampling: Sampling | str | None = None,
         mc_samples: int = 1,
         seed: int = 0,
         progress: bool = False,
@@ -184,7 +186,7 @@ class KronLaplace(PosteriorTuning):
             add: Whether the data come in addition to those of earlier fits, at the same weights. The result is that of one
                 fit to all of them, where no factor is truncated; possible for `KFAC`, `TKFAC`, `Diagonal`, `ExactBlock`.
             sampling: As in `estimate_fisher`, with ``data`` only. The default is the exact generalized Gauss-Newton
-                matrix; ``"mc"`` is cheaper where there are many outputs.
+                matrix for up to 1,024 directions per example, and drawn labels, ``"mc"``, for more.
             mc_samples: As in `estimate_fisher`.
             seed: As in `estimate_fisher`.
             progress: Whether to show a progress bar.
@@ -346,8 +348,8 @@ class KronLaplace(PosteriorTuning):
     def _fit_of(
         self, fisher: KroneckerFisher, layers: Sequence[Layer], kernel: OutputKernel | None, examples: KeptExamples
     ) -> Fit:
-        means = {layer.name: layer.matrix() for layer in layers}
-        return Fit(fisher, means, WeightsGuard(self.model, fisher.metadata.weights), kernel, examples)
+        guard = WeightsGuard(self.model, fisher.metadata.weights)
+        return Fit(fisher, FittedWeights(layers), guard, kernel, examples)
 
     @property
     def fisher(self) -> KroneckerFisher:

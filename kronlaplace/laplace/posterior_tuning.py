@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from kronlaplace._arguments import Choice, choice, positive_number, warn
+from kronlaplace._log import logged
 from kronlaplace._precision import in_full_precision
 from kronlaplace.laplace.calibration import calibrated_logit_scale, has_logit_scale, training_examples
 from kronlaplace.laplace.exact_evidence import by_exact_evidence, has_exact_evidence
@@ -83,6 +84,7 @@ class PosteriorTuning(PosteriorPredictions):
 
     @told_of
     @in_full_precision
+    @logged(lambda posterior: f"tuned to {posterior.hyperparameters}")
     def tune(
         self: _Posterior,
         method: TuningMethod | str | None = None,

@@ -14,8 +14,8 @@ from kronlaplace._precision import in_full_precision
 from kronlaplace.data.loader import is_loader
 from kronlaplace.laplace.draws import Draws, draw_outputs
 from kronlaplace.laplace.inputs import batches_of_inputs
-from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES, told_of
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictive import Predictive, PredictiveMethod, checked_predictive, joined
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.laplace.report import Report

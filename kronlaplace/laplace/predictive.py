@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kronlaplace._arguments import Choice, choice, positive_integer, seed_number
 from kronlaplace._precision import in_full_precision, wide
-from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.migration import VALUES
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.likelihoods import Likelihood, Prediction
 from kronlaplace.likelihoods.links import Link, symmetric_root
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kronlaplace.data.device import device_of
+from kronlaplace.laplace.features import FactoredCovariance
 from kronlaplace.laplace.inputs import checked_inputs
-from kronlaplace.laplace.layer_covariance import OutputCovariance
 from kronlaplace.laplace.linearized import Linearized
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictive import JointPrediction, Predictive
 from kronlaplace.laplace.sampling import WeightSampler
 from kronlaplace.laplace.state import State
@@ -75,14 +76,32 @@ class Predictor:
         """Return the mean of the outputs and their covariance under the linearized model."""
         inputs = checked_inputs(self._model, x, differentiable)
         state = self._state
+        with _gradients(differentiable), explained_errors(self._model, inputs.value):
+            f, covariance = self._linearized().outputs_and_covariance(inputs, wanted, differentiable=differentiable)
+            return (f if state.logit_scale == 1 else state.logit_scale * f), covariance
+
+    def outputs_and_factored_covariance(self, x: Any) -> tuple[Tensor, FactoredCovariance] | None:
+        """Return the mean of the outputs and their covariances without forming these, or None where that is not possible."""
+        inputs = checked_inputs(self._model, x)
+        state = self._state
+        with _gradients(False), explained_errors(self._model, inputs.value):
+            found = self._linearized().factored(inputs)
+        return None if found is None else (state.logit_scale * found[0], found[1])
+
+    def n_features(self, x: Any) -> int | None:
+        """Return the number of features of a last layer with more outputs than features; None if there is no such layer.
+
+        That is where `outputs_and_factored_covariance` has a result.
+        """
+        inputs = checked_inputs(self._model, x)
+        with _gradients(False), explained_errors(self._model, inputs.value):
+            return self._linearized().n_features(inputs)
+
+    def _linearized(self) -> Linearized:
+        state = self._state
         fit = state.fitted
         layout = fit.fisher.metadata.layout
-        network = Linearized(
-            self._model, state.layers, state.inverses, state.likelihood, layout, fit.known, self._budget
-        )
-        with _gradients(differentiable), explained_errors(self._model, inputs.value):
-            f, covariance = network.outputs_and_covariance(inputs, wanted, differentiable=differentiable)
-            return (f if state.logit_scale == 1 else state.logit_scale * f), covariance
+        return Linearized(self._model, state.layers, state.inverses, state.likelihood, layout, fit.known, self._budget)
 
     def outputs(self, x: Any) -> Tensor:
         """Return the network's outputs at its trained weights, without a graph."""

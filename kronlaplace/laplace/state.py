@@ -8,7 +8,7 @@ state before or the one after, nothing in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -29,7 +29,34 @@ from kronlaplace.network.fingerprint import WeightsGuard
 from kronlaplace.priors.given import GivenPrior
 from kronlaplace.priors.prior import Prior
 
-__all__ = ["Fit", "State"]
+__all__ = ["Fit", "FittedWeights", "State"]
+
+
+class FittedWeights(Mapping[str, Tensor]):
+    """The weights of a fit, each block's matrix ``(q, p)`` in the layout of ``W̄``, made at every access.
+
+    They are those of the network, which a `WeightsGuard` watches; a copy would take as much memory as the network.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = {layer.name: layer for layer in layers}
+        parameter = next(iter(layers[0].parameters.values()))
+        self.dtype = parameter.dtype
+        """The dtype of the network's first weights at the fit."""
+        self.device = parameter.device
+        """Their device."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._layers[name].matrix()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +65,7 @@ class Fit:
 
     Attributes:
         fisher: The Fisher.
-        mean: The weights that it was estimated at, each block's matrix ``(q, p)``.
+        mean: The weights that it was estimated at.
         guard: Notices when the network's weights change.
         kernel: The kernel of the training outputs, for a small regression table.
         examples: A sample of the training examples, for a classifier that was fitted to data.
@@ -47,7 +74,7 @@ class Fit:
     """
 
     fisher: KroneckerFisher
-    mean: Mapping[str, Tensor]
+    mean: FittedWeights
     guard: WeightsGuard
     kernel: OutputKernel | None = None
     examples: KeptExamples = field(default_factory=KeptExamples)
@@ -57,7 +84,7 @@ class Fit:
     @property
     def device(self) -> torch.device:
         """Where the fit is."""
-        return next(iter(self.mean.values())).device
+        return self.mean.device
 
     @cached_property
     def unresolved(self) -> Tensor | None:

@@ -5,7 +5,14 @@ from kronlaplace.layers.convolution import ConvolutionLayer
 from kronlaplace.layers.embedding import EmbeddingLayer
 from kronlaplace.layers.families import LAYERS, SUPPORTED_LAYERS, family_of, register_layer, written_out
 from kronlaplace.layers.find import LayerSearch, LeftOut, Unsupported, find_layers, search_layers
-from kronlaplace.layers.layer_batch import BatchGradient, LayerBatch, LayerCall, LayerGradients, MomentExamples
+from kronlaplace.layers.layer_batch import (
+    BatchGradient,
+    LayerBatch,
+    LayerCall,
+    LayerGradients,
+    MomentExamples,
+    SquaredGradients,
+)
 from kronlaplace.layers.names import NOT_WANTED, entries_of
 from kronlaplace.layers.normalization import NormalizationLayer
 from kronlaplace.layers.per_example import ModuleLayer, NetworkLayer, PerExampleLayer, rules_of, with_rules
@@ -42,4 +49,5 @@ __all__ = [
     "search_layers",
     "with_rules",
     "written_out",
+    "SquaredGradients",
 ]

@@ -1,7 +1,9 @@
 """Multi-head attention: its projections are functions, not modules, so they are written out while a pass is recorded.
 
 The projections of query, key and value form one block, ``in_proj``: a matrix with three groups of rows that see different
-inputs. The output projection is a separate block, a plain linear layer. Everything in between remains torch's own code.
+inputs. If key and value have sizes of their own (``kdim=``, ``vdim=``), the three matrices are blocks ``q_proj``, ``k_proj``
+and ``v_proj``, and their biases, which are one parameter, form the block ``in_proj``, whose only input is the 1. The output
+projection is a separate block, a plain linear layer. Everything in between remains torch's own code.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 from kronlaplace.layers.base import Layer, LinearLayer, Report
 
 __all__ = ["attention_forward", "attention_layers", "attention_refusal"]
+
+
+_PARTS = ("q_proj", "k_proj", "v_proj")
+"""The projections that are separate parameters if key and value have sizes of their own."""
 
 
 class InProjectionLayer(LinearLayer):
@@ -45,20 +51,34 @@ class InProjectionLayer(LinearLayer):
         return False
 
 
+class InProjectionBias(InProjectionLayer):
+    """Biases of query, key and value whose weights are separate blocks: ``[in_proj_bias]``, and the 1 is the only input."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return next(iter(self.parameters.values())).numel(), 1
+
+
 def attention_refusal(module: Any) -> str | None:
     """Return why this module cannot have a block, or None."""
-    if not module._qkv_same_embed_dim:
-        return "key and value dimensions that differ from the query's (kdim=, vdim=) are not supported"
     if module.bias_k is not None:
         return "add_bias_kv=True is not supported: those parameters are not weights of a layer"
     return None
 
 
 def attention_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
-    """Make the block of the input projections; the output projection is found as a module."""
+    """Make the blocks of the input projections; the output projection is found as a module."""
     prefix = f"{name}." if name else ""
-    weight = {f"{prefix}in_proj_weight": module.in_proj_weight}
     bias = {} if module.in_proj_bias is None else {f"{prefix}in_proj_bias": module.in_proj_bias}
+    if not module._qkv_same_embed_dim:
+        layers: list[Layer] = []
+        for part in _PARTS:
+            weight = {f"{prefix}{part}_weight": getattr(module, f"{part}_weight")}
+            layers.append(LinearLayer(f"{prefix}{part}", module, weight, {}, tied_modules=tied_modules))
+        if bias:
+            layers.append(InProjectionBias(f"{prefix}in_proj", module, {}, bias, tied_modules=tied_modules))
+        return layers
+    weight = {f"{prefix}in_proj_weight": module.in_proj_weight}
     return [InProjectionLayer(f"{prefix}in_proj", module, weight, bias, tied_modules=tied_modules)]
 
 
@@ -85,15 +105,20 @@ def attention_forward(
     size = module.embed_dim
     longest = max(x.shape[1] for x in inputs)
     # Zeros are added to the projections: the gradient at the zeros is that of the projections, padded to one length.
-    probe = report.probe(0, query.new_zeros(len(inputs[0]), longest, 3, size))
-    weights = module.in_proj_weight.chunk(3)
+    joint = module._qkv_same_embed_dim
+    block = 0 if joint else len(_PARTS)
+    probe = report.probe(block, query.new_zeros(len(inputs[0]), longest, 3, size))
+    weights = module.in_proj_weight.chunk(3) if joint else [getattr(module, f"{part}_weight") for part in _PARTS]
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    q, k, v = (
-        (F.linear(x, w, b) + probe[:, : x.shape[1], i]).transpose(0, 1)
-        for i, (x, w, b) in enumerate(zip(inputs, weights, biases, strict=True))
-    )
-    padded = [F.pad(F.pad(x, (0, 1), value=1.0), (0, 0, 0, longest - x.shape[1])) for x in inputs]
-    report(0, torch.stack(padded, dim=2), probe)
+    projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+    if not joint:
+        for i, (x, output) in enumerate(zip(inputs, projected, strict=True)):
+            report(i, x, output)
+    q, k, v = ((y + probe[:, : y.shape[1], i]).transpose(0, 1) for i, y in enumerate(projected))
+    if joint or module.in_proj_bias is not None:
+        seen = inputs if joint else [x[..., :0] for x in inputs]
+        padded = [F.pad(F.pad(x, (0, 1), value=1.0), (0, 0, 0, longest - x.shape[1])) for x in seen]
+        report(block, torch.stack(padded, dim=2), probe)
     # Torch's own attention runs between identity projections: multiplying by the identity is exact.
     identity = torch.eye(size, dtype=query.dtype, device=query.device)
     attended, attention = F.multi_head_attention_forward(

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronlaplace._dense import check_size
 from kronlaplace._precision import wide_dtype
 
 __all__ = ["Layer", "LinearLayer", "Report", "Sums"]
@@ -118,9 +119,13 @@ class Layer(ABC):
         """Return the sum ``"activation"``, shape ``(K, p, p)``, or ``"gradient"``, ``(K, q/K, q/K)``, to add to in place.
 
         The sum is allocated, as zeros, only when first requested, to save memory.
+
+        Raises:
+            NotImplementedError: If it would take more than 4 GiB in float32.
         """
         if key not in sums:
             size = self.shape[1] if key == "activation" else self.shape[0] // self.groups
+            check_size(size, f"layer {self.name!r} needs a factor")
             sums[key] = torch.zeros(self.groups, size, size, dtype=self.dtype, device=self.device)
         return sums[key]
 
@@ -206,7 +211,7 @@ class Layer(ABC):
 
     @property
     def totals_are_products(self) -> bool:
-        """Whether `total_weight_gradient` is a product of ``g`` and ``a``, which never forms ``X``."""
+        """Whether `total_weight_gradient` is a product of ``g`` and ``a``, or of look-ups, which never forms ``X``."""
         return False
 
     def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -215,6 +220,14 @@ class Layer(ABC):
             g, a = (part.flatten(1, 2) for part in (self.gradients(grad), self.activations(x)))
             return (g.mT @ a).flatten(0, 1)
         return self.weight_gradients(x, grad).sum(1).flatten(0, 1)
+
+    @property
+    def weight_of_inputs(self) -> Tensor | None:
+        """The matrix ``W`` of which the output is ``W x`` plus what does not depend on the input ``x``, without a copy.
+
+        None where there is no such matrix, or only as a copy.
+        """
+        return None
 
     def activations(self, x: Tensor) -> Tensor:
         """Return ``a`` of one call, shape ``(K, N, T, p)``, in `dtype`."""
@@ -294,6 +307,12 @@ class LinearLayer(Layer):
     def in_features(self) -> int:
         """``p`` without the homogeneous 1."""
         return sum(w[0].numel() for w in self._weights.values())
+
+    @property
+    def weight_of_inputs(self) -> Tensor | None:
+        if type(self) is not LinearLayer or len(self._weights) > 1:
+            return None
+        return next(iter(self._weights.values())).detach()
 
     @property
     def shape(self) -> tuple[int, int]:

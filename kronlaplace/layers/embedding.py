@@ -35,12 +35,21 @@ class EmbeddingLayer(Layer):
         q, p = self._table.shape
         return q, p
 
+    @property
+    def weight_of_inputs(self) -> Tensor | None:
+        return self._table.detach()
+
     def assemble(self, values: Mapping[str, Tensor]) -> Tensor:
         return values[self.parameter_names[0]].clone()
 
+    @property
+    def totals_are_products(self) -> bool:
+        return True
+
     def total_weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         if x.is_floating_point():
-            return super().total_weight_gradient(x, grad)
+            g, a = (part.reshape(-1, part.shape[-1]).to(self.dtype) for part in (grad, x))
+            return g.T @ a
         index, g = self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype))
         return g.new_zeros(self.shape).index_add_(0, index.flatten(), g.flatten(0, 1))
 
@@ -69,22 +78,39 @@ class EmbeddingLayer(Layer):
         return result
 
     def squared_weight_gradients(self, calls: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
-        """Sort the gradients by token within each example, to sum those of one token before squaring."""
-        if any(x.is_floating_point() for x, _ in calls):
+        found = self.sums_by_token(calls, len(calls[0][0]))
+        if found is None:
             return False
-        looked_up = [self._look_ups(x, grad.reshape(len(grad), -1, grad.shape[-1]).to(self.dtype)) for x, grad in calls]
+        token, sums = found
+        out.index_add_(0, token.flatten(), sums.square().flatten(0, 1))
+        return True
+
+    def sums_by_token(self, calls: Sequence[tuple[Tensor, Tensor]], n_examples: int) -> tuple[Tensor, Tensor] | None:
+        """Return the rows of ``X`` that are not zero: each example's tokens, and for each the sum of its gradients.
+
+        Args:
+            calls: The input and output gradient of every call.
+            n_examples: ``N``.
+
+        Returns:
+            Tokens, ``(N, S)``, and sums, ``(N, S, p)``, for as many places ``S`` as there are look-ups; a token that is
+            looked up several times leaves places without one, whose sums are zero. None if the table also multiplies inputs.
+        """
+        if any(x.is_floating_point() for x, _ in calls):
+            return None
+        looked_up = [
+            self._look_ups(x.reshape(n_examples, -1), grad.reshape(n_examples, -1, grad.shape[-1]).to(self.dtype))
+            for x, grad in calls
+        ]
         index = torch.cat([index for index, _ in looked_up], dim=1)
         g = torch.cat([g for _, g in looked_up], dim=1)
-        token, order = index.sort(dim=1)
-        g = g.take_along_dim(order.unsqueeze(2), dim=1).flatten(0, 1)
-        starts = torch.ones_like(token, dtype=torch.bool)
-        starts[:, 1:] = token[:, 1:] != token[:, :-1]
-        segment = starts.flatten().cumsum(0) - 1
-        # There are at most as many sums as look-ups; the unused ones stay zero.
-        sums = torch.zeros_like(g).index_add_(0, segment, g)
-        owner = torch.zeros_like(segment).scatter_(0, segment, token.flatten())
-        out.index_add_(0, owner, sums.square())
-        return True
+        ordered, order = index.sort(dim=1)
+        starts = torch.ones_like(ordered)
+        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        place_in_order = starts.cumsum(1) - 1
+        place = torch.zeros_like(order).scatter_(1, order, place_in_order)
+        sums = torch.zeros_like(g).scatter_add_(1, place.unsqueeze(2).expand_as(g), g)
+        return torch.zeros_like(index).scatter_(1, place, index), sums
 
     def _look_ups(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         index = x.reshape(len(x), -1)

@@ -16,7 +16,7 @@ from kronlaplace.layers.base import Layer, LinearLayer
 from kronlaplace.layers.convolution import ConvolutionLayer
 from kronlaplace.layers.embedding import EmbeddingLayer, embedding_refusal
 from kronlaplace.layers.normalization import NormalizationLayer
-from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers, recurrent_refusal
+from kronlaplace.layers.recurrent import recurrent_forward, recurrent_layers
 from kronlaplace.layers.scale import ScaleLayer
 from kronlaplace.layers.transposed import TransposedLinearLayer
 from kronlaplace.layers.transposed_convolution import TransposedConvolutionLayer
@@ -88,7 +88,7 @@ _LINEAR = Family("linear", _weight_and_bias(LinearLayer))
 _CONVOLUTION = Family("convolution", _weight_and_bias(ConvolutionLayer))
 _TRANSPOSED = Family("transposed convolution", _weight_and_bias(TransposedConvolutionLayer))
 _NORMALIZATION = Family("normalization", _weight_and_bias(NormalizationLayer), has_kronecker_factors=False)
-_RECURRENT = Family("recurrent", recurrent_layers, recurrent_refusal, forward=recurrent_forward, weight=None)
+_RECURRENT = Family("recurrent", recurrent_layers, forward=recurrent_forward, weight=None)
 _ATTENTION = Family("attention", attention_layers, attention_refusal, forward=attention_forward, weight=None)
 _EMBEDDING = Family(
     "embedding", partial(_embedding, "weight"), forbidden=embedding_refusal, bias=None, has_kronecker_factors=False

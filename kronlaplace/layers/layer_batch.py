@@ -12,7 +12,14 @@ from torch import Tensor
 
 from kronlaplace.layers.base import Layer, Sums
 
-__all__ = ["BatchGradient", "LayerBatch", "LayerCall", "LayerGradients", "MomentExamples"]
+__all__ = [
+    "BatchGradient",
+    "LayerBatch",
+    "LayerCall",
+    "LayerGradients",
+    "MomentExamples",
+    "SquaredGradients",
+]
 
 _SMALL = 2**20
 """Size, in numbers, that a temporary may always have."""
@@ -114,6 +121,12 @@ class LayerBatch:
         for key, value in own.items():
             sums[key] = sums[key].add_(value, alpha=n / some) if key in sums else value.mul_(n / some)
 
+    def moment_activations(self) -> Tensor:
+        """Return rows ``(K, n, T, p)`` whose sum ``Σ a aᵀ`` is the one that `add_activation_moment` adds."""
+        a, n = self.activations(), self.n_examples
+        some = n if self.moment_examples is None else self.moment_examples.inputs
+        return a if some >= n else a[:, :some] * (n / some) ** 0.5
+
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate the calls along the axis of the positions."""
         unfolded = [
@@ -130,6 +143,10 @@ class LayerGradients:
         batch: The inputs.
         tensors: The gradient of each example's own negative log-likelihood at the output of every call, with examples first.
     """
+
+    only_squares = False
+    """Whether the gradients stand for others that are uncorrelated between outputs and positions, so that only their squares
+    mean anything; see `SquaredGradients`."""
 
     def __init__(self, batch: LayerBatch, tensors: Sequence[Tensor]) -> None:
         self.batch = batch
@@ -200,12 +217,14 @@ class LayerGradients:
 
     def total_weight_gradient(self) -> tuple[Tensor, Tensor]:
         """Return ``Σ_n X_n``, shape ``(q, p)``, and a bound on its rounding error, 0-dim."""
-        total = torch.zeros(self.layer.shape, dtype=self.layer.dtype, device=self.layer.device)
-        bound = total.new_zeros(())
+        total: Tensor | None = None
+        bound = torch.zeros((), dtype=self.layer.dtype, device=self.layer.device)
         for part in [self] if self.layer.totals_are_products else self.parts():
             for call, grad in part._pairs():
-                total += self.layer.total_weight_gradient(call.x, grad)
-                bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(total))
+                found = self.layer.total_weight_gradient(call.x, grad)
+                total = found if total is None else total.add_(found)
+                bound += self.layer.input_norm(call.x) * torch.linalg.vector_norm(grad.to(bound))
+        assert total is not None
         return total, 100 * max(_rounding(call.x, call.autocast), _rounding(grad, call.autocast)) * bound
 
     def add_gradient_moment(self, out: Tensor) -> None:
@@ -226,7 +245,7 @@ class LayerGradients:
     def first(self, n_examples: int) -> LayerGradients:
         """Return the inputs and gradients of only the first examples, as views."""
         tensors = [g[: n_examples * call.fold] for call, g in self._pairs()]
-        return LayerGradients(self.batch.first(n_examples), tensors)
+        return type(self)(self.batch.first(n_examples), tensors)
 
     def parts(self, *, activations: bool = False) -> Iterator[LayerGradients]:
         """Yield parts of a few examples each, so that what is computed from a part (``a``, ``g`` or ``X``) takes no more
@@ -248,10 +267,20 @@ class LayerGradients:
                 rows = slice(start * call.fold, (start + count) * call.fold)
                 calls.append(call.rows(rows))
                 tensors.append(grad[rows])
-            yield LayerGradients(LayerBatch(layer, calls), tensors)
+            yield type(self)(LayerBatch(layer, calls), tensors)
 
     def _pairs(self) -> Iterator[tuple[LayerCall, Tensor]]:
         return zip(self.batch.calls, self.tensors, strict=True)
+
+
+class SquaredGradients(LayerGradients):
+    """Roots of the sums of the squares of the gradients along all directions, for estimators that take only these.
+
+    Of a layer whose outputs are the network's own they are the roots of the output metric's diagonal, without a backward
+    pass.
+    """
+
+    only_squares = True
 
 
 class BatchGradient(LayerGradients):

@@ -5,7 +5,8 @@ runs written out, with the same formulas step by step; the outputs are equal up 
 
 `nn.RNN` and `nn.LSTM` have one block ``[W_ih W_hh b]`` per layer and direction. Their two biases act only through their
 sum, so ``b`` is the sum. In a GRU, the contributions of the input and the hidden state are combined behind a gate, so
-``[W_ih b_ih]`` and ``[W_hh b_hh]`` see different gradients and have a block each.
+``[W_ih b_ih]`` and ``[W_hh b_hh]`` see different gradients and have a block each. An LSTM with projected states
+(``proj_size=``) has another block for each projection ``W_hr``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,9 @@ from torch import Tensor, nn
 
 from kronlaplace.layers.base import Layer, LinearLayer, Report
 
-__all__ = ["recurrent_forward", "recurrent_layers", "recurrent_refusal"]
+__all__ = ["recurrent_forward", "recurrent_layers"]
 
 State = tuple[Tensor, ...]
-
-
-def recurrent_refusal(module: Any) -> str | None:
-    """Return why this module cannot have a block, or None."""
-    if getattr(module, "proj_size", 0):
-        return f"projections are not supported (proj_size={module.proj_size})"
-    return None
 
 
 def recurrent_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] = ()) -> list[Layer]:
@@ -59,6 +53,9 @@ def recurrent_layers(name: str, module: Any, tied_modules: Sequence[nn.Module] =
         block = f"{prefix}{suffix.removeprefix('_')}" if several else name
         first, second = dict(list(biases.items())[:1]), dict(list(biases.items())[1:])
         layers.append(LinearLayer(block, module, weights, first, second, tied_modules=tied_modules))
+        if _projection(module, suffix) is not None:
+            projection = {f"{prefix}weight_hr{suffix}": _projection(module, suffix)}
+            layers.append(LinearLayer(f"{prefix}hr{suffix}", module, projection, {}, tied_modules=tied_modules))
     return layers
 
 
@@ -83,11 +80,12 @@ def recurrent_forward(module: Any, report: Report, *args: Any, **kwargs: Any) ->
     directions = 2 if module.bidirectional else 1
     n_states = 2 if isinstance(module, nn.LSTM) else 1
     if hx is None:
-        zero = x.new_zeros(module.num_layers * directions, len(x), module.hidden_size, dtype=module.weight_ih_l0.dtype)
-        hx = (zero,) * n_states
+        sizes = (module.proj_size or module.hidden_size, module.hidden_size)[:n_states]
+        count, dtype = module.num_layers * directions, module.weight_ih_l0.dtype
+        hx = tuple(x.new_zeros(count, len(x), size, dtype=dtype) for size in sizes)
     elif isinstance(hx, Tensor):
         hx = (hx,)
-    per_step = 2 if isinstance(module, nn.GRU) else 1
+    per_step = 2 if isinstance(module, nn.GRU) or module.proj_size else 1
     finals: list[State] = []
     for i in range(module.num_layers):
         outputs = []
@@ -114,14 +112,20 @@ def _run(module: Any, suffix: str, block: int, report: Report, x: Tensor, state:
     gru = isinstance(module, (nn.GRU, nn.GRUCell))
     # Zeros are added to the pre-activations of all steps: the gradient at the zeros is that of the steps, stacked.
     probe = report.probe(block + 1, torch.zeros_like(from_input)) if gru else None
+    projection = _projection(module, suffix)
+    if projection is not None:
+        shift = report.probe(block + 1, from_input.new_zeros(*x.shape[:2], len(projection)))
     step = _gru if gru else _lstm if isinstance(module, (nn.LSTM, nn.LSTMCell)) else _ACTIVATIONS[module.nonlinearity]
-    hidden, outputs = [], []
+    hidden, outputs, unprojected = [], [], []
     for t in range(x.shape[1]):
         hidden.append(state[0])
         from_hidden = F.linear(state[0], weights[1], biases[1])
         if probe is not None:
             from_hidden = from_hidden + probe[:, t]
         state = step(from_input[:, t], from_hidden, state)
+        if projection is not None:
+            unprojected.append(state[0])
+            state = (F.linear(state[0], projection) + shift[:, t], *state[1:])
         outputs.append(state[0])
     before = torch.stack(hidden, dim=1)
     if probe is not None:
@@ -129,7 +133,14 @@ def _run(module: Any, suffix: str, block: int, report: Report, x: Tensor, state:
         report(block + 1, before, probe)
     else:
         report(block, torch.cat([x, before], dim=2), from_input)
+        if projection is not None:
+            report(block + 1, torch.stack(unprojected, dim=1), shift)
     return torch.stack(outputs, dim=1), state
+
+
+def _projection(module: Any, suffix: str) -> Any:
+    """Return the matrix that projects the states of an LSTM, shape ``(proj_size, hidden_size)``, or None."""
+    return getattr(module, f"weight_hr{suffix}", None)
 
 
 def _lstm(from_input: Tensor, from_hidden: Tensor, state: State) -> State:

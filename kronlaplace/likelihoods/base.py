@@ -261,6 +261,26 @@ class Likelihood(ABC):
             total += direction * (product.sum(axes, keepdim=True) if axes else product)
         return total
 
+    def metric_diagonal(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the diagonal of the Fisher information ``M(f)`` of each example's outputs, in at least float32.
+
+        Args:
+            outputs: Network outputs ``f``, shape ``(N, ...)``, without a graph.
+            targets: Targets in the data, as in `metric_product`.
+
+        Returns:
+            The diagonal, of the shape of the outputs.
+        """
+        self.check_outputs(outputs)
+        return self._metric_diagonal(wide(outputs), targets)
+
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Sum the squares of the exact directions, of which there may be many, unless overridden."""
+        total = torch.zeros_like(outputs)
+        for direction in self._exact_directions(outputs, targets):
+            total += direction.square()
+        return total
+
     def divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute ``Σ_n KL(p(y|f_n) ‖ p(y|f'_n))``, 0-dim, in at least float32.
 

@@ -49,6 +49,9 @@ class Bernoulli(Likelihood):
         root = torch.exp(0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).to(outputs.dtype)
         yield from one_element_at_a_time(root)
 
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        return self._metric_product(outputs, torch.ones_like(outputs), targets)
+
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         logits = wide(outputs)
         return (torch.sigmoid(logits) * torch.sigmoid(-logits) * vectors).to(vectors.dtype)

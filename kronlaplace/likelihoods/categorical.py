@@ -14,6 +14,7 @@ from torch import Tensor
 from kronlaplace._precision import wide
 from kronlaplace.likelihoods.averages import Averages, average_softmax
 from kronlaplace.likelihoods.base import Likelihood
+from kronlaplace.likelihoods.class_indices import advice, index
 from kronlaplace.likelihoods.divergence import explained_by_softmax, softmax_divergence
 from kronlaplace.likelihoods.gradient_check import distance_to_simplex
 from kronlaplace.likelihoods.links import (
@@ -132,7 +133,7 @@ class Categorical(Likelihood):
             labels = self.weighted_labels(targets, log_pi.shape[axis]).movedim(-1, axis)
             terms = (labels * log_pi.double()).masked_fill(labels == 0, 0)
             return torch.stack([-terms.sum(), labels.sum()])
-        nll = -log_pi.gather(axis, _index(targets, log_pi.shape[axis]).unsqueeze(axis)).squeeze(axis)
+        nll = -log_pi.gather(axis, index(targets, log_pi.shape[axis]).unsqueeze(axis)).squeeze(axis)
         ignored = self._ignored(targets)
         return torch.stack([nll.masked_fill(ignored, 0).double().sum(), (~ignored).double().sum()])
 
@@ -147,7 +148,7 @@ class Categorical(Likelihood):
             A tensor of the targets' shape with a last axis for the classes, float64, zero where targets are ignored. Its sum
             over the classes is the factor of the example's Fisher.
         """
-        labels = F.one_hot(_index(targets, n_classes), n_classes).double()
+        labels = F.one_hot(index(targets, n_classes), n_classes).double()
         labels = (1 - self.label_smoothing) * labels + self.label_smoothing / n_classes
         if self.class_weights is not None:
             labels = labels * labels.new_tensor(self.class_weights)
@@ -202,18 +203,22 @@ class Categorical(Likelihood):
                 direction.movedim(axis, -1)[position] = column.to(outputs.dtype)
                 yield direction
 
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        axis = self._axis(outputs, targets)
+        pi = F.softmax(outputs, dim=axis)
+        return self._counted(pi * (1 - pi), outputs, targets, axis)
+
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
-        """Compute ``π ∘ v − π (πᵀ v)`` at every position, and zero at ignored positions."""
         axis = self._axis(outputs, targets)
         pi = F.softmax(wide(outputs), dim=axis)
         mean = (pi * vectors).sum(axis - outputs.ndim, keepdim=True)
-        product = pi * (vectors - mean)
+        return self._counted(pi * (vectors - mean), outputs, targets, axis).to(vectors.dtype)
+
+    def _counted(self, values: Tensor, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        """Multiply values at every position by its factor, and set them to zero where the target is ignored."""
         factors = self._factors(outputs, targets, axis)
-        if factors is not None:
-            product = product * factors.unsqueeze(axis)
-        if targets is not None:
-            product = product.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
-        return product.to(vectors.dtype)
+        values = values if factors is None else values * factors.unsqueeze(axis)
+        return values if targets is None else values.masked_fill(self._ignored(targets).unsqueeze(axis), 0)
 
     def _divergence(self, outputs: Tensor, new_outputs: Tensor, targets: Tensor | None) -> Tensor:
         axis = self._axis(outputs, targets)
@@ -253,7 +258,7 @@ class Categorical(Likelihood):
             labels = self.weighted_labels(targets, outputs.shape[axis]).movedim(-1, axis)
             pi = F.softmax(wide(outputs), dim=axis)
             return (labels.sum(axis, keepdim=True) * pi - labels).to(outputs.dtype)
-        return self._gradient_at(outputs, _index(targets, outputs.shape[axis]), self._ignored(targets), axis)
+        return self._gradient_at(outputs, index(targets, outputs.shape[axis]), self._ignored(targets), axis)
 
     @staticmethod
     def _gradient_at(outputs: Tensor, labels: Tensor, ignored: Tensor | None, axis: int) -> Tensor:
@@ -329,7 +334,7 @@ class Categorical(Likelihood):
         return ValueError(
             f"Categorical targets must be integer class indices of shape {shapes} for outputs of shape "
             f"{tuple(outputs.shape)}{given}; got shape {tuple(targets.shape)}, dtype {targets.dtype}. "
-            f"{_advice(outputs, targets, axes)}"
+            f"{advice(outputs, targets, axes)}"
         )
 
     def completed_by(self, other: Likelihood) -> Likelihood:
@@ -376,23 +381,3 @@ class Categorical(Likelihood):
         pi = require_probabilities(self, prediction)
         self.check_targets(pi, targets)  # for the shapes
         return self._nll(log_at_least_tiny(pi, pi.dtype), targets, self._axis(pi, targets))
-
-
-def _advice(outputs: Tensor, targets: Tensor, axes: list[int]) -> str:
-    """Return advice on how to make targets fit, for classes on one of these axes."""
-    as_integers = ".long()" if targets.is_floating_point() or targets.dtype == torch.bool else ""
-    allowed = [drop_axis(outputs.shape, axis) for axis in axes]
-    if targets.shape in allowed:
-        return "Use targets.long() if they are class indices."
-    if targets.shape == outputs.shape:
-        axis = axes[0] if len(axes) == 1 else "axis"
-        return f"Use targets.argmax({axis}) if yours are one-hot; class probabilities are not supported."
-    for axis in range(targets.ndim):
-        if targets.shape[axis] == 1 and drop_axis(targets.shape, axis) in allowed:
-            return f"Use targets.squeeze({axis}){as_integers}."
-    return "Check that there is one target for each example and position."
-
-
-def _index(targets: Tensor, n_classes: int) -> Tensor:
-    """Return class indices as int64, clamped so that a wrong label, which `check_targets` reports, aborts no CUDA kernel."""
-    return targets.long().clamp(0, n_classes - 1)

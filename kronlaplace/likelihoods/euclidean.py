@@ -54,6 +54,9 @@ class Euclidean(Likelihood):
     def _exact_directions(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         yield from one_element_at_a_time(torch.ones_like(outputs))
 
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        return self._metric_product(outputs, torch.ones_like(outputs), targets)
+
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         return vectors.clone()
 

@@ -116,6 +116,9 @@ class Gaussian(Likelihood):
         roots = torch.full_like(outputs, 1 / self.noise_std)
         yield from one_element_at_a_time((roots / self.relative_to(outputs)).to(outputs.dtype))
 
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        return self._metric_product(outputs, torch.ones_like(outputs), targets)
+
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         return (vectors / (self.noise_std * self.relative_to(outputs)) ** 2).to(vectors.dtype)
 

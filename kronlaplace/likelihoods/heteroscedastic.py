@@ -56,6 +56,9 @@ class HeteroscedasticGaussian(Likelihood):
         root = torch.cat([torch.exp(-0.5 * log_variance), torch.full_like(log_variance, math.sqrt(0.5))], dim=1)
         yield from one_element_at_a_time(root.to(outputs.dtype))
 
+    def _metric_diagonal(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        return self._metric_product(outputs, torch.ones_like(outputs), targets)
+
     def _metric_product(self, outputs: Tensor, vectors: Tensor, targets: Tensor | None) -> Tensor:
         log_variance = wide(outputs).chunk(2, dim=1)[1]
         diagonal = torch.cat([torch.exp(-log_variance), torch.full_like(log_variance, 0.5)], dim=1)

@@ -13,7 +13,10 @@ from kronlaplace._arguments import choice, positive_integer, seed_number
 from kronlaplace.data.deferred_checks import Batch
 from kronlaplace.likelihoods.base import Likelihood, Sampling
 
-__all__ = ["DirectionSampling"]
+__all__ = ["MOST_EXACT", "AutomaticSampling", "DirectionSampling", "sampling_rule"]
+
+MOST_EXACT = 1024
+"""Directions of an example up to which all of them are taken where no rule is given."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class DirectionSampling:
         """Return the rule for one batch; a pass over data calls it before the network runs on the batch."""
         return self
 
+    def settled(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> DirectionSampling:
+        """Return the rule for outputs of this shape."""
+        return self
+
+    def squares(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
+        """Return the expected sum of the squares of the `directions`, of the shape of the outputs, without making them.
+
+        None where that is not the diagonal of the likelihood's metric.
+        """
+        return None if self.kind is Sampling.EMPIRICAL else likelihood.metric_diagonal(outputs, targets)
+
     def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
         """Return the number ``V`` of `directions` for the same arguments."""
         return likelihood.n_directions(outputs, self.kind, self.mc_samples, targets)
@@ -75,3 +89,28 @@ class DirectionSampling:
         """Return a generator for one batch, whose draws do not depend on earlier batches."""
         mixed = int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]) >> 1
         return torch.Generator(device=device).manual_seed(mixed)
+
+
+@dataclass(frozen=True)
+class AutomaticSampling(DirectionSampling):
+    """All directions of an example where there are up to `MOST_EXACT`, and drawn labels where there are more."""
+
+    def settled(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> DirectionSampling:
+        if likelihood.n_directions(outputs, Sampling.EXACT, 1, targets) <= MOST_EXACT:
+            return DirectionSampling(Sampling.EXACT, 1, self.seed)
+        return DirectionSampling(Sampling.MC, self.mc_samples, self.seed)
+
+    def count(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None) -> int:
+        return self.settled(likelihood, outputs, targets).count(likelihood, outputs, targets)
+
+    def directions(
+        self, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, index: int
+    ) -> Iterator[Tensor]:
+        return self.settled(likelihood, outputs, targets).directions(likelihood, outputs, targets, index)
+
+
+def sampling_rule(sampling: Sampling | str | None, mc_samples: int, seed: int) -> DirectionSampling:
+    """Return the rule for these options, which is an `AutomaticSampling` for None; raises as `DirectionSampling`."""
+    if sampling is None:
+        return AutomaticSampling(Sampling.MC, mc_samples, seed)
+    return DirectionSampling(choice(Sampling, sampling, "sampling"), mc_samples, seed)

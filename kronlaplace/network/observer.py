@@ -40,6 +40,7 @@ from kronlaplace.layers import (
     written_out,
 )
 from kronlaplace.layers.base import LinearLayer
+from kronlaplace.layers.embedding import EmbeddingLayer
 from kronlaplace.layers.unusable import NO_EFFECT, NOT_CALLED
 from kronlaplace.network.example_axes import Doubt, Layout, ObservedInput, Place, copy_for_each_example, places_of
 from kronlaplace.network.hooks import Hook, WrittenOut
@@ -66,6 +67,8 @@ class _ObservedCall(ObservedInput):
     maker: Any = None
     output: weakref.ref[Tensor] | None = None
     output_version: int = 0
+    source: Tensor | None = None
+    source_version: int = 0
     autocast: torch.dtype | None = None
 
 
@@ -161,7 +164,7 @@ class NetworkObserver:
     def clear(self) -> None:
         """Forget the last pass."""
         for call in self._pass.all_calls:  # the graph's hooks hold the calls: a cycle that no garbage collector finds
-            call.edge = call.maker = None
+            call.edge = call.maker = call.source = None
         self._pass = _Pass()
         self._pending = {}
         self.per_example = None
@@ -275,12 +278,35 @@ class NetworkObserver:
             calls = self._pass.calls.get(layer.name, ())
             if len(calls) != 1 or not can_be_last(layer) or layer.shares_weights_over_space:
                 continue
-            (call,) = calls
-            place = (self._pass.places or {}).get((layer.name, 0))
-            untouched = call.output is not None and call.output() is outputs and outputs._version == call.output_version
-            if place == (0, 1) and not call.copied and untouched:
+            if self._makes(calls[0], outputs):
                 return layer
         return None
+
+    def tied_output_layer(self, outputs: Tensor) -> Layer | None:
+        """Return the embedding that is looked up once, and whose table then makes the network's outputs by a product."""
+        for layer in self.layers:
+            calls = self._pass.calls.get(layer.name, ())
+            products = [call for call in calls if call.x.is_floating_point()]
+            twice = isinstance(layer, EmbeddingLayer) and len(calls) == 2 and len(products) == 1
+            if twice and self._makes(products[0], outputs):
+                return layer
+        return None
+
+    def _makes(self, call: _ObservedCall, outputs: Tensor) -> bool:
+        """Return whether the unmodified output of a call is the network's."""
+        place = (self._pass.places or {}).get((call.layer.name, call.index))
+        untouched = call.output is not None and call.output() is outputs and outputs._version == call.output_version
+        return place == (0, 1) and not call.copied and untouched
+
+    def features(self, layer: Layer) -> Tensor | None:
+        """Return the input of the layer that makes the outputs, with its graph.
+
+        All else acts on the outputs through it alone. None if directions cannot be propagated back from there.
+        """
+        call = next(call for call in self._pass.calls[layer.name] if call.x.is_floating_point())
+        if self._by_network or call.source is None or call.source._version != call.source_version:
+            return None
+        return call.source
 
     def last_layer(self, outputs: Tensor) -> Layer | None:
         """Return the observed layer whose output, possibly rearranged, is the network's in the last pass, or None."""
@@ -292,7 +318,15 @@ class NetworkObserver:
 
     # -- Backward passes -------------------------------------------------------------------------------------------
 
-    def backward(self, outputs: Tensor, direction: Tensor, receive: Receiver, *, retain_graph: bool) -> None:
+    def backward(
+        self,
+        outputs: Tensor,
+        direction: Tensor,
+        receive: Receiver,
+        *,
+        retain_graph: bool,
+        behind: Layer | None = None,
+    ) -> None:
         """Propagate one direction ``d`` back through the last pass, and pass every layer's gradients to the receiver.
 
         `layer_batches` or `doubt` must have been called since the pass.
@@ -302,6 +336,7 @@ class NetworkObserver:
             direction: The direction ``d``, with as many numbers as ``outputs``.
             receive: Function that takes the gradients, layer by layer.
             retain_graph: Whether the graph will be needed again.
+            behind: The output layer, which receives nothing, if the direction starts at its `features`, in place of outputs.
 
         Raises:
             UnusableLayersError: If the outputs do not depend on a layer. The gradients of all other layers have then been
@@ -337,6 +372,7 @@ class NetworkObserver:
         finally:
             self._receive = None
         silent = [la.name for la in self.layers if la.name not in self._reported and la not in self._by_network]
+        silent = [name for name in silent if behind is None or name != behind.name]
         if silent:
             raise UnusableLayersError(
                 f"the network's outputs do not depend on these layers: {silent}. A detach() or an unused branch may cut "
@@ -501,6 +537,8 @@ class NetworkObserver:
         if not output.requires_grad:
             return output
         call.output, call.output_version = weakref.ref(output), output._version
+        if x.requires_grad:
+            call.source, call.source_version = x, x._version
         hooked = output
         if output._is_view() and 0 not in output.stride():  # expanded tensors cannot be changed in place
             # If a view is changed in place, autograd rewrites its history, and a hook on it is never called again. A hook

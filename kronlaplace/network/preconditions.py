@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kronlaplace.data.deferred_checks import all_finite
 from kronlaplace.data.device import device_of
 
 __all__ = ["check_mode", "check_model", "couples_examples"]
@@ -32,7 +33,7 @@ def check_model(model: nn.Module) -> None:
             "and load the model outside it (copy.deepcopy(model) outside it also works)."
         )
     check_mode(model)
-    finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()])
+    finite = torch.stack([all_finite(p) for p in model.parameters()])
     if not finite.all():
         bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         raise ValueError(

@@ -14,7 +14,7 @@ from kronlaplace.blocks import Block
 from kronlaplace.blocks.least_trace import with_least_trace
 from kronlaplace.data.inputs import Inputs
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.likelihoods import Likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.forward import find_layout

@@ -122,9 +122,12 @@ class KroneckerPrior(Prior):
         return self._part("scale", name) * self.fisher[name].eigenvalues() + self._part("plus", name)
 
     def quadratic_form(self, name: str, deviation: Tensor) -> Tensor:
-        return self._factor(name) * self.unit_penalty(deviation, name)
+        return self._factor(name) * self._unit_form(deviation, name)
 
-    def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:
+    def unit_penalty(self, weights: Tensor, name: str) -> Tensor:
+        return self._unit_form(self.deviation(name, weights), name)
+
+    def _unit_form(self, deviation: Tensor, name: str) -> Tensor:
         block = self.fisher[name]
         coordinates = block.to_eigenbasis(deviation.to(block.dtype)).double()
         return (block.expand(self._eigenvalues(name)) * coordinates.square()).sum()

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kronlaplace.data.deferred_checks import all_finite
 from kronlaplace.layers import Layer
 
 __all__ = ["PriorMean", "by_layer", "from_parameters", "joined", "mean_by_layer", "shown"]
@@ -39,13 +40,18 @@ def mean_by_layer(value: PriorMean, layers: Sequence[Layer]) -> dict[str, Tensor
             raise ValueError(f"prior_mean must be one number or {count} (one per weight), got {len(value)}.")
         means = by_layer(value.detach(), shapes)
     elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
-        means = [torch.full(shape, float(value), dtype=torch.float64) for shape in shapes]
+        if not math.isfinite(value):
+            raise ValueError("prior_mean has NaN or infinite values.")
+        return {  # one number each, not as many as there are weights
+            layer.name: torch.full((), float(value), dtype=layer.dtype, device=layer.device).expand(shape)
+            for layer, shape in zip(layers, shapes, strict=True)
+        }
     else:
         raise TypeError(
             "prior_mean must be a number, a flat tensor with one per weight, or a dict of tensors by parameter name; got "
             f"{shown(value)}."
         )
-    if not all(torch.isfinite(mean).all() for mean in means):
+    if not all(all_finite(mean) for mean in means):
         raise ValueError("prior_mean has NaN or infinite values.")
     return {layer.name: mean.detach().to(layer.device, layer.dtype) for mean, layer in zip(means, layers, strict=True)}
 

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+_CHUNK = 2**18
+"""Numbers that are converted to float64 at a time."""
+
+
 class PriorStructure(Choice):
     """How prior precisions are shared: ``SCALAR`` one for all weights, ``LAYERWISE`` one for each block,
     ``DIAGONAL`` one for each weight.
@@ -174,12 +178,18 @@ class Prior(ABC):
         return True
 
     def unit_eigenvalues(self, name: str, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Eigenvalues of ``B^{-1/2} F B^{-1/2}`` of a layer, float64, and how often each counts, or None for once."""
-        return block.eigenvalues(), block.multiplicities() if block.truncated else None
+        """Eigenvalues of ``B^{-1/2} F B^{-1/2}`` of a layer, and how often each counts, float64, or None for once."""
+        return block.spectrum()
 
-    def unit_penalty(self, deviation: Tensor, name: str) -> Tensor:
-        """``(θ − m)ᵀ B (θ − m)`` of a layer, 0-dim, float64."""
-        return deviation.square().sum()
+    def unit_penalty(self, weights: Tensor, name: str) -> Tensor:
+        """``(θ − m)ᵀ B (θ − m)`` of a layer with the weights ``θ``, ``(q, p)``; 0-dim, float64."""
+        rows = max(
+            1, _CHUNK // max(weights.shape[1], 1)
+        )  # in float64, a large layer takes more memory than the network
+        total = torch.zeros((), dtype=torch.float64, device=weights.device)
+        for part, mean in zip(weights.split(rows), self.means[name].split(rows), strict=True):
+            total = total + (part.double() - mean).square().sum()
+        return total
 
     # -- files -------------------------------------------------------------------------------------------------
 
@@ -221,7 +231,7 @@ class IsotropicPrior(Prior):
         return self.multiples.log() * sum(mean.numel() for mean in self.means.values())
 
     def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
-        return Tikhonov(self.multiples).invert(block.scaled(scale))
+        return Tikhonov(self.multiples).invert_multiple(block, scale)
 
     def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
         return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)
@@ -277,7 +287,7 @@ class LayerwisePrior(Prior):
         return torch.stack([p.log() * self.means[name].numel() for name, p in self._by_name.items()]).sum()
 
     def damped(self, name: str, block: Block, scale: Tensor | float) -> DampedInverse:
-        return Tikhonov(self._by_name[name]).invert(block.scaled(scale))
+        return Tikhonov(self._by_name[name]).invert_multiple(block, scale)
 
     def block_and_identity(self, name: str) -> tuple[Block, Tensor]:
         return DiagonalBlock(torch.zeros_like(self.means[name]), name), self.least(name)

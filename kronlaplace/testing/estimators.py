@@ -16,10 +16,10 @@ from kronlaplace.blocks import Block
 from kronlaplace.estimators import Estimator, ExactBlock
 from kronlaplace.estimators.registry import ESTIMATORS
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.fisher.curvature_pass import accumulate_batch
 from kronlaplace.fisher.estimation import estimate_fisher
 from kronlaplace.fisher.fisher import KroneckerFisher
 from kronlaplace.fisher.merging import merge_fishers
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Categorical, Gaussian, Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling

@@ -69,9 +69,10 @@ def test_a_truncated_basis_is_orthogonal_and_ends_with_its_vectors(seed, k, n, r
 # -- the block -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["truncated", "coordinates"])
 @given(seed=seeds, r=sizes, p=sizes, k=groups, rank=st.sampled_from([0, 1, 4]), factor=st.floats(0.1, 10))
-def test_every_operation_is_that_of_the_dense_matrix(seed, r, p, k, rank, factor):
-    block = make("truncated", seed, r, p, k, rank)
+def test_every_operation_is_that_of_the_dense_matrix(kind, seed, r, p, k, rank, factor):
+    block = make(kind, seed, r, p, k, rank)
     if not isinstance(block, TruncatedBlock):
         assert max(r, p) <= 2
         return
@@ -102,13 +103,14 @@ def test_every_operation_is_that_of_the_dense_matrix(seed, r, p, k, rank, factor
     close(block.expand(block.projected_diagonal(torch.ones(block.shape).double())), torch.ones(block.shape).double())
 
 
+@pytest.mark.parametrize("kind", ["truncated", "coordinates"])
 @pytest.mark.parametrize("k", [1, 2])
-def test_tensors_devices_and_dtypes(k):
-    block = make("truncated", 0, 4, 3, k)
+def test_tensors_devices_and_dtypes(k, kind):
+    block = make(kind, 0, 4, 3, k)
     again = block_from_tensors(block.kind, block.to_tensors(), "layer")
     assert torch.equal(again.to_dense(), block.to_dense())
     single = block.to("cpu", torch.float32)
-    assert {t.dtype for t in single.to_tensors().values()} <= {torch.float32, torch.float64}
+    assert {t.dtype for t in single.to_tensors().values()} <= {torch.float32, torch.float64, torch.int64}
     assert single.dtype == torch.float32
     close(single.to_dense().double(), block.to_dense(), 1e-6)
     double = single.to("cpu", torch.float64)

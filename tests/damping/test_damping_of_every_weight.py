@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 
 from kronlaplace.blocks import EigenBlock, TruncatedBlock
+from kronlaplace.blocks.basis import CoordinateBasis
 from kronlaplace.damping import Tikhonov
 from kronlaplace.damping.plus_diagonal import PlusDiagonal
 from tests.support.dampings import (
@@ -37,6 +38,8 @@ def projected(block, diagonal, scale=1.0):
         bases = zip(block.gradient_basis, block.activation_basis, strict=True)
     else:
         bases = [[torch.linalg.eigh(factor).eigenvectors for factor in triple[1:]] for triple in triples(block)]
+        if isinstance(block.bases()[0], CoordinateBasis):
+            bases = [[torch.eye(len(g)).double(), a] for g, a in bases]
     U = torch.block_diag(*(torch.kron(g.contiguous(), a.contiguous()) for g, a in bases))
     inside = U.T @ (scale * dense(block) + torch.diag(diagonal.flatten())) @ U
     values = inside.diagonal()

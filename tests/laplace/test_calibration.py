@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 
 import kronlaplace as kl
 from kronlaplace.laplace import calibration
-from kronlaplace.laplace.calibration import _Marginals, calibrated_logit_scale
+from kronlaplace.laplace.calibration import _Covariance, _Marginals, calibrated_logit_scale
 from kronlaplace.laplace.predictor import Predictor
 from kronlaplace.network.example_axes import Layout
 from tests.support.posteriors import problem
@@ -106,7 +106,7 @@ def test_leaving_a_label_out_undoes_its_update(classes):
         metric = torch.diag(pi) - torch.outer(pi, pi)
         gradient = torch.linalg.solve(c, f - m) + pi - label
         f = (f - 0.5 * torch.linalg.solve(torch.linalg.inv(c) + metric, gradient)).detach()
-    out = _Marginals(f[None], c[None], label[None], torch.ones(1).double()).without_their_labels(1.0)
+    out = _Marginals(f[None], _Covariance(c[None]), label[None], torch.ones(1).double()).without_their_labels(1.0)
     torch.testing.assert_close(out.mean[0], m, rtol=1e-8, atol=1e-8)
 
 

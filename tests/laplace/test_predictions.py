@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kronlaplace as kl
 from kronlaplace.blocks.basis import Basis
-from kronlaplace.laplace.layer_covariance import OutputCovariance, _margin_variances
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.likelihoods.links import Link
 from tests.support import oracles
 from tests.support.cases import case
@@ -198,7 +198,7 @@ def test_variances_of_margins_withstand_a_shift_of_all_outputs():
     expected = (A @ covariance @ A.mT).diagonal(dim1=1, dim2=2)
     for dtype, difference in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         s, Q = spread.to(dtype), basis.to(dtype)
-        actual = _margin_variances(s @ (Q - Q.mean(0)).square().T, s, Basis(Q.unsqueeze(0)), top.unsqueeze(1))
+        actual = Basis(Q.unsqueeze(0)).margin_variances(s, s @ (Q - Q.mean(0)).square().T, top.unsqueeze(1))
         assert_close(actual.squeeze(1).double(), expected, difference)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.blocks import TruncatedBlock
-from kronlaplace.laplace.layer_covariance import OutputCovariance
+from kronlaplace.laplace.output_covariance import OutputCovariance
 from kronlaplace.laplace.predictor import Predictor
 from tests.support.posteriors import (
     assert_like_dense,

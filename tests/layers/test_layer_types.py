@@ -149,11 +149,13 @@ def test_linear_layers_with_any_number_of_axes(data):
 def test_recurrent_layers(data):
     draw = data.draw
     family, options = draw(
-        st.sampled_from([(nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {}), (nn.GRU, {})])
+        st.sampled_from(
+            [(nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {}), (nn.LSTM, {"proj_size": 2}), (nn.GRU, {})]
+        )
     )
     layer = family(
         draw(st.integers(1, 3)),
-        draw(st.integers(1, 3)),
+        draw(st.integers(3, 4) if options.get("proj_size") else st.integers(1, 3)),
         num_layers=draw(st.integers(1, 2)),
         bidirectional=draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -166,12 +168,13 @@ def test_recurrent_layers(data):
     def call(layer, x):
         first = x.sum((1, 2))[None, :, None] * torch.linspace(-1, 1, layer.hidden_size, dtype=x.dtype)
         first = first.expand(layer.num_layers * (1 + layer.bidirectional), -1, -1).contiguous()
-        state = ((first, first.cos()) if isinstance(layer, nn.LSTM) else first) if given_state else None
+        short = first[..., : layer.proj_size or None].contiguous()
+        state = ((short, first.cos()) if isinstance(layer, nn.LSTM) else first) if given_state else None
         sequence, state = layer(x if layer.batch_first else x.transpose(0, 1), state)
         if use == "sequence":
             return sequence if layer.batch_first else sequence.transpose(0, 1)
         # Both parts, so that all layers and directions reach the output.
-        return torch.cat(state if isinstance(layer, nn.LSTM) else (state,)).transpose(0, 1)
+        return torch.cat(state if isinstance(layer, nn.LSTM) else (state,), dim=2).transpose(0, 1)
 
     check(layer, x, call)
 
@@ -234,6 +237,18 @@ def test_attention_between_sequences_of_two_lengths(batch_first):
 
     x = torch.randn(3, 5, 2).double()
     check(layer, x, call)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_whose_keys_and_values_have_sizes_of_their_own(bias):
+    """Each matrix is a block of its own; the biases, one parameter, are a block whose only input is the 1."""
+    layer = nn.MultiheadAttention(2, 1, kdim=3, vdim=1, bias=bias, batch_first=True)
+
+    def call(layer, x):
+        return layer(x[:, :2, :2], x[:, 1:], x[:, 1:, 2:].cos(), need_weights=False)[0]
+
+    check(layer, torch.randn(3, 4, 3).double(), call)
 
 
 NORMS = {

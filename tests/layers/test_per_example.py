@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import kronlaplace as kl
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.likelihoods import Sampling
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.observer import NetworkObserver
@@ -97,26 +97,6 @@ class Experts(nn.Module):
         return self.head(result)
 
 
-class Projected(nn.Module):
-    """Attention whose keys have another size."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x[..., :3], x[..., 2:])[0].mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.recurrent, self.head = nn.LSTM(4, 4, proj_size=2, batch_first=True), nn.Linear(2, 3)
-
-    def forward(self, x):
-        return self.head(self.recurrent(x)[0][:, -1])
-
-
 def between(*modules):
     return nn.Sequential(nn.Linear(4, 4), *modules, nn.Tanh(), nn.Linear(4, 3))
 
@@ -150,8 +130,6 @@ CASES = {
     "tied by a function": (TiedByFunction, None),
     "packed sequences": (Packed, (3, 4)),
     "experts": (Experts, (4,)),
-    "sizes of keys and values": (Projected, (2, 4)),
-    "projected states": (Recurrent, (3, 4)),
     "bias alone": (bias_alone, (4,)),
     "some shared parameters": (sharing_some, (4,)),
     "weight norm": (lambda: weight_norm(nn.utils.parametrizations.weight_norm), (4,)),

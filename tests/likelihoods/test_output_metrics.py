@@ -37,6 +37,15 @@ def test_exact_directions_are_a_square_root_of_the_hessian(name, shape, seed, sp
     torch.testing.assert_close(actual, expected_metric(name, f, y), rtol=1e-9, atol=1e-13)
 
 
+@cases
+def test_the_diagonal_of_the_metric_is_the_sum_of_the_squares_of_the_directions(name, shape):
+    f, y = draw(name, shape, 1, 1.0)
+    likelihood = make(name)
+    expected = sum(d.square() for d in likelihood.directions(f, Sampling.EXACT, targets=y))
+    torch.testing.assert_close(likelihood.metric_diagonal(f, y), expected, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(Likelihood._metric_diagonal(likelihood, f, y), expected, rtol=1e-9, atol=1e-13)
+
+
 def test_fisher_of_a_predicted_noise_in_closed_form():
     """Lehmann and Casella: the information on (μ, σ²) is diag(1/σ², 1/(2σ⁴)); dσ²/ds is σ²."""
     variance = torch.tensor([0.3, 2.0]).double()

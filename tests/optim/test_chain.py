@@ -6,7 +6,7 @@ from torch import nn
 
 import kronlaplace as kl
 from kronlaplace.fisher.accumulation import Accumulation
-from kronlaplace.fisher.curvature_pass import accumulate_batch
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods.sampling import DirectionSampling
 from kronlaplace.network.observer import NetworkObserver

@@ -16,7 +16,7 @@ from tests.support.unchanged import assert_unchanged, everything
 
 
 class Projected(nn.Module):
-    """A recurrent layer with projections, which has no forward mode and is not written out."""
+    """A recurrent layer with projections, which has no forward mode of its own."""
 
     def __init__(self):
         super().__init__()

@@ -4,7 +4,8 @@ import torch
 
 import kronlaplace as kl
 from kronlaplace.data.inputs import Inputs
-from kronlaplace.fisher.curvature_pass import accumulate, accumulate_batch
+from kronlaplace.fisher.curvature_pass import accumulate
+from kronlaplace.fisher.one_batch import accumulate_batch
 from kronlaplace.layers import find_layers
 from kronlaplace.likelihoods import Sampling, resolve_likelihood
 from kronlaplace.likelihoods.sampling import DirectionSampling

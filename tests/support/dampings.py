@@ -5,13 +5,31 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from kronlaplace.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, Truncation, truncated
+from kronlaplace.blocks import (
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    KroneckerBlock,
+    TruncatedBlock,
+    Truncation,
+    truncated,
+)
+from kronlaplace.blocks.eigendecomposition import Eigen
 from kronlaplace.damping import FactoredTikhonov, Tikhonov, TraceRestricted, TraceRestrictedAuto
 
 STRATEGIES = [Tikhonov, FactoredTikhonov, TraceRestricted, TraceRestrictedAuto]
 BY_NUMBER = STRATEGIES[:3]
-KINDS = ["number", "tensor", "by-group", "truncated", "eigen", "diagonal", "dense"]  # the first four: Kronecker blocks
-ROTATED = KINDS[:5]
+KINDS = [
+    "number",
+    "tensor",
+    "by-group",
+    "truncated",
+    "coordinates",
+    "eigen",
+    "diagonal",
+    "dense",
+]  # five: Kronecker blocks
+ROTATED = KINDS[:6]
 seeds = st.integers(0, 10_000)
 sizes = st.integers(1, 4)
 groups = st.integers(1, 3)
@@ -43,11 +61,26 @@ def make(kind, seed, r=3, p=2, k=1, rank=4, smallest=0.1, dtype=torch.float64):
         "truncated": lambda: truncated([KroneckerBlock(G, A, scale, "layer")], Truncation(limit=2, rank=1 + seed % 2))[
             0
         ],
+        "coordinates": lambda: TruncatedBlock(diagonal_side(G), whole_side(A), scale, "layer"),
         "eigen": lambda: EigenBlock(*bases, values, "layer"),
         "diagonal": lambda: DiagonalBlock(values, "layer"),
         "dense": lambda: DenseBlock(whole, (k * r, p), 0.7, "layer"),
     }
     return made[kind]()
+
+
+def diagonal_side(matrices):
+    """The diagonals of matrices ``(k, n, n)``, where every other coordinate has the same entry."""
+    entries = matrices.diagonal(dim1=1, dim2=2)
+    index = torch.arange(entries.shape[1]) % 2
+    values = torch.stack([entries[:, index == i].mean(1) for i in range(min(2, len(index)))], dim=1)
+    return Eigen(values.sort(1).values, index)
+
+
+def whole_side(matrices):
+    """All eigenpairs of matrices ``(k, n, n)``."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return Eigen(values.clamp_min(0), vectors)
 
 
 def dense(block):

@@ -78,7 +78,10 @@ def blocks_of(name, module):
     if isinstance(module, CONVOLUTIONS):
         return [block("", ("weight", "bias"), groups=module.groups, convolution=True)]
     if isinstance(module, nn.MultiheadAttention):
-        return [block("in_proj", ("in_proj_weight", "in_proj_bias"), groups=3)]
+        if "in_proj_weight" in own:
+            return [block("in_proj", ("in_proj_weight", "in_proj_bias"), groups=3)]
+        matrices = [block(part, (f"{part}_weight",)) for part in ("q_proj", "k_proj", "v_proj")]
+        return matrices + ([block("in_proj", ("in_proj_bias",), groups=3)] if "in_proj_bias" in own else [])
     assert isinstance(module, (nn.RNNBase, nn.RNNCellBase)), type(module)
     suffixes = [""] if isinstance(module, nn.RNNCellBase) else [f"_{s}" for s in recurrent_suffixes(module)]
     made = []
@@ -88,6 +91,7 @@ def blocks_of(name, module):
         else:
             part = "" if len(suffixes) == 1 else s[1:]
             made.append(block(part, (f"weight_ih{s}", f"weight_hh{s}", f"bias_ih{s}")))
+            made += [block(f"hr{s}", (f"weight_hr{s}",))] if f"weight_hr{s}" in own else []
     return made
 
 

@@ -94,7 +94,7 @@ def slow_recurrent(trace, module, arguments):
     if state is None:
         count = module.num_layers * (1 + module.bidirectional)
         zeros = x.new_zeros(count, x.shape[1], module.hidden_size)
-        state = (zeros, zeros) if long else zeros
+        state = (zeros[..., : module.proj_size or None], zeros) if long else zeros
     h0, c0 = state if long else (state, state)
     suffixes, sequence, last = recurrent_suffixes(module), x, []
     directions = 1 + module.bidirectional
@@ -112,7 +112,7 @@ def slow_recurrent(trace, module, arguments):
     return sequence.transpose(0, 1) if module.batch_first else sequence, ((h, c) if long else h)
 
 
-RECURRENT_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+RECURRENT_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 def slow_cell(trace, module, arguments):
@@ -122,7 +122,7 @@ def slow_cell(trace, module, arguments):
         zeros = x.new_zeros(len(x), module.hidden_size)
         state = (zeros, zeros) if long else zeros
     h0, c0 = state if long else (state, state)
-    parameters = [getattr(module, n) for n in RECURRENT_PARAMETERS]
+    parameters = [getattr(module, n, None) for n in RECURRENT_PARAMETERS]
     h, c = slow_recurrence(trace, module, parameters, x[None], h0, c0)
     return (h[0], c) if long else h[0]
 
@@ -133,14 +133,15 @@ def slow_recurrence(trace, module, parameters, sequence, h, c):
     Returns all hidden states (T, 1, hidden) and the last cell state. The hidden states that meet the weights are only
     known after the loop, so the shifts are made first and the inputs are noted last.
     """
-    w_ih, w_hh, b_ih, b_hh = parameters
+    w_ih, w_hh, b_ih, b_hh, w_hr = parameters
     bias_ih, bias_hh = (0, 0) if b_ih is None else (b_ih, b_hh)
     gru = isinstance(module, (nn.GRU, nn.GRUCell))
     blank = torch.zeros(len(sequence), 0, dtype=torch.float64)
     (shift_ih,) = trace.shift(w_ih, [blank])
     (shift_hh,) = trace.shift(w_hh, [blank]) if gru else (torch.zeros_like(shift_ih),)
-    before, after = [], []
-    for x, e_ih, e_hh in zip(sequence, shift_ih, shift_hh, strict=True):
+    (shift_hr,) = (shift_hh,) if w_hr is None else trace.shift(w_hr, [blank])
+    before, after, unprojected = [], [], []
+    for x, e_ih, e_hh, e_hr in zip(sequence, shift_ih, shift_hh, shift_hr, strict=True):
         before.append(h)
         from_input = x @ w_ih.T + bias_ih + e_ih
         from_hidden = h @ w_hh.T + bias_hh + e_hh
@@ -152,6 +153,9 @@ def slow_recurrence(trace, module, parameters, sequence, h, c):
             i, f, g, o = (from_input + from_hidden).chunk(4, dim=1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
+            if w_hr is not None:
+                unprojected.append(h)
+                h = h @ w_hr.T + e_hr
         else:
             h = {"tanh": torch.tanh, "relu": torch.relu}[getattr(module, "nonlinearity", "tanh")](
                 from_input + from_hidden
@@ -163,6 +167,8 @@ def slow_recurrence(trace, module, parameters, sequence, h, c):
         trace.uses[id(w_hh)][0][0][-1] = with_one(h_before, b_hh)
     else:
         trace.uses[id(w_ih)][0][0][-1] = with_one(torch.cat([x, h_before], dim=1), b_ih)
+    if w_hr is not None:
+        trace.uses[id(w_hr)][0][0][-1] = torch.cat(unprojected).detach()
     return torch.stack(after), c
 
 
@@ -173,8 +179,15 @@ def slow_attention(trace, module, arguments):
     key = arguments.get("key", arguments.get("hx"))
     value = arguments["value"]
     streams = [s[0] if module.batch_first else s[:, 0] for s in (query, key, value)]  # (T, E) each
-    shifts = trace.shift(module.in_proj_weight, [with_one(s, module.in_proj_bias) for s in streams])
-    weights = module.in_proj_weight.chunk(3)
+    if module.in_proj_weight is not None:
+        shifts = trace.shift(module.in_proj_weight, [with_one(s, module.in_proj_bias) for s in streams])
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        shifts = [trace.shift(w, [s])[0] for w, s in zip(weights, streams, strict=True)]
+        if module.in_proj_bias is not None:
+            ones = [s.new_ones(len(s), 1) for s in streams]
+            shifts = [e + f for e, f in zip(shifts, trace.shift(module.in_proj_bias, ones), strict=True)]
     offsets = (0, 0, 0) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (s @ w.T + b + e for s, w, b, e in zip(streams, weights, offsets, shifts, strict=True))
     mask = arguments.get("attn_mask")
