@@ -43,26 +43,40 @@ def laplace_torch() -> ModuleType:
 
 
 def avalanche() -> ModuleType:
-    """Import and return the module ``avalanche`` of avalanche-lib.
-
-    It imports torchvision. Where that is built for another torch (CUDA beside CPU), its Python code needs the names of two
-    operators of its own, which are declared here; they are never called.
+    """Import and return the module ``avalanche`` of avalanche-lib, which imports torchvision.
 
     Raises:
         ImportError: If Avalanche is not installed, or not complete.
     """
     if find_spec("avalanche") is None:
         raise ImportError("Avalanche is not installed: pip install 'avalanche-lib>=0.6'.")
+    torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties, about each other
+        return importlib.import_module("avalanche")
+
+
+def torchvision() -> ModuleType:
+    """Import and return torchvision.
+
+    Where it is built for another torch (CUDA beside CPU), its Python code needs the names of two operators of its own, which
+    are declared here; they are never called.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    if find_spec("torchvision") is None:
+        raise ImportError("torchvision is not installed: pip install torchvision.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties, about each other
         try:
-            importlib.import_module("torchvision")
+            return importlib.import_module("torchvision")
         except RuntimeError as error:
             if "torchvision::" not in str(error):
                 raise
             for operator in ("nms", "qnms"):
                 torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
-        return importlib.import_module("avalanche")
+        return importlib.import_module("torchvision")
 
 
 class _Empty(ModuleType):
